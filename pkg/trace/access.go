@@ -1,0 +1,66 @@
+// Package trace turns what the kernel reports of one container run into ordered
+// accesses: which bytes of which files the run touched, when, and by whom, together
+// with what is known to be missing.
+package trace
+
+import "time"
+
+// Range is a half-open byte range [Offset, Offset+Length) of a file.
+type Range struct {
+	Offset int64 // bytes, at least 0
+	Length int64 // bytes, greater than 0
+}
+
+// How tells in what ways a file was touched; a bit set.
+type How uint8
+
+// The bits of [How].
+const (
+	Opened   How = 1 << iota // the file was opened (FAN_OPEN)
+	Read                     // bytes were read through a descriptor (FAN_ACCESS)
+	Executed                 // the file was opened to be executed (FAN_OPEN_EXEC)
+)
+
+// Access is one file of the image that a run touched, at its first touch.
+type Access struct {
+	// Path is absolute inside the container's root, slash-separated and cleaned;
+	// its bytes are arbitrary and need not be UTF-8.
+	Path string
+	// How holds every way in which the file was touched during the run.
+	How How
+	// Size is the file's size in bytes at the first touch.
+	Size int64
+	// Elapsed is the time from the arming of the tracer to the first touch; never negative.
+	Elapsed time.Duration
+	// PID is the process of the first touch as seen from the host; 0 when unknown.
+	PID int32
+	// Command is that process' command name (/proc/PID/comm), empty when it was gone.
+	Command string
+	// Ranges are the bytes touched, in order of first touch. Nil means that the
+	// engine knows files only: the whole file counts.
+	Ranges []Range
+}
+
+// Loss is something a trace is known to miss.
+type Loss struct {
+	// Reason is a short word: "overflow", "late", "killed", "unresolved", "limit".
+	Reason string
+	// Count is how many events or files are missing; -1 when nobody knows.
+	Count int64
+	// Detail says in one line what happened; may be empty.
+	Detail string
+}
+
+// Trace is everything recorded of one run. Accesses are ordered by first touch.
+type Trace struct {
+	Accesses []Access
+	Losses   []Loss // empty means that the trace is complete
+	// Skipped counts touched files that are no content of the image (volumes,
+	// deleted files, devices, sockets); this is no loss.
+	Skipped int64
+	// Events is the number of kernel events the trace was made from.
+	Events int64
+}
+
+// Complete reports whether nothing is known to be missing.
+func (t *Trace) Complete() bool { return len(t.Losses) == 0 }
