@@ -1,0 +1,168 @@
+package builder
+
+import (
+	"context"
+	"errors"
+	"io"
+
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/headstart-oci/headstart/pkg/persist"
+	"github.com/headstart-oci/headstart/pkg/rafs"
+)
+
+// Source is the image to convert. It is read, never changed.
+type Source struct {
+	// Manifest describes the manifest of the platform to convert; its digest becomes the
+	// result's nydus-source-digest annotation. The zero value leaves the annotation out.
+	Manifest ocispec.Descriptor
+	// Config is the image config as stored.
+	Config []byte
+	// Layers are the image's layers, lowest first.
+	Layers []Layer
+	// Annotations are the source manifest's; the result's manifest keeps them.
+	Annotations map[string]string
+}
+
+// Layer is one layer of a [Source].
+type Layer struct {
+	// Descriptor has the media type, digest and size of the stored bytes. All three are verified.
+	Descriptor ocispec.Descriptor
+	// DiffID is the digest of the uncompressed tar; empty means the one of Source.Config.
+	DiffID digest.Digest
+	// Open gives the stored bytes from the start. It is called once; Convert closes what it returns.
+	Open func(ctx context.Context) (io.ReadCloser, error)
+}
+
+// Options say how an image is built. [DefaultOptions] gives what most callers want; the
+// zero value differs from it only in that chunks are stored uncompressed.
+type Options struct {
+	Compressor rafs.Compressor // CompressorZstd, CompressorLZ4 or CompressorNone
+	Digester   rafs.Digester   // the zero value is BLAKE3
+	ChunkSize  uint32          // bytes, a power of two in [rafs.MinChunkSize, rafs.MaxChunkSize]; 0 means rafs.DefaultChunkSize
+	// Workers is the number of goroutines that digest and compress; 0 means GOMAXPROCS.
+	// It never changes the output.
+	Workers int
+	// List is the access list the prefetch blob is made from; nil or empty: no prefetch blob.
+	List *persist.List
+	// MarkPrefetchBlob sets the feature 0x400 on the prefetch blob. Readers before Nydus 2.4
+	// refuse an image that has it.
+	MarkPrefetchBlob bool
+	// NoRecompress keeps the chunks of the prefetch blob as the layers' blobs store them. By
+	// default they are compressed anew with the strongest level where that is smaller.
+	NoRecompress bool
+	// TempDir is where the result's files are made, in a directory of their own; empty means os.TempDir.
+	TempDir string
+	// Progress, when set, is told how far the conversion is. It is called by one goroutine
+	// at a time, about once for each megabyte, and must return quickly.
+	Progress func(Event)
+}
+
+// DefaultOptions returns zstd, BLAKE3 and chunks of 1 MiB.
+func DefaultOptions() Options {
+	return Options{
+		Compressor: rafs.CompressorZstd,
+		Digester:   rafs.DigesterBLAKE3,
+		ChunkSize:  rafs.DefaultChunkSize,
+	}
+}
+
+// Stage is what a conversion is busy with.
+type Stage string
+
+// The stages of a conversion, in order. Layers may be read two at a time.
+const (
+	StageLayer     Stage = "layer"     // reading layer Event.Layer; Done and Total are its stored bytes
+	StagePrefetch  Stage = "prefetch"  // copying chunks; Done and Total are uncompressed bytes
+	StageBootstrap Stage = "bootstrap" // writing the bootstrap; Done and Total are 0
+	StageVerify    Stage = "verify"    // reading the result back; Done and Total are 0
+)
+
+// Event is one report of progress.
+type Event struct {
+	Stage Stage
+	Layer int   // index into Source.Layers in StageLayer, else 0
+	Done  int64 // bytes
+	Total int64 // bytes, 0 when unknown
+}
+
+// File is a file of a [Result] and the descriptor to publish it with.
+type File struct {
+	Descriptor ocispec.Descriptor
+	Path       string // on this host; gone after Result.Close
+	// SourceLayer is the index into Source.Layers that a blob was made from, -1 for the
+	// prefetch blob and the bootstrap.
+	SourceLayer int
+}
+
+// Result is a converted image in temporary files. It is not changed after [Convert]
+// returned it and safe for concurrent use, except for Close.
+type Result struct {
+	// Blobs are the blobs the bootstrap refers to, in its order: those of the layers, lowest
+	// first, then the prefetch blob if there is one.
+	Blobs []File
+	// Bootstrap is the last layer of the image: a tar.gz with the bootstrap in it.
+	Bootstrap File
+	// BootstrapPath is the bare bootstrap file.
+	BootstrapPath string
+	// Config and Manifest are the JSON documents of the image.
+	Config, Manifest                     []byte
+	ConfigDescriptor, ManifestDescriptor ocispec.Descriptor
+	Stats                                Stats
+
+	dir string
+}
+
+// Stats tells what a conversion read, left out and wrote.
+type Stats struct {
+	SourceBytes     int64 // stored bytes of all layers
+	TarBytes        int64 // uncompressed bytes of all layers
+	Entries         int   // names in the merged tree, the root not counted
+	Files           int   // regular files among them; hard links count as one
+	FileBytes       int64 // their sizes
+	Chunks          int   // chunks stored in the layers' blobs
+	BlobBytes       int64 // bytes of the blobs in Result.Blobs, the prefetch blob not counted
+	BootstrapBytes  int64 // bytes of the bare bootstrap
+	XattrsIgnored   int   // trusted.* and unknown namespaces, as containerd ignores them
+	BlobsDropped    int   // blobs made of layers that nothing refers to any more
+	Prefetch        PrefetchStats
+	VerifiedChunks  int // chunks that were read back and digested
+	VerifiedEntries int // entries found in the written bootstrap
+}
+
+// PrefetchStats tells what became of the access list.
+type PrefetchStats struct {
+	Listed     int   // accesses in the list
+	Files      int   // accesses that named a regular file of the image for the first time
+	Repeated   int   // accesses to a file named before (links included), with nothing new or with more ranges
+	Missing    int   // accesses whose path is not in the image
+	NotRegular int   // accesses to directories, devices and other things without data
+	Chunks     int   // chunks in the prefetch blob; 0 means there is none
+	RawBytes   int64 // their uncompressed bytes
+	BlobBytes  int64 // size of the prefetch blob
+	Recoded    int   // chunks that the strongest level made smaller
+}
+
+// Errors to test for with errors.Is. The error text names layer and entry, and what was
+// read and wanted.
+var (
+	// ErrInvalid is returned for bytes of the source that are no valid layer or config.
+	ErrInvalid = errors.New("invalid image")
+	// ErrUnsupported is returned for what no conversion can do: encrypted or foreign layers,
+	// unknown compressions, more blobs than the format can count.
+	ErrUnsupported = errors.New("unsupported image")
+	// ErrDigest is returned when stored bytes or a tar do not have the digest they are named by.
+	ErrDigest = errors.New("digest mismatch")
+)
+
+// Convert reads the layers of src, merges them, and writes the RAFS v6 image that o asks
+// for. The image has been read back and verified when Convert returns; the caller closes
+// the Result. On error nothing is left on disk. It returns ErrInvalid, ErrUnsupported or
+// ErrDigest for what is wrong with src, and the context's error soon after it ended.
+func Convert(ctx context.Context, src Source, o Options) (*Result, error) {
+	return nil, errors.New("not yet")
+}
+
+// Close removes the files of r. It may be called more than once.
+func (r *Result) Close() error { return nil }
