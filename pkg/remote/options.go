@@ -1,0 +1,70 @@
+package remote
+
+import (
+	"time"
+
+	"go.uber.org/zap"
+)
+
+// Limits of what is read into memory or followed.
+const (
+	MaxManifestSize = 4 << 20  // bytes of a manifest or index; distribution-spec recommends registries to take 4 MiB
+	MaxConfigSize   = 16 << 20 // bytes of an image config
+	MaxLayers       = 4096     // layers of a manifest
+	MaxIndexEntries = 16384    // entries of an index
+	MaxIndexDepth   = 4        // indexes inside indexes
+	MaxBlobSize     = 1 << 40  // bytes of one blob: 1 TiB
+)
+
+// Options configures sources and targets; the zero value is the default.
+type Options struct {
+	// PlainHTTP speaks http to every registry that hosts.toml does not configure.
+	// Without it loopback hosts are tried by https first and by http then, others by https.
+	PlainHTTP bool
+
+	// HostsDir is containerd's registry configuration directory (its subdirectories are
+	// HOST/hosts.toml); empty: /etc/containerd/certs.d. A missing directory is no error.
+	HostsDir string
+
+	// DockerConfig is docker's config.json with credentials, or its directory; empty:
+	// $DOCKER_CONFIG/config.json, else ~/.docker/config.json. A missing file is no error
+	// unless it is named here.
+	DockerConfig string
+
+	// Credentials, when set, is asked before the docker config. Empty strings mean: none.
+	// A secret without a user name is an identity token.
+	Credentials func(host string) (user, secret string, err error)
+
+	// ContainerdAddress is containerd's socket; empty: /run/containerd/containerd.sock.
+	ContainerdAddress string
+
+	// Namespace is containerd's namespace for references that name none; empty: k8s.io.
+	Namespace string
+
+	// RegistryFallback makes the source of a containerd reference ask the registry for
+	// what containerd does not have: the image, or layers discarded after unpacking.
+	RegistryFallback bool
+
+	// UserAgent is sent to registries; empty: "headstart".
+	UserAgent string
+
+	// Timeouts bounds waiting; zero fields have the documented defaults.
+	Timeouts Timeouts
+
+	// Retries is how many times a request is repeated after 408, 429, 5xx or a broken
+	// connection; 0: 4, negative: none. A request that timed out is repeated once.
+	Retries int
+
+	// Log gets retries, fallbacks and registry warnings; nil: nothing is logged.
+	Log *zap.Logger
+}
+
+// Timeouts bounds how long a silent peer is waited for. None bounds a transfer that makes
+// progress.
+type Timeouts struct {
+	Connect    time.Duration // TCP and TLS; default 15 s
+	Header     time.Duration // from a request sent to its response's header; default 30 s
+	Commit     time.Duration // the same for the request that ends an upload, while the registry verifies it; default 10 min
+	Stall      time.Duration // no byte of a body sent or received; default 30 s
+	RetryAfter time.Duration // the longest Retry-After that is waited for; default 60 s
+}
