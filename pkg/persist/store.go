@@ -1,0 +1,241 @@
+package persist
+
+import (
+	"cmp"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/headstart-oci/headstart/internal/atomicfile"
+)
+
+// KeepLists is how many native lists of one image and platform a [Store] keeps.
+const KeepLists = 32
+
+const (
+	tempDir  = ".tmp"  // below the store; upstream's names never begin with a dot
+	listsDir = "lists" // native lists: lists/DIGEST/PLATFORM/CONTAINER.list
+	listExt  = ".list"
+	csvExt   = ".csv"
+	jsonExt  = ".json"
+)
+
+// Store keeps lists in a directory: the native list of every run, and for the image's
+// reference the files that upstream's optimizer would have written. Every file appears
+// whole or not at all, and none is written outside the directory, whatever an image
+// or a container is called. A Store is safe for concurrent use; several processes may
+// have one on the same directory.
+type Store struct {
+	dir  string
+	root *os.Root
+	// mu makes the files of one Save follow each other and guards the pruning.
+	mu sync.Mutex
+}
+
+// SaveOptions are upstream's settings for the files at upstream's names.
+type SaveOptions struct {
+	// Readable makes the table show sizes and times with units.
+	Readable bool
+	// Overwrite replaces files that are there; without it they stay as they are.
+	Overwrite bool
+	// Timeout is the recording's time limit. From 1 s on, the files get a second name
+	// that says so, as upstream gives them.
+	Timeout time.Duration
+}
+
+// Saved tells what [Store.Save] wrote, as paths that begin with the store's directory.
+type Saved struct {
+	Native string // the native list
+	// Paths, CSV and JSON are upstream's path list, its table and Nydus' JSON; empty when
+	// they were there and were kept.
+	Paths, CSV, JSON string
+	// OmittedPaths, OmittedCSV and OmittedJSON count accesses whose path the format cannot
+	// hold: with a newline, with a carriage return and newline, not UTF-8.
+	OmittedPaths, OmittedCSV, OmittedJSON int
+}
+
+// OpenStore opens the store in dir, which is made when it is missing, and removes what
+// killed writers left. The caller closes it.
+func OpenStore(dir string) (*Store, error) {
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return nil, fmt.Errorf("open list store: %w", err)
+	}
+	root, err := os.OpenRoot(dir)
+	if err != nil {
+		return nil, fmt.Errorf("open list store: %w", err)
+	}
+	s := &Store{dir: dir, root: root}
+	if err := errors.Join(root.MkdirAll(tempDir, 0o755), atomicfile.Clean(root, tempDir)); err != nil {
+		return nil, errors.Join(fmt.Errorf("open list store %s: %w", dir, err), root.Close())
+	}
+	return s, nil
+}
+
+// Close gives the directory back. It does not wait for a Save.
+func (s *Store) Close() error { return s.root.Close() }
+
+// Save writes l: its native list, which replaces one of the same image, platform and
+// container, then the files at upstream's names when the reference is one. The oldest
+// native lists of the image and platform beyond [KeepLists] go. When Save fails, every
+// file is either the old one or the new one; what was written before the failure is in
+// the result. It returns [ErrInvalid] when [List.Validate] does.
+func (s *Store) Save(l *List, o SaveOptions) (Saved, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	var saved Saved
+	native := nativeName(l)
+	err := s.write(native, func(w io.Writer) error { _, err := l.WriteTo(w); return err })
+	if err != nil {
+		return saved, fmt.Errorf("save access list: %w", err)
+	}
+	saved.Native = s.hostPath(native)
+	err = s.saveUpstream(l, o, &saved)
+	if perr := s.prune(path.Dir(native), path.Base(native)); perr != nil {
+		err = errors.Join(err, fmt.Errorf("prune old lists: %w", perr))
+	}
+	if err != nil {
+		return saved, fmt.Errorf("save access list: %w", err)
+	}
+	return saved, nil
+}
+
+func (s *Store) hostPath(name string) string { return filepath.Join(s.dir, filepath.FromSlash(name)) }
+
+func (s *Store) saveUpstream(l *List, o SaveOptions, saved *Saved) error {
+	name, alias, ok := upstreamNames(l.Reference)
+	if !ok {
+		return nil
+	}
+	// A link there is a short name of another image, which yields to the image's own.
+	info, err := s.root.Lstat(name)
+	if o.Overwrite || err != nil || !info.Mode().IsRegular() {
+		err := s.write(name, func(w io.Writer) (err error) { saved.OmittedPaths, err = l.WritePaths(w); return err })
+		if err != nil {
+			return err
+		}
+		saved.Paths = s.hostPath(name)
+		err = s.write(name+csvExt, func(w io.Writer) (err error) { saved.OmittedCSV, err = l.WriteCSV(w, o.Readable); return err })
+		if err != nil {
+			return err
+		}
+		saved.CSV = s.hostPath(name + csvExt)
+		err = s.write(name+jsonExt, func(w io.Writer) (err error) { saved.OmittedJSON, err = l.WriteJSON(w); return err })
+		if err != nil {
+			return err
+		}
+		saved.JSON = s.hostPath(name + jsonExt)
+	}
+	var limit string
+	if seconds := o.Timeout / time.Second; seconds > 0 {
+		limit = fmt.Sprintf(".timeout%ds", seconds)
+	}
+	return s.links(name, alias, limit)
+}
+
+// links gives the files at name their other names: the short one of an official image,
+// and for each name the one with the time limit.
+func (s *Store) links(name, alias, limit string) error {
+	for _, ext := range []string{"", csvExt, jsonExt} {
+		var others []string
+		if alias != "" {
+			others = append(others, alias+ext)
+		}
+		if limit != "" {
+			others = append(others, name+limit+ext)
+			if alias != "" {
+				others = append(others, alias+limit+ext)
+			}
+		}
+		for _, other := range others {
+			if err := s.link(name+ext, other); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// link makes other a relative link to name, unless other is a file of its own.
+func (s *Store) link(name, other string) error {
+	target, err := filepath.Rel(path.Dir(other), name)
+	if err != nil {
+		return err
+	}
+	if info, err := s.root.Lstat(other); err == nil {
+		if info.Mode()&fs.ModeSymlink == 0 {
+			return nil
+		}
+		if at, err := s.root.Readlink(other); err == nil && at == target {
+			return nil
+		}
+	}
+	return atomicfile.Symlink(s.root, tempDir, target, other)
+}
+
+func (s *Store) write(name string, fill func(io.Writer) error) error {
+	if err := s.makeDirs(path.Dir(name)); err != nil {
+		return err
+	}
+	return atomicfile.Write(s.root, tempDir, name, 0o644, fill)
+}
+
+// makeDirs makes dir and its parents, each durable before a file is put in it.
+func (s *Store) makeDirs(dir string) error {
+	if dir == "." {
+		return nil
+	}
+	if info, err := s.root.Stat(dir); err == nil && info.IsDir() {
+		return nil
+	}
+	if err := s.makeDirs(path.Dir(dir)); err != nil {
+		return err
+	}
+	if err := s.root.Mkdir(dir, 0o755); err != nil && !errors.Is(err, fs.ErrExist) {
+		return err
+	}
+	return atomicfile.SyncDir(s.root, path.Dir(dir))
+}
+
+// prune removes the oldest lists in dir beyond KeepLists; never the one named keep.
+func (s *Store) prune(dir, keep string) error {
+	entries, err := fs.ReadDir(s.root.FS(), dir)
+	if err != nil {
+		return err
+	}
+	type old struct {
+		name string
+		time time.Time
+	}
+	var others []old
+	for _, e := range entries {
+		if !e.Type().IsRegular() || !strings.HasSuffix(e.Name(), listExt) || e.Name() == keep {
+			continue
+		}
+		info, err := e.Info()
+		if errors.Is(err, fs.ErrNotExist) {
+			continue
+		}
+		if err != nil {
+			return err
+		}
+		others = append(others, old{e.Name(), info.ModTime()})
+	}
+	slices.SortFunc(others, func(a, b old) int {
+		return cmp.Or(b.time.Compare(a.time), cmp.Compare(a.name, b.name))
+	})
+	var errs []error
+	for i := KeepLists - 1; i < len(others); i++ {
+		if err := s.root.Remove(path.Join(dir, others[i].name)); !errors.Is(err, fs.ErrNotExist) {
+			errs = append(errs, err)
+		}
+	}
+	return errors.Join(errs...)
+}
