@@ -1,0 +1,151 @@
+package testenv
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"runtime"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// MountNamespace runs f on a thread of its own in a mount namespace of its own,
+// whose mounts end with it and reach nobody else. Commands that f starts are in
+// that namespace too; goroutines that it starts are not. f must not call t.Fatal
+// and the like, which work on the test's goroutine only: it returns its error,
+// which fails the test. It needs root.
+func MountNamespace(t testing.TB, f func() error) {
+	t.Helper()
+	Root(t)
+	done := make(chan error, 1)
+	go func() {
+		// Never unlocked: the thread ends with the goroutine, and the namespace
+		// with the thread.
+		runtime.LockOSThread()
+		done <- func() (err error) {
+			defer func() {
+				if r := recover(); r != nil {
+					err = fmt.Errorf("panic: %v", r)
+				}
+			}()
+			if err := unix.Unshare(unix.CLONE_FS | unix.CLONE_NEWNS); err != nil {
+				return fmt.Errorf("unshare the mount namespace: %w", err)
+			}
+			if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
+				return fmt.Errorf("make mounts private: %w", err)
+			}
+			return f()
+		}()
+	}()
+	if err := <-done; err != nil {
+		t.Fatal(err)
+	}
+}
+
+// MountEROFS mounts the EROFS image bootstrap read-only with one device file per
+// blob, in the order of the image's device table, and returns the mount point.
+// It is unmounted when the test ends. Images are mounted from files directly,
+// which takes Linux 6.12 with CONFIG_EROFS_FS_BACKED_BY_FILE; an older kernel
+// skips the test. Any other refusal of the kernel fails it with the kernel's
+// words.
+func MountEROFS(t testing.TB, bootstrap string, devices ...string) string {
+	t.Helper()
+	Root(t)
+	dir := t.TempDir()
+	err := MountEROFSAt(dir, bootstrap, devices...)
+	if errors.Is(err, unix.ENODEV) || errors.Is(err, unix.ENOTBLK) || errors.Is(err, unix.ENOSYS) {
+		Kernel(t, "EROFS mounts of plain files (Linux 6.12, CONFIG_EROFS_FS_BACKED_BY_FILE)", err)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := Unmount(dir); err != nil {
+			t.Error(err)
+		}
+	})
+	return dir
+}
+
+// MountEROFSAt is [MountEROFS] without a test: it mounts at dir, and the caller
+// unmounts. Options go to the kernel one by one through fsconfig(2), because
+// those of many devices do not fit the one page of mount(2). The error holds what
+// the kernel said on the mount's log.
+func MountEROFSAt(dir, bootstrap string, devices ...string) (err error) {
+	fail := func(step string, err error) error {
+		return fmt.Errorf("mount erofs %s at %s: %s: %w", bootstrap, dir, step, err)
+	}
+	fs, err := unix.Fsopen("erofs", unix.FSOPEN_CLOEXEC)
+	if err != nil {
+		return fail("fsopen", err)
+	}
+	defer func() { _ = unix.Close(fs) }()
+	set := func(key, value string) error {
+		if err := unix.FsconfigSetString(fs, key, value); err != nil {
+			return fail("set "+key+"="+value, errors.Join(err, kernelLog(fs)))
+		}
+		return nil
+	}
+	if err := set("source", bootstrap); err != nil {
+		return err
+	}
+	for _, d := range devices {
+		if err := set("device", d); err != nil {
+			return err
+		}
+	}
+	if err := unix.FsconfigSetFlag(fs, "ro"); err != nil {
+		return fail("set ro", err)
+	}
+	if err := unix.FsconfigCreate(fs); err != nil {
+		return fail("create", errors.Join(err, kernelLog(fs)))
+	}
+	mnt, err := unix.Fsmount(fs, unix.FSMOUNT_CLOEXEC, unix.MOUNT_ATTR_RDONLY)
+	if err != nil {
+		return fail("fsmount", errors.Join(err, kernelLog(fs)))
+	}
+	defer func() { _ = unix.Close(mnt) }()
+	if err := unix.MoveMount(mnt, "", unix.AT_FDCWD, dir, unix.MOVE_MOUNT_F_EMPTY_PATH); err != nil {
+		return fail("move_mount", err)
+	}
+	return nil
+}
+
+// kernelLog returns what the kernel has to say about a filesystem context, or
+// nil: one message per read, see fs/fsopen.c fscontext_read.
+func kernelLog(fs int) error {
+	var lines []string
+	buf := make([]byte, 4096)
+	for {
+		n, err := unix.Read(fs, buf)
+		if err != nil || n <= 0 {
+			break
+		}
+		lines = append(lines, strings.TrimSpace(string(buf[:n])))
+	}
+	if len(lines) == 0 {
+		return nil
+	}
+	return errors.New("kernel: " + strings.Join(lines, "; "))
+}
+
+// Unmount unmounts dir, waiting a little while it is busy, then detaches it.
+func Unmount(dir string) error {
+	for range 50 {
+		err := unix.Unmount(dir, unix.UMOUNT_NOFOLLOW)
+		if !errors.Is(err, unix.EBUSY) {
+			if err != nil {
+				return &os.PathError{Op: "unmount", Path: dir, Err: err}
+			}
+			return nil
+		}
+		time.Sleep(20 * time.Millisecond)
+	}
+	if err := unix.Unmount(dir, unix.UMOUNT_NOFOLLOW|unix.MNT_DETACH); err != nil {
+		return &os.PathError{Op: "detach", Path: dir, Err: err}
+	}
+	return fmt.Errorf("unmount %s: busy for a second, detached", dir)
+}
