@@ -146,7 +146,8 @@ func TestSnapshotSeesLeaks(t *testing.T) {
 	t.Run("daemon", func(t *testing.T) {
 		// The shell ends; the sleep it leaves is nobody's child.
 		file := filepath.Join(t.TempDir(), "pid")
-		wait := testenv.Start(t, exec.Command("sh", "-c", "setsid sleep 600 >/dev/null 2>&1 & echo $! >"+file))
+		wait := testenv.Start(t, exec.Command("sh", "-c",
+			"setsid sh -c 'echo $$ >"+file+"; exec sleep 600' >/dev/null 2>&1 & until [ -s "+file+" ]; do sleep 0.01; done"))
 		if err := wait(); err != nil {
 			t.Fatal(err)
 		}
@@ -191,9 +192,16 @@ func TestStartEndsTheGroup(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	stat, err := os.ReadFile(filepath.Join("/proc", strings.TrimSpace(string(b)), "stat"))
-	if err == nil && !strings.Contains(string(stat), ") Z ") {
-		t.Errorf("the child outlived its test: %s", stat)
+	deadline := time.Now().Add(10 * time.Second)
+	for {
+		stat, err := os.ReadFile(filepath.Join("/proc", strings.TrimSpace(string(b)), "stat"))
+		if err != nil || strings.Contains(string(stat), ") Z ") {
+			return // killed, and at most not yet waited for by init
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("the child outlived its test: %s", stat)
+		}
+		time.Sleep(time.Millisecond)
 	}
 }
 
