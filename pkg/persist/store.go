@@ -177,6 +177,9 @@ func (s *Store) link(name, other string) error {
 			return nil
 		}
 	}
+	if err := s.makeDirs(path.Dir(other)); err != nil {
+		return err
+	}
 	return atomicfile.Symlink(s.root, tempDir, target, other)
 }
 
