@@ -33,18 +33,18 @@ const installTimeout = 5 * time.Minute
 // memo holds what one test process found out once.
 type memo struct {
 	mu    sync.Mutex
-	tools map[string]toolResult // guarded by mu, as all below
-	built map[string]buildResult
+	tools map[string]result // by name; guarded by mu
+	built map[string]result // by package; guarded by mu
 }
 
-type toolResult struct {
+type result struct {
 	path string
 	err  error
 }
 
 // process is the memory of this test process: a tool that could not be installed
 // once is not tried again by the next test.
-var process = memo{tools: map[string]toolResult{}, built: map[string]buildResult{}}
+var process = memo{tools: map[string]result{}, built: map[string]result{}}
 
 // Tool returns the absolute path of the program called name, as package tools
 // knows it, after it has installed it where it was missing. Packages that take
@@ -113,32 +113,37 @@ func missing(t testing.TB, variable, format string, args ...any) {
 // RepoRoot returns the directory of this module's go.mod.
 func RepoRoot(t testing.TB) string {
 	t.Helper()
-	root, err := repoRoot()
+	root, err := tools.ModuleRoot()
 	if err != nil {
 		t.Fatal(err)
 	}
 	return root
 }
 
-// repoRoot walks up from the working directory: go test sets it to the directory
-// of the package under test.
-func repoRoot() (string, error) {
-	dir, err := os.Getwd()
-	if err != nil {
-		return "", err
+// Binary returns the absolute path of our own command cmd/name, built from the
+// tree under test without cgo, once per test process. A command that does not
+// build fails the test.
+func Binary(t testing.TB, name string) string {
+	t.Helper()
+	return Command(t, "./cmd/"+name)
+}
+
+// Command is [Binary] for a main package anywhere in the module: pkg is its
+// directory from the module's root and begins with ./
+func Command(t testing.TB, pkg string) string {
+	t.Helper()
+	process.mu.Lock()
+	defer process.mu.Unlock()
+	r, ok := process.built[pkg]
+	if !ok {
+		// Not the test's context: the result is for all tests.
+		r.path, r.err = tools.BuildCommand(context.Background(), pkg)
+		process.built[pkg] = r
 	}
-	for ; ; dir = filepath.Dir(dir) {
-		_, err := os.Stat(filepath.Join(dir, "go.mod"))
-		if err == nil {
-			return dir, nil
-		}
-		if !errors.Is(err, os.ErrNotExist) {
-			return "", err
-		}
-		if dir == filepath.Dir(dir) {
-			return "", errors.New("no go.mod above the working directory")
-		}
+	if r.err != nil {
+		t.Fatal(r.err)
 	}
+	return r.path
 }
 
 // Fixtures returns the directory of the shared fixtures, which lie beside the

@@ -1,4 +1,4 @@
-package testenv
+package tools
 
 import (
 	"context"
@@ -10,44 +10,21 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"testing"
 	"time"
 )
 
 // binaryAge is how long a built command is kept for other test processes.
 const binaryAge = 6 * time.Hour
 
-type buildResult struct {
-	path string
-	err  error
-}
-
-// Binary returns the absolute path of our own command cmd/name, built from the
-// tree under test without cgo. It is built once per test process; the file is
-// kept by content outside the tree, so that packages tested at once do not
-// replace it under one another. A command that does not build fails the test.
-func Binary(t testing.TB, name string) string {
-	t.Helper()
-	process.mu.Lock()
-	defer process.mu.Unlock()
-	r, ok := process.built[name]
-	if !ok {
-		r.path, r.err = BuildCommand(t.Context(), "./cmd/"+name)
-		process.built[name] = r
-	}
-	if r.err != nil {
-		t.Fatal(r.err)
-	}
-	return r.path
-}
-
-// BuildCommand builds the main package pkg, an import path or a directory that
-// begins with ./ relative to the repository's root, and returns the path of the
-// program, whose file name is the last element of pkg. It is static: no cgo.
+// BuildCommand builds the main package pkg of this module, a directory that
+// begins with ./ and is relative to the module's root, and returns the path of
+// the program, whose file name is the last element of pkg. It is static: no cgo.
+// The file is kept by content outside the tree, in the user's cache, so that
+// processes that build at once do not replace it under one another.
 func BuildCommand(ctx context.Context, pkg string) (string, error) {
-	root, err := repoRoot()
+	root, err := ModuleRoot()
 	if err != nil {
-		return "", err
+		return "", fmt.Errorf("build %s: %w", pkg, err)
 	}
 	cache, err := os.UserCacheDir()
 	if err != nil {
@@ -119,6 +96,27 @@ func removeOld(store string) {
 	for _, e := range entries {
 		if fi, err := e.Info(); err == nil && time.Since(fi.ModTime()) > binaryAge {
 			_ = os.RemoveAll(filepath.Join(store, e.Name()))
+		}
+	}
+}
+
+// ModuleRoot returns the directory of the go.mod at or above the working
+// directory: go test runs a package's tests in the package's directory.
+func ModuleRoot() (string, error) {
+	dir, err := os.Getwd()
+	if err != nil {
+		return "", err
+	}
+	for ; ; dir = filepath.Dir(dir) {
+		_, err := os.Stat(filepath.Join(dir, "go.mod"))
+		if err == nil {
+			return dir, nil
+		}
+		if !errors.Is(err, os.ErrNotExist) {
+			return "", err
+		}
+		if dir == filepath.Dir(dir) {
+			return "", errors.New("no go.mod at or above the working directory")
 		}
 	}
 }
