@@ -1,0 +1,182 @@
+package e2e_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	containerd "github.com/containerd/containerd/v2/client"
+	"github.com/containerd/containerd/v2/core/mount"
+	"github.com/containerd/containerd/v2/pkg/namespaces"
+	"github.com/opencontainers/image-spec/identity"
+	"golang.org/x/sys/unix"
+
+	"github.com/headstart-oci/headstart/internal/testenv"
+	"github.com/headstart-oci/headstart/internal/workload"
+	"github.com/headstart-oci/headstart/pkg/persist"
+	"github.com/headstart-oci/headstart/pkg/trace"
+)
+
+const (
+	snapshotter  = "overlayfs"
+	criNamespace = "k8s.io"
+)
+
+// rootMounts prepares the image's root in containerd's snapshotter and returns its
+// mounts: a writable one over the image's layers, or a view of them.
+func rootMounts(t *testing.T, client *containerd.Client, img *workload.Image, writable bool) []mount.Mount {
+	t.Helper()
+	ctx := namespaces.WithNamespace(t.Context(), criNamespace)
+	parent := identity.ChainID(img.Config.RootFS.DiffIDs).String()
+	key := fmt.Sprintf("%s-%t-%s", strings.ReplaceAll(t.Name(), "/", "-"), writable, filepath.Base(t.TempDir()))
+	service := client.SnapshotService(snapshotter)
+	prepare := service.View
+	if writable {
+		prepare = service.Prepare
+	}
+	mounts, err := prepare(ctx, key, parent)
+	must(t, err)
+	t.Cleanup(func() {
+		if err := service.Remove(context.WithoutCancel(ctx), key); err != nil {
+			t.Error(err)
+		}
+	})
+	return mounts
+}
+
+// mergedRoot mounts the container's merged root read-only for the rest of the test.
+func mergedRoot(t *testing.T, client *containerd.Client, img *workload.Image) string {
+	t.Helper()
+	mounts := rootMounts(t, client, img, false)
+	dir := t.TempDir()
+	must(t, mount.All(mounts, dir))
+	t.Cleanup(func() {
+		if err := testenv.Unmount(dir); err != nil {
+			t.Error(err)
+		}
+	})
+	return dir
+}
+
+// straceRun runs the command in a root like the container's, with strace, and returns
+// which files of the image it touched and how.
+func straceRun(t *testing.T, client *containerd.Client, img *workload.Image, argv []string) touched {
+	t.Helper()
+	strace := testenv.Tool(t, "strace")
+	mounts := rootMounts(t, client, img, true)
+	pristine := mergedRoot(t, client, img)
+	root, log := t.TempDir(), filepath.Join(t.TempDir(), "strace")
+	var got touched
+	testenv.MountNamespace(t, func() error {
+		if err := mount.All(mounts, root); err != nil {
+			return fmt.Errorf("mount root: %w", err)
+		}
+		if err := systemMounts(root); err != nil {
+			return err
+		}
+		args := []string{"-f", "-y", "-s", "0", "-e", straceCalls, "-e", "signal=none", "-o", log, "env", "-i"}
+		args = append(args, img.Config.Config.Env...)
+		args = append(args, "/usr/sbin/chroot", root)
+		cmd := exec.CommandContext(t.Context(), strace, append(args, argv...)...)
+		if out, err := cmd.CombinedOutput(); err != nil {
+			return fmt.Errorf("strace %v: %w\n%s", argv, err, out)
+		}
+		f, err := os.Open(log)
+		if err != nil {
+			return err
+		}
+		got, err = straceLog(f, root)
+		return errors.Join(err, f.Close())
+	})
+	for path := range got {
+		info, err := os.Lstat(filepath.Join(pristine, path))
+		if err != nil || !info.Mode().IsRegular() || shadowed(path) {
+			delete(got, path)
+		}
+	}
+	return got
+}
+
+// systemMounts gives root what every container has.
+func systemMounts(root string) error {
+	for _, m := range []struct{ fstype, dir, data string }{
+		{"proc", "proc", ""}, {"tmpfs", "dev", "mode=755"}, {"sysfs", "sys", ""},
+	} {
+		dir := filepath.Join(root, m.dir)
+		if err := os.MkdirAll(dir, 0o755); err != nil {
+			return err
+		}
+		if err := unix.Mount(m.fstype, dir, m.fstype, unix.MS_NOSUID|unix.MS_NOEXEC, m.data); err != nil {
+			return fmt.Errorf("mount %s: %w", m.fstype, err)
+		}
+	}
+	for name, minor := range map[string]uint32{"null": 3, "zero": 5, "full": 7, "random": 8, "urandom": 9} {
+		if err := unix.Mknod(filepath.Join(root, "dev", name), unix.S_IFCHR|0o666, int(unix.Mkdev(1, minor))); err != nil {
+			return err
+		}
+	}
+	for name, target := range map[string]string{"fd": "/proc/self/fd", "stdin": "/proc/self/fd/0", "stdout": "/proc/self/fd/1", "stderr": "/proc/self/fd/2"} {
+		if err := os.Symlink(target, filepath.Join(root, "dev", name)); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// shadowed reports whether the runtime mounts something else over the path.
+func shadowed(path string) bool {
+	for _, dir := range []string{"/proc/", "/dev/", "/sys/"} {
+		if strings.HasPrefix(path, dir) {
+			return true
+		}
+	}
+	return slices.Contains([]string{"/etc/hosts", "/etc/hostname", "/etc/resolv.conf"}, path)
+}
+
+// compareWithStrace holds the list to account: every file that strace saw opened is
+// there, none that was not, and what was read says so.
+func compareWithStrace(t *testing.T, list *persist.List, want touched) {
+	t.Helper()
+	got := touched{}
+	for i, a := range list.Accesses {
+		if _, twice := got[a.Path]; twice {
+			t.Errorf("%s is listed twice", a.Path)
+		}
+		if i > 0 && a.Elapsed < list.Accesses[i-1].Elapsed {
+			t.Errorf("%s at %v stands after %s at %v", a.Path, a.Elapsed, list.Accesses[i-1].Path, list.Accesses[i-1].Elapsed)
+		}
+		got[a.Path] = a.How
+	}
+	var faults []string
+	for path, how := range want {
+		g, ok := got[path]
+		switch {
+		case !ok:
+			faults = append(faults, "missing: "+path)
+		case how&trace.Read != 0 && g&trace.Read == 0:
+			faults = append(faults, "was read and does not say so: "+path)
+		case how&trace.Read == 0 && g&trace.Read != 0:
+			faults = append(faults, "says it was read and was not: "+path)
+		case how&trace.Executed != g&trace.Executed:
+			faults = append(faults, fmt.Sprintf("executed: got %v, strace %v: %s", g&trace.Executed != 0, how&trace.Executed != 0, path))
+		}
+	}
+	for path := range got {
+		if _, ok := want[path]; !ok {
+			faults = append(faults, "too many: "+path)
+		}
+	}
+	slices.Sort(faults)
+	if len(faults) > 0 {
+		t.Errorf("list of %d files, strace %d, %d differences:\n%s", len(got), len(want), len(faults),
+			strings.Join(faults[:min(len(faults), differencesShown)], "\n"))
+		return
+	}
+	t.Logf("list and strace agree on %d files", len(got))
+}
