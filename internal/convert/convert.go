@@ -1,0 +1,288 @@
+// Package convert joins a source, an access list, the builder and a target: it turns one
+// container image into one Nydus image and publishes it.
+//
+// The order is what makes it fail closed. The image is built into temporary files and
+// verified there by the builder; its documents are checked against each other once more;
+// then the blobs are pushed, then the config, and the manifest last, under the target's
+// name. An error or a cancelled context at any point leaves no temporary file and a target
+// whose name points at what it pointed at before.
+//
+//	sum, err := convert.Run(ctx, convert.Options{
+//		Source: "docker.io/library/nginx:latest", Target: "oci:out:optimized",
+//		List: list, Build: builder.DefaultOptions(),
+//	})
+package convert
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/headstart-oci/headstart/internal/nydusimage"
+	"github.com/headstart-oci/headstart/pkg/builder"
+	"github.com/headstart-oci/headstart/pkg/persist"
+	"github.com/headstart-oci/headstart/pkg/remote"
+)
+
+// ErrUnsupported is returned for a source that is no container image of plain layers: one
+// that is a Nydus image already.
+var ErrUnsupported = errors.New("unsupported source")
+
+// Options says what to convert, how and where to.
+type Options struct {
+	// Source and Target are references as [remote.Parse] reads them. They must not name the
+	// same thing.
+	Source, Target string
+	// Platform is "os/arch[/variant]"; empty: this machine's.
+	Platform string
+	// List is the access list that the prefetch blob is made from; nil: none.
+	List *persist.List
+	// Build says how the image is built; its List and Progress are set by Run.
+	Build builder.Options
+	// SourceRemote and TargetRemote configure how source and target are reached.
+	SourceRemote, TargetRemote remote.Options
+	// Progress, when set, is told how far the conversion is, from one goroutine at a time. It
+	// must return quickly.
+	Progress func(Event)
+}
+
+// Event is one report of progress.
+type Event struct {
+	// Task is what is being done: "layer 2/3", "prefetch blob", "push sha256:0123456789ab".
+	Task string
+	// Done and Total are bytes; Total is 0 where it is not known.
+	Done, Total int64
+	// Finished is true in a task's last event.
+	Finished bool
+}
+
+// Summary tells what a conversion made.
+type Summary struct {
+	Source         string        // canonical source reference
+	SourceDigest   digest.Digest // of the source's manifest
+	Platform       string
+	Target         string // canonical target reference
+	TargetDigest   digest.Digest
+	SourceBytes    int64 // compressed layers read
+	TargetBytes    int64 // layers of the result: blobs, prefetch blob, bootstrap layer
+	BootstrapBytes int64 // the bare bootstrap
+	Prefetch       Prefetch
+	Uploaded       int   // blobs that were written to the target
+	UploadedBytes  int64 // their bytes
+	Existed        int   // blobs that the target had
+	Files          int   // regular files of the image
+	VerifiedChunks int   // chunks of the result that were read back before it was published
+	Elapsed        time.Duration
+	// Warnings are for a person: a list with loss, a list of another image.
+	Warnings []string
+}
+
+// Prefetch describes the prefetch blob of a conversion; its zero value: there is none.
+type Prefetch struct {
+	Blob     string // its id, 64 hex digits
+	Bytes    int64  // size of the blob
+	RawBytes int64  // uncompressed bytes in it
+	Chunks   int
+	Listed   int // accesses in the list
+	Files    int // files of the image that they name
+	Missing  int // accesses whose path is not in the image
+}
+
+// Run converts o.Source into o.Target. The error names the step that failed and wraps the
+// errors of [remote], [builder] and the system; ErrUnsupported is its own.
+func Run(ctx context.Context, o Options) (Summary, error) {
+	start := time.Now()
+	source, target, err := parse(o)
+	if err != nil {
+		return Summary{}, err
+	}
+	src, err := remote.OpenSource(ctx, source, o.SourceRemote)
+	if err != nil {
+		return Summary{}, fmt.Errorf("open source %s: %w", source, err)
+	}
+	sum, err := convert(ctx, o, source, target, src)
+	if cerr := src.Close(); err == nil && cerr != nil {
+		err = fmt.Errorf("close source %s: %w", source, cerr)
+	}
+	if err != nil {
+		return Summary{}, err
+	}
+	sum.Elapsed = time.Since(start)
+	return sum, nil
+}
+
+func parse(o Options) (source, target remote.Reference, err error) {
+	if source, err = remote.Parse(o.Source); err != nil {
+		return source, target, fmt.Errorf("source: %w", err)
+	}
+	if target, err = remote.Parse(o.Target); err != nil {
+		return source, target, fmt.Errorf("target: %w", err)
+	}
+	if source == target {
+		return source, target, fmt.Errorf("target %s: it is the source, and would replace it", target)
+	}
+	return source, target, nil
+}
+
+func convert(ctx context.Context, o Options, source, target remote.Reference, src remote.Source) (Summary, error) {
+	img, err := remote.Select(ctx, src, o.Platform)
+	if err != nil {
+		return Summary{}, fmt.Errorf("source %s: %w", source, err)
+	}
+	if nydusimage.Is(img.Manifest) {
+		return Summary{}, fmt.Errorf("source %s: %w: it is a Nydus image already", source, ErrUnsupported)
+	}
+	report := &reporter{to: o.Progress, layers: len(img.Layers)}
+	o.Build.List, o.Build.Progress = o.List, report.build
+	res, err := builder.Convert(ctx, builderSource(src, img), o.Build)
+	report.finish()
+	if err != nil {
+		return Summary{}, fmt.Errorf("build %s: %w", source, err)
+	}
+	sum, err := publish(ctx, o, target, img, res, report)
+	if cerr := res.Close(); err == nil && cerr != nil {
+		err = fmt.Errorf("remove temporary files: %w", cerr)
+	}
+	if err != nil {
+		return Summary{}, err
+	}
+	sum.Source, sum.Target = source.String(), target.String()
+	sum.Warnings = warnings(o.List, img)
+	return sum, nil
+}
+
+func builderSource(src remote.Source, img remote.Image) builder.Source {
+	out := builder.Source{
+		Manifest:    img.Descriptor,
+		Config:      img.ConfigBytes,
+		Annotations: img.Manifest.Annotations,
+	}
+	for _, l := range img.Layers {
+		out.Layers = append(out.Layers, builder.Layer{
+			Descriptor: l.Descriptor,
+			DiffID:     l.DiffID,
+			Open:       func(ctx context.Context) (io.ReadCloser, error) { return src.Fetch(ctx, l.Descriptor) },
+		})
+	}
+	return out
+}
+
+// publish checks the documents of res and pushes everything, the manifest last.
+func publish(ctx context.Context, o Options, ref remote.Reference, img remote.Image, res *builder.Result, report *reporter) (Summary, error) {
+	if err := checkResult(res); err != nil {
+		return Summary{}, fmt.Errorf("the built image contradicts itself and is not published: %w", err)
+	}
+	target, err := remote.OpenTarget(ctx, ref, o.TargetRemote)
+	if err != nil {
+		return Summary{}, fmt.Errorf("open target %s: %w", ref, err)
+	}
+	files := append(append([]builder.File(nil), res.Blobs...), res.Bootstrap)
+	blobs := make([]remote.Blob, 0, len(files))
+	for _, f := range files {
+		blobs = append(blobs, remote.Blob{
+			Descriptor: f.Descriptor,
+			Open:       func(context.Context) (io.ReadCloser, error) { return os.Open(f.Path) },
+		})
+	}
+	published, err := remote.Publish(ctx, target, blobs,
+		remote.Document{Descriptor: res.ConfigDescriptor, Data: res.Config},
+		remote.Document{Descriptor: res.ManifestDescriptor, Data: res.Manifest},
+		remote.PublishOptions{Progress: report.push})
+	if cerr := target.Close(); err == nil && cerr != nil {
+		err = cerr
+	}
+	if err != nil {
+		return Summary{}, fmt.Errorf("publish %s: %w", ref, err)
+	}
+	return summarize(img, res, files, published), nil
+}
+
+// checkResult is the last look before the result gets a name: what a client will see of
+// the manifest and config must fit together, and the files must be as long as announced.
+func checkResult(res *builder.Result) error {
+	var ids []string
+	for _, f := range res.Blobs {
+		ids = append(ids, f.Descriptor.Digest.Encoded())
+	}
+	doc, err := nydusimage.Parse(res.Manifest, res.Config)
+	if err != nil {
+		return err
+	}
+	if err := doc.Check(ids); err != nil {
+		return err
+	}
+	for what, pair := range map[string]struct {
+		desc ocispec.Descriptor
+		data []byte
+	}{"manifest": {res.ManifestDescriptor, res.Manifest}, "config": {res.ConfigDescriptor, res.Config}} {
+		if got := digest.FromBytes(pair.data); got != pair.desc.Digest || int64(len(pair.data)) != pair.desc.Size {
+			return fmt.Errorf("%s: got %s of %d bytes, want %s of %d", what, got, len(pair.data), pair.desc.Digest, pair.desc.Size)
+		}
+	}
+	for _, f := range append(append([]builder.File(nil), res.Blobs...), res.Bootstrap) {
+		info, err := os.Stat(f.Path)
+		if err != nil {
+			return err
+		}
+		if info.Size() != f.Descriptor.Size {
+			return fmt.Errorf("file of %s: got %d bytes, want %d", f.Descriptor.Digest, info.Size(), f.Descriptor.Size)
+		}
+	}
+	return nil
+}
+
+func summarize(img remote.Image, res *builder.Result, files []builder.File, p remote.Published) Summary {
+	s := Summary{
+		SourceDigest:   img.Descriptor.Digest,
+		TargetDigest:   p.Descriptor.Digest,
+		Platform:       PlatformOf(img),
+		SourceBytes:    res.Stats.SourceBytes,
+		BootstrapBytes: res.Stats.BootstrapBytes,
+		Uploaded:       p.Uploaded,
+		UploadedBytes:  p.UploadedBytes,
+		Existed:        p.Existed + p.Mounted,
+		Files:          res.Stats.Files,
+		VerifiedChunks: res.Stats.VerifiedChunks,
+	}
+	for _, f := range files {
+		s.TargetBytes += f.Descriptor.Size
+	}
+	pre := res.Stats.Prefetch
+	s.Prefetch = Prefetch{
+		Bytes: pre.BlobBytes, RawBytes: pre.RawBytes, Chunks: pre.Chunks,
+		Listed: pre.Listed, Files: pre.Files, Missing: pre.Missing,
+	}
+	if last := len(res.Blobs) - 1; pre.Chunks > 0 && last >= 0 {
+		s.Prefetch.Blob = res.Blobs[last].Descriptor.Digest.Encoded()
+	}
+	return s
+}
+
+// PlatformOf returns the "os/arch[/variant]" of an image.
+func PlatformOf(img remote.Image) string {
+	s := img.Config.OS + "/" + img.Config.Architecture
+	if img.Config.Variant != "" {
+		s += "/" + img.Config.Variant
+	}
+	return s
+}
+
+func warnings(l *persist.List, img remote.Image) []string {
+	if l == nil {
+		return nil
+	}
+	var out []string
+	for _, x := range l.Losses {
+		out = append(out, fmt.Sprintf("the list is incomplete: %s (%d): %s", x.Reason, x.Count, x.Detail))
+	}
+	if l.Digest != "" && l.Digest != img.Descriptor.Digest.String() && l.Digest != img.Root.Digest.String() {
+		out = append(out, fmt.Sprintf("the list was recorded of image %s, the source is %s", l.Digest, img.Descriptor.Digest))
+	}
+	return out
+}

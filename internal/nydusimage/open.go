@@ -1,0 +1,263 @@
+package nydusimage
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"regexp"
+
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/headstart-oci/headstart/pkg/rafs"
+	"github.com/headstart-oci/headstart/pkg/remote"
+)
+
+// Options says how [Open] reaches an image.
+type Options struct {
+	Platform string // "os/arch[/variant]"; empty: this machine's
+	Remote   remote.Options
+	// TempDir is where the bootstrap, and blobs of images that are no layout, are put while
+	// the Image is open; empty: os.TempDir. The files have no name: nothing stays behind.
+	TempDir string
+}
+
+// Image is an open Nydus image. Its methods are safe for concurrent use, except for Close.
+type Image struct {
+	// Reference is the image's canonical reference, or the bootstrap's file name.
+	Reference string
+	// Source is what the registry, layout, archive or containerd holds; nil for loose files.
+	Source *remote.Image
+	// Document is the manifest and config; nil for loose files.
+	Document *Document
+	// RAFS is the bootstrap's content.
+	RAFS *rafs.Image
+
+	bootstrap *os.File
+	size      int64
+	blobFile  func(ctx context.Context, id string) (*os.File, error)
+	src       remote.Source
+}
+
+// Open opens the Nydus image that ref names. Its documents must agree with each other and
+// with the bootstrap ([Document.Check]). It returns [ErrInvalid] for one that does not or
+// is no Nydus image, and the errors of [remote] and [rafs]. The caller closes the Image.
+func Open(ctx context.Context, ref string, o Options) (*Image, error) {
+	r, err := remote.Parse(ref)
+	if err != nil {
+		return nil, err
+	}
+	src, err := remote.OpenSource(ctx, r, o.Remote)
+	if err != nil {
+		return nil, fmt.Errorf("open %s: %w", r, err)
+	}
+	img, err := open(ctx, r, src, o)
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("open %s: %w", r, err), src.Close())
+	}
+	return img, nil
+}
+
+func open(ctx context.Context, ref remote.Reference, src remote.Source, o Options) (*Image, error) {
+	sel, err := remote.Select(ctx, src, o.Platform)
+	if err != nil {
+		return nil, err
+	}
+	if !Is(sel.Manifest) {
+		return nil, fmt.Errorf("%w: no layer says that it is a bootstrap or a blob: this is a plain container image", ErrInvalid)
+	}
+	doc := &Document{Manifest: sel.Manifest, Config: sel.Config}
+	last, err := doc.Bootstrap()
+	if err != nil {
+		return nil, err
+	}
+	file, size, diffID, err := fetchBootstrap(ctx, src, last, o.TempDir)
+	if err != nil {
+		return nil, fmt.Errorf("bootstrap layer %s: %w", last.Digest, err)
+	}
+	img := &Image{Reference: ref.String(), Source: &sel, Document: doc, bootstrap: file, size: size, src: src}
+	img.blobFile = func(ctx context.Context, id string) (*os.File, error) {
+		return fetchBlob(ctx, ref, src, doc, id, o.TempDir)
+	}
+	img.RAFS, err = rafs.Open(file, size)
+	if err == nil {
+		err = errors.Join(doc.Check(img.blobIDs()), doc.checkDiffID(diffID))
+	}
+	if err != nil {
+		return nil, errors.Join(err, file.Close())
+	}
+	return img, nil
+}
+
+// OpenFiles opens loose files: a bare bootstrap and a directory with one file per blob,
+// named by its id. blobDir may be empty when no blob is going to be read.
+func OpenFiles(bootstrap, blobDir string) (*Image, error) {
+	f, err := os.Open(bootstrap)
+	if err != nil {
+		return nil, err
+	}
+	info, err := f.Stat()
+	if err == nil && !info.Mode().IsRegular() {
+		err = fmt.Errorf("%s is no regular file", bootstrap)
+	}
+	if err != nil {
+		return nil, errors.Join(err, f.Close())
+	}
+	img := &Image{Reference: bootstrap, bootstrap: f, size: info.Size()}
+	img.blobFile = func(_ context.Context, id string) (*os.File, error) {
+		if blobDir == "" {
+			return nil, fmt.Errorf("blob %s: no --blob-dir was given", id)
+		}
+		return os.Open(filepath.Join(blobDir, id))
+	}
+	if img.RAFS, err = rafs.Open(f, img.size); err != nil {
+		return nil, errors.Join(fmt.Errorf("bootstrap %s: %w", bootstrap, err), f.Close())
+	}
+	return img, nil
+}
+
+// Close releases everything.
+func (i *Image) Close() error {
+	err := i.bootstrap.Close()
+	if i.src != nil {
+		err = errors.Join(err, i.src.Close())
+	}
+	return err
+}
+
+// Bootstrap returns the bare bootstrap and its size in bytes, valid until Close.
+func (i *Image) Bootstrap() (io.ReaderAt, int64) { return i.bootstrap, i.size }
+
+func (i *Image) blobIDs() []string {
+	var ids []string
+	for _, b := range i.RAFS.Blobs {
+		ids = append(ids, b.ID)
+	}
+	return ids
+}
+
+// plainID matches what a blob id may be to be a file name.
+var plainID = regexp.MustCompile(`^[0-9A-Za-z]{1,64}$`)
+
+// OpenBlob opens the file of a blob. The caller closes it.
+func (i *Image) OpenBlob(ctx context.Context, b rafs.Blob) (*os.File, error) {
+	if !plainID.MatchString(b.ID) {
+		return nil, fmt.Errorf("%w: blob id %q, want at most 64 letters and digits", ErrInvalid, b.ID)
+	}
+	f, err := i.blobFile(ctx, b.ID)
+	if err != nil {
+		return nil, fmt.Errorf("blob %s: %w", b.ID, err)
+	}
+	return f, nil
+}
+
+// fetchBlob opens the layer whose digest is the blob's id. A layout has it as a file;
+// from elsewhere it is copied, verified on the way, into a file without a name.
+func fetchBlob(ctx context.Context, ref remote.Reference, src remote.Source, doc *Document, id, tempDir string) (*os.File, error) {
+	for _, l := range doc.Blobs() {
+		if l.Digest.Encoded() != id {
+			continue
+		}
+		if ref.Kind == remote.KindLayout {
+			return os.Open(filepath.Join(ref.Path, ocispec.ImageBlobsDir, string(l.Digest.Algorithm()), id))
+		}
+		rc, err := src.Fetch(ctx, l)
+		if err != nil {
+			return nil, err
+		}
+		f, err := spool(tempDir, rc)
+		return f, closeBoth(f, err, rc)
+	}
+	return nil, fmt.Errorf("%w: no layer has this digest", ErrInvalid)
+}
+
+// spool copies r into a temporary file that has no name any more when spool returns.
+func spool(dir string, r io.Reader) (*os.File, error) {
+	f, err := os.CreateTemp(dir, "headstart-*")
+	if err != nil {
+		return nil, err
+	}
+	err = os.Remove(f.Name())
+	if err == nil {
+		_, err = io.Copy(f, r)
+	}
+	if err != nil {
+		return nil, errors.Join(err, f.Close())
+	}
+	return f, nil
+}
+
+// closeBoth closes rc and, when that or what came before failed, f.
+func closeBoth(f *os.File, err error, rc io.Closer) error {
+	err = errors.Join(err, rc.Close())
+	if err != nil && f != nil {
+		err = errors.Join(err, f.Close())
+	}
+	return err
+}
+
+// CheckLayers reads what the layers hold that no blob of the bootstrap is: with data every
+// byte of it, verified by its digest, else the first byte, to see that it is there.
+func (i *Image) CheckLayers(ctx context.Context, data bool) error {
+	if i.Document == nil {
+		return nil
+	}
+	used := map[string]bool{}
+	for _, id := range i.blobIDs() {
+		used[id] = data
+	}
+	var errs []error
+	for _, l := range i.Document.Blobs() {
+		if used[l.Digest.Encoded()] {
+			continue // its chunks are checked one by one
+		}
+		if err := i.touch(ctx, l, data); err != nil {
+			errs = append(errs, fmt.Errorf("layer %s: %w", l.Digest, err))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+func (i *Image) touch(ctx context.Context, l ocispec.Descriptor, data bool) error {
+	var rc io.ReadCloser
+	var err error
+	if data {
+		rc, err = i.src.Fetch(ctx, l)
+	} else {
+		rc, err = i.src.FetchRange(ctx, l, 0, min(1, l.Size))
+	}
+	if err != nil {
+		return err
+	}
+	_, err = io.Copy(io.Discard, rc)
+	return errors.Join(err, rc.Close())
+}
+
+// PrefetchBlob returns the index of the blob that the image's annotation names as the
+// prefetch blob, else of the one that carries the feature flag, and whether there is one.
+func (i *Image) PrefetchBlob() (int, bool) {
+	const flag = 0x400 // IS_SEPARATED_WITH_PREFETCH_FILES, rafs-format.md 0.3
+	named := ""
+	if i.Document != nil {
+		if last, err := i.Document.Bootstrap(); err == nil {
+			named = last.Annotations[AnnotationPrefetch]
+		}
+	}
+	for n, b := range i.RAFS.Blobs {
+		if b.ID == named || b.Features&flag != 0 {
+			return n, true
+		}
+	}
+	return 0, false
+}
+
+// Digest returns the manifest's digest, empty for loose files.
+func (i *Image) Digest() digest.Digest {
+	if i.Source == nil {
+		return ""
+	}
+	return i.Source.Descriptor.Digest
+}
