@@ -1,20 +1,18 @@
 package testenv
 
 import (
-	"bufio"
-	"bytes"
 	"crypto/rand"
 	"errors"
 	"fmt"
-	"io"
 	"os"
 	"path/filepath"
 	"runtime"
 	"slices"
-	"strconv"
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/headstart-oci/headstart/internal/testenv/procfs"
 )
 
 // marker is the environment variable that names the test process in everything
@@ -83,7 +81,7 @@ func run(m *testing.M) (code int, err error) {
 	err = before.Wait(settle)
 	if code == 0 && err == nil {
 		err = os.RemoveAll(tmp)
-	} else if mounts, mountErr := mountsBelow(tmp); mountErr == nil && len(mounts) == 0 {
+	} else if mounts, mountErr := procfs.MountsBelow(tmp); mountErr == nil && len(mounts) == 0 {
 		err = errors.Join(err, os.RemoveAll(tmp)) // never through a mount that is left
 	}
 	return code, err
@@ -92,7 +90,7 @@ func run(m *testing.M) (code int, err error) {
 // Snapshot is what a process holds at one moment.
 type Snapshot struct {
 	files      map[string]int // what descriptors refer to, and how many do
-	processes  []int
+	processes  map[int]procfs.Process
 	mounts     []string
 	goroutines map[string]int // by the function that started them
 }
@@ -109,7 +107,7 @@ func TakeSnapshot() (*Snapshot, error) {
 	if err != nil {
 		return nil, err
 	}
-	mounts, err := mountsBelow(os.TempDir())
+	mounts, err := procfs.MountsBelow(os.TempDir())
 	if err != nil {
 		return nil, err
 	}
@@ -140,9 +138,9 @@ func (s *Snapshot) diff(now *Snapshot) error {
 			errs = append(errs, fmt.Errorf("leaked mount: %s", m))
 		}
 	}
-	for _, pid := range now.processes {
-		if !slices.Contains(s.processes, pid) {
-			errs = append(errs, fmt.Errorf("leaked process %d: %s", pid, commandLine(pid)))
+	for pid, p := range now.processes {
+		if _, ok := s.processes[pid]; !ok {
+			errs = append(errs, fmt.Errorf("leaked process %d: %s", pid, p.CommandLine()))
 		}
 	}
 	for name, n := range now.files {
@@ -187,77 +185,21 @@ func openFiles() (map[string]int, error) {
 	return files, nil
 }
 
-// ourProcesses returns the live processes that this one started: its children,
-// and whatever carries its mark.
-func ourProcesses() ([]int, error) {
-	entries, err := os.ReadDir("/proc")
+// ourProcesses returns the processes that this one started, by their number: its
+// children, dead ones too, and whatever carries its mark and lives.
+func ourProcesses() (map[int]procfs.Process, error) {
+	all, err := procfs.Processes()
 	if err != nil {
 		return nil, err
 	}
-	self := os.Getpid()
-	mark := []byte(marker + "=" + os.Getenv(marker))
-	if os.Getenv(marker) == "" {
-		mark = nil
-	}
-	var pids []int
-	for _, e := range entries {
-		pid, err := strconv.Atoi(e.Name())
-		if err != nil || pid == self {
-			continue
-		}
-		stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
-		if err != nil {
-			continue
-		}
-		// proc(5): after the name in parentheses come the state and the parent.
-		fields := bytes.Fields(stat[bytes.LastIndexByte(stat, ')')+1:])
-		if len(fields) < 2 || string(fields[0]) == "Z" && string(fields[1]) != strconv.Itoa(self) {
-			continue
-		}
-		if string(fields[1]) == strconv.Itoa(self) || hasMark(pid, mark) {
-			pids = append(pids, pid)
+	id := os.Getenv(marker)
+	ours := map[int]procfs.Process{}
+	for _, p := range all {
+		if p.Parent == os.Getpid() || !p.Zombie && id != "" && p.HasEnv(marker+"="+id) {
+			ours[p.PID] = p
 		}
 	}
-	return pids, nil
-}
-
-func hasMark(pid int, mark []byte) bool {
-	if mark == nil {
-		return false
-	}
-	env, err := os.ReadFile(fmt.Sprintf("/proc/%d/environ", pid))
-	return err == nil && slices.ContainsFunc(bytes.Split(env, []byte{0}), func(v []byte) bool { return bytes.Equal(v, mark) })
-}
-
-func commandLine(pid int) string {
-	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
-	if err != nil || len(text) == 0 {
-		return "(ended, not waited for)"
-	}
-	return string(bytes.TrimSpace(bytes.ReplaceAll(text, []byte{0}, []byte{' '})))
-}
-
-// mountsBelow returns the mount points of this thread's mount namespace that lie
-// below dir.
-func mountsBelow(dir string) (mounts []string, err error) {
-	f, err := os.Open("/proc/thread-self/mountinfo")
-	if err != nil {
-		return nil, err
-	}
-	defer func() { err = errors.Join(err, f.Close()) }()
-	r := bufio.NewReader(f)
-	for {
-		line, err := r.ReadString('\n')
-		if errors.Is(err, io.EOF) {
-			return mounts, nil
-		}
-		if err != nil {
-			return nil, err
-		}
-		if fields := strings.Fields(line); len(fields) > 4 && strings.HasPrefix(fields[4], dir+"/") {
-			mounts = append(mounts, fields[4])
-		}
-	}
+	return ours, nil
 }
 
 // goroutines counts the goroutines that are not the runtime's or package
