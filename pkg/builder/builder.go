@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"io"
+	"os"
 
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -156,13 +157,8 @@ var (
 	ErrDigest = errors.New("digest mismatch")
 )
 
-// Convert reads the layers of src, merges them, and writes the RAFS v6 image that o asks
-// for. The image has been read back and verified when Convert returns; the caller closes
-// the Result. On error nothing is left on disk. It returns ErrInvalid, ErrUnsupported or
-// ErrDigest for what is wrong with src, and the context's error soon after it ended.
-func Convert(ctx context.Context, src Source, o Options) (*Result, error) {
-	return nil, errors.New("not yet")
-}
-
 // Close removes the files of r. It may be called more than once.
-func (r *Result) Close() error { return nil }
+func (r *Result) Close() error { return os.RemoveAll(r.dir) }
+
+// Open opens the file for reading; the caller closes it.
+func (f File) Open() (io.ReadCloser, error) { return os.Open(f.Path) }

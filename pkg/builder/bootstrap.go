@@ -1,0 +1,214 @@
+package builder
+
+import (
+	"archive/tar"
+	"bufio"
+	"bytes"
+	"context"
+	"encoding/binary"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"hash"
+	"io"
+	"os"
+	"time"
+
+	"crypto/sha256"
+
+	"github.com/klauspost/compress/gzip"
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/headstart-oci/headstart/pkg/rafs"
+)
+
+// The names inside a bootstrap layer. Source: nydus-snapshotter pkg/converter/constant.go.
+const (
+	bootstrapDir   = "image"
+	bootstrapEntry = "image/image.boot"
+	prefetchEntry  = "image/prefetch.files"
+)
+
+// writeBootstrap writes the bare bootstrap file.
+func (c *conversion) writeBootstrap(img *rafs.Image) error {
+	c.res.BootstrapPath = c.path("image.boot")
+	f, err := os.OpenFile(c.res.BootstrapPath, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
+	if err != nil {
+		return err
+	}
+	w := bufio.NewWriterSize(f, blobBuffer)
+	info, err := rafs.WriteBootstrap(w, img)
+	if err := errors.Join(err, w.Flush(), f.Close()); err != nil {
+		return err
+	}
+	c.res.Stats.BootstrapBytes = info.Size
+	return nil
+}
+
+// packBootstrap writes the layer that holds the bootstrap, and the list as Nydus' JSON when
+// there is a prefetch blob. It returns the digest of the uncompressed tar.
+func (c *conversion) packBootstrap(ctx context.Context) (_ digest.Digest, err error) {
+	var list []byte
+	annotations := map[string]string{AnnotationBootstrap: "true", AnnotationFSVersion: fsVersion}
+	if c.prefetch != nil {
+		var b bytes.Buffer
+		if _, err := c.o.List.WriteJSON(&b); err != nil {
+			return "", fmt.Errorf("write %s: %w", prefetchEntry, err)
+		}
+		list = b.Bytes()
+		annotations[AnnotationPrefetchBlob] = c.prefetch.ID
+	}
+	boot, err := os.Open(c.res.BootstrapPath)
+	if err != nil {
+		return "", err
+	}
+	defer func() { err = errors.Join(err, boot.Close()) }()
+	f, err := os.OpenFile(c.path("bootstrap.tar.gz"), os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
+	if err != nil {
+		return "", err
+	}
+	stored, plain := sha256.New(), sha256.New()
+	count := &countWriter{w: io.MultiWriter(f, stored)}
+	z := gzip.NewWriter(count)
+	err = writeBootstrapTar(ctx, io.MultiWriter(z, plain), boot, c.res.Stats.BootstrapBytes, list)
+	if err := errors.Join(err, z.Close(), f.Close()); err != nil {
+		return "", err
+	}
+	c.res.Bootstrap = File{
+		Path: f.Name(), SourceLayer: -1,
+		Descriptor: ocispec.Descriptor{
+			MediaType:   ocispec.MediaTypeImageLayerGzip,
+			Digest:      digest.NewDigest(digest.SHA256, stored),
+			Size:        count.n,
+			Annotations: annotations,
+		},
+	}
+	return digest.NewDigest(digest.SHA256, plain), nil
+}
+
+func writeBootstrapTar(ctx context.Context, w io.Writer, boot io.Reader, size int64, list []byte) error {
+	tw := tar.NewWriter(w)
+	entries := []struct {
+		hdr  tar.Header
+		data io.Reader
+	}{
+		{tar.Header{Typeflag: tar.TypeDir, Name: bootstrapDir, Mode: 0o755}, nil},
+		{tar.Header{Typeflag: tar.TypeReg, Name: bootstrapEntry, Mode: 0o444, Size: size}, boot},
+		{tar.Header{Typeflag: tar.TypeReg, Name: prefetchEntry, Mode: 0o444, Size: int64(len(list))}, bytes.NewReader(list)},
+	}
+	if list == nil {
+		entries = entries[:2]
+	}
+	for _, e := range entries {
+		e.hdr.ModTime = time.Unix(0, 0)
+		if err := tw.WriteHeader(&e.hdr); err != nil {
+			return err
+		}
+		if e.data == nil {
+			continue
+		}
+		if _, err := io.Copy(tw, readerFunc(func(p []byte) (int, error) {
+			if err := ctx.Err(); err != nil {
+				return 0, err
+			}
+			return e.data.Read(p)
+		})); err != nil {
+			return err
+		}
+	}
+	return tw.Close()
+}
+
+type readerFunc func(p []byte) (int, error)
+
+func (f readerFunc) Read(p []byte) (int, error) { return f(p) }
+
+// countWriter counts what it passes on.
+type countWriter struct {
+	w io.Writer
+	n int64
+}
+
+func (c *countWriter) Write(p []byte) (int, error) {
+	n, err := c.w.Write(p)
+	c.n += int64(n)
+	return n, err
+}
+
+// summary is what must be the same of an image before it is written and after it is read.
+type summary struct {
+	entries int    // names, the root not counted
+	sum     string // over every name, attribute, link and chunk record, the blobs and the prefetch table
+}
+
+// summarize digests everything that an image says.
+func summarize(img *rafs.Image) summary {
+	s := summarizer{h: sha256.New(), ids: map[*rafs.Inode]uint64{}}
+	s.u64(uint64(img.ChunkSize), uint64(img.Compressor), uint64(img.Digester), uint64(len(img.Blobs)))
+	for _, b := range img.Blobs {
+		s.str(fmt.Sprintf("%+v", b))
+	}
+	s.inode(img.Root)
+	s.u64(uint64(len(img.Prefetch)))
+	for _, ino := range img.Prefetch {
+		s.u64(s.ids[ino])
+	}
+	s.flush()
+	return summary{entries: s.entries, sum: hex.EncodeToString(s.h.Sum(nil))}
+}
+
+type summarizer struct {
+	h       hash.Hash
+	buf     []byte
+	ids     map[*rafs.Inode]uint64 // of regular files, by first visit
+	entries int
+}
+
+func (s *summarizer) u64(v ...uint64) {
+	for _, n := range v {
+		s.buf = binary.LittleEndian.AppendUint64(s.buf, n)
+	}
+	if len(s.buf) > blobBuffer {
+		s.flush()
+	}
+}
+
+func (s *summarizer) str(v string) {
+	s.u64(uint64(len(v)))
+	s.buf = append(s.buf, v...)
+}
+
+func (s *summarizer) flush() {
+	s.h.Write(s.buf) // never fails
+	s.buf = s.buf[:0]
+}
+
+func (s *summarizer) inode(ino *rafs.Inode) {
+	if id, ok := s.ids[ino]; ok {
+		s.u64(id)
+		return
+	}
+	if len(ino.Children) == 0 {
+		s.ids[ino] = uint64(len(s.ids)) + 1
+	}
+	s.u64(0, uint64(ino.Mode), uint64(ino.UID), uint64(ino.GID),
+		uint64(ino.Mtime), uint64(ino.MtimeNsec), ino.Size, uint64(ino.Rdev)) //nolint:gosec // bits, not a number
+	s.str(ino.Target)
+	s.u64(uint64(len(ino.Xattrs)), uint64(len(ino.Chunks)), uint64(len(ino.Children)))
+	for _, x := range ino.Xattrs {
+		s.str(x.Name)
+		s.str(string(x.Value))
+	}
+	for i := range ino.Chunks {
+		c := &ino.Chunks[i]
+		s.buf = append(s.buf, c.Digest[:]...)
+		s.u64(uint64(c.Blob), uint64(c.Index), c.CompressedOffset, c.UncompressedOffset,
+			uint64(c.CompressedSize), uint64(c.UncompressedSize))
+	}
+	for _, d := range ino.Children {
+		s.entries++
+		s.str(d.Name)
+		s.inode(d.Inode)
+	}
+}

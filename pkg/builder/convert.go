@@ -1,0 +1,470 @@
+package builder
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"math"
+	"os"
+	"path/filepath"
+	"runtime"
+	"sync"
+
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/headstart-oci/headstart/pkg/rafs"
+)
+
+const (
+	blobBuffer = 256 << 10 // bytes written to a blob file at once
+
+	// layersAtOnce hides the ends of layers, where not all workers have something to do.
+	layersAtOnce = 2
+)
+
+// Convert reads the layers of src, merges them, and writes the RAFS v6 image that o asks
+// for. The image has been read back and verified when Convert returns; the caller closes
+// the Result. On error nothing is left on disk. It returns ErrInvalid, ErrUnsupported or
+// ErrDigest for what is wrong with src, and the context's error soon after it ended.
+func Convert(ctx context.Context, src Source, o Options) (_ *Result, err error) {
+	o, err = o.complete()
+	if err != nil {
+		return nil, err
+	}
+	cfg, err := parseConfig(src.Config)
+	if err != nil {
+		return nil, err
+	}
+	src.Layers, err = completeLayers(src.Layers, cfg.diffIDs)
+	if err != nil {
+		return nil, err
+	}
+	dir, err := os.MkdirTemp(o.TempDir, "headstart-build-")
+	if err != nil {
+		return nil, fmt.Errorf("make a directory for the result: %w", err)
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, os.RemoveAll(dir))
+		}
+	}()
+	c := &conversion{src: src, o: o, dir: dir, res: &Result{dir: dir}}
+	if err := c.run(ctx, cfg); err != nil {
+		if ctxErr := context.Cause(ctx); ctxErr != nil {
+			return nil, ctxErr // whatever broke, it broke because of this
+		}
+		return nil, err
+	}
+	return c.res, nil
+}
+
+// complete returns o with defaults filled in, or what is wrong with it.
+func (o Options) complete() (Options, error) {
+	if o.ChunkSize == 0 {
+		o.ChunkSize = rafs.DefaultChunkSize
+	}
+	if o.ChunkSize < rafs.MinChunkSize || o.ChunkSize > rafs.MaxChunkSize || o.ChunkSize&(o.ChunkSize-1) != 0 {
+		return Options{}, fmt.Errorf("%w: chunk size %d, want a power of two from %d to %d", ErrUnsupported, o.ChunkSize, rafs.MinChunkSize, rafs.MaxChunkSize)
+	}
+	switch o.Compressor {
+	case rafs.CompressorNone, rafs.CompressorLZ4, rafs.CompressorZstd:
+	default:
+		return Options{}, fmt.Errorf("%w: compressor %v, want zstd, lz4 or none", ErrUnsupported, o.Compressor)
+	}
+	if o.Digester != rafs.DigesterBLAKE3 && o.Digester != rafs.DigesterSHA256 {
+		return Options{}, fmt.Errorf("%w: digester %v, want blake3 or sha256", ErrUnsupported, o.Digester)
+	}
+	if o.Workers < 0 {
+		return Options{}, fmt.Errorf("%w: %d workers", ErrUnsupported, o.Workers)
+	}
+	if o.Workers == 0 {
+		o.Workers = runtime.GOMAXPROCS(0)
+	}
+	return o, nil
+}
+
+// completeLayers returns layers with their diff IDs, which must be those of the config.
+func completeLayers(layers []Layer, diffIDs []digest.Digest) ([]Layer, error) {
+	if len(layers) != len(diffIDs) {
+		return nil, fmt.Errorf("%w: the manifest has %d layers, the config %d diff IDs", ErrInvalid, len(layers), len(diffIDs))
+	}
+	if len(layers) >= math.MaxUint16 {
+		return nil, fmt.Errorf("%w: %d layers", ErrUnsupported, len(layers))
+	}
+	out := make([]Layer, len(layers))
+	for i, l := range layers {
+		if l.DiffID == "" {
+			l.DiffID = diffIDs[i]
+		}
+		if l.DiffID != diffIDs[i] {
+			return nil, fmt.Errorf("%w: layer %d: diff ID is %s, the config says %s", ErrInvalid, i, l.DiffID, diffIDs[i])
+		}
+		out[i] = l
+	}
+	return out, nil
+}
+
+// conversion is the state of one call of Convert.
+type conversion struct {
+	src Source
+	o   Options
+	dir string
+	res *Result
+
+	layers   []builtLayer
+	prefetch *builtBlob
+
+	mu sync.Mutex // guards calls of o.Progress
+}
+
+// builtBlob is a blob in a file of the conversion.
+type builtBlob struct {
+	rafs.Blob
+	path string
+}
+
+// builtLayer is what one layer came to.
+type builtLayer struct {
+	tree          *tree
+	blob          *builtBlob // nil when the layer has no data
+	tarBytes      int64
+	xattrsIgnored int
+}
+
+func (c *conversion) progress(e Event) {
+	if c.o.Progress == nil {
+		return
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.o.Progress(e)
+}
+
+func (c *conversion) path(name string) string { return filepath.Join(c.dir, name) }
+
+// run does the work, stage by stage.
+func (c *conversion) run(ctx context.Context, cfg sourceConfig) error {
+	if err := c.buildLayers(ctx); err != nil {
+		return err
+	}
+	merged := newTree()
+	for i := range c.layers {
+		l := &c.layers[i]
+		if err := merged.merge(l.tree); err != nil {
+			return c.layerError(i, err)
+		}
+		l.tree = nil
+		st := &c.res.Stats
+		st.SourceBytes += c.src.Layers[i].Descriptor.Size
+		st.TarBytes += l.tarBytes
+		st.XattrsIgnored += l.xattrsIgnored
+		if l.blob != nil {
+			st.Chunks += int(l.blob.ChunkCount)
+		}
+	}
+	plan := planPrefetch(merged, c.o.List, c.o.ChunkSize)
+	final := merged.finalize()
+	c.res.Stats.Entries, c.res.Stats.Files = final.entries, len(final.files)
+	for _, f := range final.files {
+		c.res.Stats.FileBytes += int64(f.Size) //nolint:gosec // came from an int64
+	}
+	records, err := c.writePrefetch(ctx, &plan)
+	if err != nil {
+		return fmt.Errorf("prefetch blob: %w", err)
+	}
+	c.res.Stats.Prefetch = plan.stats
+	blobs, err := c.numberBlobs(final.files, records)
+	if err != nil {
+		return err
+	}
+	img := &rafs.Image{
+		Root: final.root, Blobs: blobs, ChunkSize: c.o.ChunkSize,
+		Compressor: c.o.Compressor, Digester: c.o.Digester, Prefetch: plan.inodes,
+	}
+	c.progress(Event{Stage: StageBootstrap})
+	if err := c.writeBootstrap(img); err != nil {
+		return fmt.Errorf("bootstrap: %w", err)
+	}
+	want := summarize(img)
+	img, final, plan = nil, finalTree{}, prefetchPlan{} // two trees at once would double the memory
+	c.progress(Event{Stage: StageVerify})
+	if err := c.verify(ctx, want); err != nil {
+		return fmt.Errorf("verify the result: %w", err)
+	}
+	diffID, err := c.packBootstrap(ctx)
+	if err != nil {
+		return fmt.Errorf("bootstrap layer: %w", err)
+	}
+	return c.res.describe(c.src, cfg, diffID)
+}
+
+func (c *conversion) layerError(i int, err error) error {
+	return fmt.Errorf("layer %d (%s): %w", i, c.src.Layers[i].Descriptor.Digest, err)
+}
+
+// buildLayers reads the layers, a few at a time, all with one set of workers.
+func (c *conversion) buildLayers(ctx context.Context) error {
+	c.layers = make([]builtLayer, len(c.src.Layers))
+	workers, ctx := errgroup.WithContext(ctx)
+	p, err := startPool(ctx, workers, c.o.Workers, c.o.Compressor, rafs.LevelDefault)
+	if err != nil {
+		return err
+	}
+	layers, layersCtx := errgroup.WithContext(ctx)
+	layers.SetLimit(min(layersAtOnce, c.o.Workers))
+	for i := range c.src.Layers {
+		layers.Go(func() error {
+			l, err := c.buildLayer(layersCtx, p, i)
+			if err != nil {
+				return c.layerError(i, err)
+			}
+			c.layers[i] = l
+			return nil
+		})
+	}
+	err = layers.Wait()
+	p.close()
+	return errors.Join(err, workers.Wait())
+}
+
+// buildLayer reads layer i and writes its blob.
+func (c *conversion) buildLayer(ctx context.Context, p *pool, i int) (_ builtLayer, err error) {
+	// A layer that waited for its turn while another failed is not even opened.
+	if err := ctx.Err(); err != nil {
+		return builtLayer{}, err
+	}
+	stream, err := openLayer(ctx, c.src.Layers[i])
+	if err != nil {
+		return builtLayer{}, err
+	}
+	defer func() { err = errors.Join(err, stream.Close()) }()
+
+	out, err := c.createBlob(fmt.Sprintf("layer-%d.blob", i), false)
+	if err != nil {
+		return builtLayer{}, err
+	}
+	defer out.abort()
+
+	ck := newChunker(p, c.o, uint16(i), out.BlobWriter) //nolint:gosec // completeLayers bounds it
+	total := c.src.Layers[i].Descriptor.Size
+	ck.flushed = func() { c.progress(Event{Stage: StageLayer, Layer: i, Done: stream.stored.n, Total: total}) }
+	reader := layerReader{tree: newTree(), sink: ck, chunkSize: int64(c.o.ChunkSize)}
+
+	g, gctx := errgroup.WithContext(ctx)
+	g.Go(func() error { return ck.commit(gctx) })
+	g.Go(func() error {
+		if err := reader.read(gctx, bufio.NewReaderSize(stream, tarBuffer)); err != nil {
+			if errors.Is(err, errTarSyntax) {
+				// Bytes that were damaged on their way are the better explanation.
+				if deeper := stream.finish(); deeper != nil {
+					return fmt.Errorf("%w (%w)", deeper, err)
+				}
+			}
+			return err
+		}
+		if err := stream.finish(); err != nil {
+			return err
+		}
+		return ck.close(gctx)
+	})
+	if err := g.Wait(); err != nil {
+		return builtLayer{}, err
+	}
+	c.progress(Event{Stage: StageLayer, Layer: i, Done: total, Total: total})
+	blob, err := out.finish()
+	if err != nil {
+		return builtLayer{}, fmt.Errorf("write blob: %w", err)
+	}
+	return builtLayer{tree: reader.tree, blob: blob, tarBytes: stream.size, xattrsIgnored: reader.xattrsIgnored}, nil
+}
+
+// blobFile is a blob being written to a file.
+type blobFile struct {
+	*rafs.BlobWriter
+	f    *os.File
+	w    *bufio.Writer
+	path string
+}
+
+func (c *conversion) createBlob(name string, prefetch bool) (*blobFile, error) {
+	f, err := os.OpenFile(c.path(name), os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
+	if err != nil {
+		return nil, fmt.Errorf("create blob: %w", err)
+	}
+	b := &blobFile{f: f, w: bufio.NewWriterSize(f, blobBuffer), path: f.Name()}
+	b.BlobWriter, err = rafs.NewBlobWriter(b.w, rafs.BlobOptions{
+		Compressor: c.o.Compressor, Digester: c.o.Digester, ChunkSize: c.o.ChunkSize,
+		MarkPrefetch: prefetch && c.o.MarkPrefetchBlob,
+	})
+	if err != nil {
+		b.abort()
+		return nil, err
+	}
+	return b, nil
+}
+
+// finish completes the file; the result is nil, and the file gone, when the blob has no chunks.
+func (b *blobFile) finish() (*builtBlob, error) {
+	blob, err := b.Close()
+	if errors.Is(err, rafs.ErrNoChunks) {
+		b.abort()
+		return nil, os.Remove(b.path)
+	}
+	err = errors.Join(err, b.w.Flush(), b.f.Close())
+	b.f = nil
+	if err != nil {
+		return nil, err
+	}
+	return &builtBlob{Blob: blob, path: b.path}, nil
+}
+
+// abort closes the file of a blob that is not wanted; nothing to do after finish.
+func (b *blobFile) abort() {
+	if b.f != nil {
+		_ = b.f.Close() // its content does not matter
+		b.f = nil
+	}
+}
+
+// writePrefetch writes the prefetch blob of plan and returns the records of its chunks.
+func (c *conversion) writePrefetch(ctx context.Context, plan *prefetchPlan) (_ map[rafs.Digest]rafs.Chunk, err error) {
+	if len(plan.chunks) == 0 {
+		return nil, nil
+	}
+	var readers blobReaders
+	defer func() { err = errors.Join(err, readers.Close()) }()
+	out, err := c.createBlob("prefetch.blob", true)
+	if err != nil {
+		return nil, err
+	}
+	defer out.abort()
+
+	best := !c.o.NoRecompress && c.o.Compressor != rafs.CompressorNone
+	level := rafs.LevelDefault
+	if best {
+		level = rafs.LevelBest
+	}
+	g, ctx := errgroup.WithContext(ctx)
+	p, err := startPool(ctx, g, min(c.o.Workers, bestWorkers), c.o.Compressor, level)
+	if err != nil {
+		return nil, err
+	}
+	total := plan.stats.RawBytes
+	records, err := plan.writeChunks(ctx, p, out.BlobWriter, best,
+		func(layer uint16) (*rafs.BlobReader, error) { return readers.get(c.layers[layer].blob) },
+		func(done int64) { c.progress(Event{Stage: StagePrefetch, Done: done, Total: total}) })
+	p.close()
+	if err := errors.Join(err, g.Wait()); err != nil {
+		return nil, err
+	}
+	c.prefetch, err = out.finish()
+	if err != nil {
+		return nil, err
+	}
+	plan.stats.BlobBytes = int64(c.prefetch.CompressedSize) //nolint:gosec // a file's size
+	return records, nil
+}
+
+// numberBlobs makes the blob table: the blobs that files refer to, those of the layers first
+// and the prefetch blob last, and points every chunk at its place. Layers with the same
+// blob share one entry.
+func (c *conversion) numberBlobs(files []*rafs.Inode, records map[rafs.Digest]rafs.Chunk) ([]rafs.Blob, error) {
+	prefetch := len(c.layers) // the number of the prefetch blob until blobs have their index
+	used := make([]bool, len(c.layers)+1)
+	for _, f := range files {
+		for i := range f.Chunks {
+			if rec, ok := records[f.Chunks[i].Digest]; ok {
+				f.Chunks[i] = rec
+				f.Chunks[i].Blob = uint16(prefetch) //nolint:gosec // completeLayers bounds it
+			}
+			used[f.Chunks[i].Blob] = true
+		}
+	}
+	var blobs []rafs.Blob
+	index := make([]uint16, len(used))
+	byID := map[string]uint16{}
+	add := func(from, sourceLayer int, b *builtBlob) {
+		if n, ok := byID[b.ID]; ok {
+			index[from] = n
+			return
+		}
+		index[from] = uint16(len(blobs)) //nolint:gosec // below the number of layers
+		byID[b.ID] = index[from]
+		blobs = append(blobs, b.Blob)
+		c.res.Blobs = append(c.res.Blobs, b.file(sourceLayer))
+		if sourceLayer >= 0 {
+			c.res.Stats.BlobBytes += int64(b.CompressedSize) //nolint:gosec // a file's size
+		}
+	}
+	for i := range c.layers {
+		switch b := c.layers[i].blob; {
+		case b != nil && used[i]:
+			add(i, i, b)
+		case b != nil:
+			c.res.Stats.BlobsDropped++
+		}
+	}
+	if c.prefetch != nil {
+		add(prefetch, -1, c.prefetch)
+	}
+	if len(blobs) > rafs.MaxBlobs {
+		return nil, fmt.Errorf("%w: the image needs %d blobs, the format counts %d; squash layers", ErrUnsupported, len(blobs), rafs.MaxBlobs)
+	}
+	for _, f := range files {
+		for i := range f.Chunks {
+			f.Chunks[i].Blob = index[f.Chunks[i].Blob]
+		}
+	}
+	return blobs, nil
+}
+
+// file describes a blob for a manifest.
+func (b *builtBlob) file(sourceLayer int) File {
+	return File{
+		Path: b.path, SourceLayer: sourceLayer,
+		Descriptor: ocispec.Descriptor{
+			MediaType:   MediaTypeBlob,
+			Digest:      digest.NewDigestFromEncoded(digest.SHA256, b.ID),
+			Size:        int64(b.CompressedSize), //nolint:gosec // a file's size
+			Annotations: map[string]string{AnnotationBlob: "true"},
+		},
+	}
+}
+
+// blobReaders opens blobs when they are first needed. Not safe for concurrent use.
+type blobReaders struct {
+	files   []io.Closer
+	readers map[string]*rafs.BlobReader
+}
+
+func (r *blobReaders) get(b *builtBlob) (*rafs.BlobReader, error) {
+	if br := r.readers[b.path]; br != nil {
+		return br, nil
+	}
+	f, err := os.Open(b.path)
+	if err != nil {
+		return nil, err
+	}
+	r.files = append(r.files, f)
+	br, err := rafs.OpenBlob(f, b.Blob)
+	if err != nil {
+		return nil, err
+	}
+	if r.readers == nil {
+		r.readers = map[string]*rafs.BlobReader{}
+	}
+	r.readers[b.path] = br
+	return br, nil
+}
+
+func (r *blobReaders) Close() error {
+	var errs []error
+	for _, f := range r.files {
+		errs = append(errs, f.Close())
+	}
+	return errors.Join(errs...)
+}

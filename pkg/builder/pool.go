@@ -1,0 +1,248 @@
+package builder
+
+import (
+	"context"
+	"fmt"
+	"io"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/headstart-oci/headstart/pkg/rafs"
+)
+
+// pool runs jobs on a fixed number of workers, each with an encoder of its own. All methods
+// are safe for concurrent use. It ends when its context does.
+type pool struct {
+	ctx     context.Context //nolint:containedctx // the pool's lifetime, one conversion
+	jobs    chan job
+	workers int
+}
+
+// job is a unit of work; the worker sends on done when it is finished.
+type job interface {
+	run(enc *rafs.Encoder)
+}
+
+// startPool starts n workers in g, which end when jobs is closed or ctx ends.
+func startPool(ctx context.Context, g *errgroup.Group, n int, c rafs.Compressor, level rafs.Level) (*pool, error) {
+	p := &pool{ctx: ctx, jobs: make(chan job, n), workers: n}
+	for range n {
+		enc, err := rafs.NewEncoder(c, level)
+		if err != nil {
+			close(p.jobs)
+			return nil, err
+		}
+		g.Go(func() error {
+			for {
+				select {
+				case j, ok := <-p.jobs:
+					if !ok {
+						return nil
+					}
+					j.run(enc)
+				case <-ctx.Done():
+					return ctx.Err()
+				}
+			}
+		})
+	}
+	return p, nil
+}
+
+// close lets the workers end when all jobs are done. No job may be submitted afterwards.
+func (p *pool) close() { close(p.jobs) }
+
+// batch is a run of chunks that one worker encodes: many small files or one large chunk.
+// Batches are recycled; they are what bounds the memory of a conversion.
+type batch struct {
+	digester rafs.Digester
+	raw      []byte // filled in order; the array has the batch size
+	out      []byte // encoded chunks; the array is large enough for all
+	pieces   []piece
+	err      error
+	done     chan struct{} // one token per run
+}
+
+// piece is one chunk of a batch.
+type piece struct {
+	ino    *rafs.Inode
+	off, n int // bytes of raw
+	chunk  rafs.EncodedChunk
+}
+
+func newBatch(size int, d rafs.Digester) *batch {
+	return &batch{
+		digester: d,
+		raw:      make([]byte, 0, size),
+		// What no compressor exceeds, lz4's bound being the largest.
+		out:  make([]byte, 0, size+size/255+64),
+		done: make(chan struct{}, 1),
+	}
+}
+
+func (b *batch) reset() {
+	b.raw, b.out, b.pieces, b.err = b.raw[:0], b.out[:0], b.pieces[:0], nil
+}
+
+// run digests and compresses the pieces.
+func (b *batch) run(enc *rafs.Encoder) {
+	defer func() { b.done <- struct{}{} }()
+	for i := range b.pieces {
+		p := &b.pieces[i]
+		src := b.raw[p.off : p.off+p.n]
+		tail := b.out[len(b.out):]
+		data, compressed, err := enc.Encode(tail, src)
+		if err != nil {
+			b.err = err
+			return
+		}
+		if compressed && len(data) <= cap(tail) {
+			b.out = b.out[:len(b.out)+len(data)]
+		}
+		p.chunk = rafs.EncodedChunk{
+			Digest:           b.digester.Sum(src),
+			Data:             data,
+			Compressed:       compressed,
+			UncompressedSize: uint32(p.n), //nolint:gosec // at most the chunk size
+		}
+	}
+}
+
+// chunker cuts files into chunks, hands them to the pool in batches, and appends the
+// encoded chunks to the layer's blob in the order of the files. It is the dataSink of one
+// layer: writeFile and close belong to one goroutine, commit to another.
+type chunker struct {
+	pool      *pool
+	chunkSize int
+	digester  rafs.Digester
+	layer     uint16 // Chunk.Blob until the image's blobs are numbered
+	blob      *rafs.BlobWriter
+
+	free  chan *batch // batches that may be filled; their number is the bound
+	order chan *batch // batches in the order of the layer, for commit
+	cur   *batch      // being filled
+
+	flushed func() // told after each batch, by the goroutine of writeFile; may be nil
+}
+
+// minBatch makes batches of small chunks worth the handing over.
+const minBatch = 1 << 20
+
+func newChunker(p *pool, o Options, layer uint16, blob *rafs.BlobWriter) *chunker {
+	n := p.workers + 2 // one being filled, one being committed
+	c := &chunker{
+		pool: p, chunkSize: int(o.ChunkSize), digester: o.Digester, layer: layer, blob: blob,
+		free: make(chan *batch, n), order: make(chan *batch, n),
+	}
+	for range n {
+		c.free <- nil // made when first needed: small layers need one
+	}
+	return c
+}
+
+// writeFile reads size bytes from r and sends them on their way into ino.Chunks.
+func (c *chunker) writeFile(ctx context.Context, ino *rafs.Inode, r io.Reader, size int64) error {
+	for size > 0 {
+		n := int(min(size, int64(c.chunkSize)))
+		if c.cur != nil && cap(c.cur.raw)-len(c.cur.raw) < n {
+			if err := c.flush(ctx); err != nil {
+				return err
+			}
+		}
+		if c.cur == nil {
+			if err := c.next(ctx); err != nil {
+				return err
+			}
+		}
+		b := c.cur
+		off := len(b.raw)
+		if _, err := io.ReadFull(r, b.raw[off:off+n]); err != nil {
+			if err == io.EOF { //nolint:errorlint // io.ReadFull returns it bare
+				err = io.ErrUnexpectedEOF
+			}
+			return err
+		}
+		b.raw = b.raw[:off+n]
+		b.pieces = append(b.pieces, piece{ino: ino, off: off, n: n})
+		size -= int64(n)
+	}
+	return nil
+}
+
+// next waits for a free batch.
+func (c *chunker) next(ctx context.Context) error {
+	select {
+	case b := <-c.free:
+		if b == nil {
+			b = newBatch(max(c.chunkSize, minBatch), c.digester)
+		}
+		b.reset()
+		c.cur = b
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// flush hands the current batch over.
+func (c *chunker) flush(ctx context.Context) error {
+	b := c.cur
+	c.cur = nil
+	select {
+	case c.pool.jobs <- b:
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	c.order <- b // never blocks: it holds all batches there are
+	if c.flushed != nil {
+		c.flushed()
+	}
+	return nil
+}
+
+// close hands over what is left. commit ends after that.
+func (c *chunker) close(ctx context.Context) error {
+	defer close(c.order)
+	if c.cur != nil && len(c.cur.pieces) > 0 {
+		return c.flush(ctx)
+	}
+	return nil
+}
+
+// commit appends batches to the blob until close or an error.
+func (c *chunker) commit(ctx context.Context) error {
+	for {
+		var b *batch
+		select {
+		case b = <-c.order:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+		if b == nil {
+			return nil
+		}
+		select {
+		case <-b.done:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+		if b.err != nil {
+			return b.err
+		}
+		for i := range b.pieces {
+			p := &b.pieces[i]
+			rec, err := c.blob.Append(p.chunk)
+			if err != nil {
+				return fmt.Errorf("write blob: %w", err)
+			}
+			rec.Blob = c.layer
+			if p.ino.Chunks == nil {
+				const most = 1024                                                                     // chunks to trust the header of a sparse file with
+				p.ino.Chunks = make([]rafs.Chunk, 0, min((p.ino.Size-1)/uint64(c.chunkSize)+1, most)) //nolint:gosec // chunkSize is positive
+			}
+			p.ino.Chunks = append(p.ino.Chunks, rec)
+			p.ino, p.chunk.Data = nil, nil
+		}
+		c.free <- b // never blocks: it has room for all batches there are
+	}
+}

@@ -1,0 +1,182 @@
+package builder
+
+import (
+	"context"
+	"fmt"
+	"path"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/headstart-oci/headstart/pkg/persist"
+	"github.com/headstart-oci/headstart/pkg/rafs"
+	"github.com/headstart-oci/headstart/pkg/trace"
+)
+
+// prefetchPlan says what the prefetch blob is to hold. It is pure data.
+type prefetchPlan struct {
+	chunks []rafs.Chunk  // one per digest, in the order of the list
+	inodes []*rafs.Inode // regular files with data, in the order of the list, each once
+	stats  PrefetchStats
+}
+
+// planPrefetch resolves the accesses of list in the merged tree. Symlinks are followed
+// inside the root, also the last one: opening the path would.
+func planPrefetch(t *tree, list *persist.List, chunkSize uint32) prefetchPlan {
+	var p prefetchPlan
+	if list == nil {
+		return p
+	}
+	chunkSeen := map[rafs.Digest]struct{}{}
+	inodeSeen := map[*rafs.Inode]struct{}{}
+	p.stats.Listed = len(list.Accesses)
+	for i := range list.Accesses {
+		a := &list.Accesses[i]
+		_, e, err := t.locate(path.Clean("/" + a.Path)[1:], true)
+		switch {
+		case err != nil || !e.exists():
+			p.stats.Missing++
+			continue
+		case e.ino.Mode&unix.S_IFMT != unix.S_IFREG:
+			p.stats.NotRegular++
+			continue
+		}
+		if _, ok := inodeSeen[e.ino]; ok {
+			p.stats.Repeated++
+		} else {
+			inodeSeen[e.ino] = struct{}{}
+			p.stats.Files++
+			if len(e.ino.Chunks) > 0 {
+				p.inodes = append(p.inodes, e.ino)
+			}
+		}
+		for n, c := range e.ino.Chunks {
+			if !touched(a.Ranges, int64(n)*int64(chunkSize), int64(c.UncompressedSize)) {
+				continue
+			}
+			if _, ok := chunkSeen[c.Digest]; !ok {
+				chunkSeen[c.Digest] = struct{}{}
+				p.chunks = append(p.chunks, c)
+				p.stats.RawBytes += int64(c.UncompressedSize)
+			}
+		}
+	}
+	return p
+}
+
+// touched reports whether one of ranges overlaps [off, off+length); nil ranges are the whole file.
+func touched(ranges []trace.Range, off, length int64) bool {
+	if ranges == nil {
+		return true
+	}
+	for _, r := range ranges {
+		// Differences of non-negative numbers do not overflow; r.Offset+r.Length might.
+		if r.Offset >= 0 && r.Length > 0 && r.Offset < off+length && off-r.Offset < r.Length {
+			return true
+		}
+	}
+	return false
+}
+
+// bestWorkers bounds the encoders of the strongest level, which take tens of megabytes each.
+const bestWorkers = 2
+
+// copyJob reads one chunk of a layer's blob, verified, and makes it ready for the prefetch blob.
+type copyJob struct {
+	ctx   context.Context //nolint:containedctx // a unit of work of one call
+	src   *rafs.BlobReader
+	chunk rafs.Chunk
+	best  bool // compress anew
+	buf   []byte
+
+	out     rafs.EncodedChunk
+	recoded bool
+	err     error
+	done    chan struct{}
+}
+
+func (j *copyJob) run(enc *rafs.Encoder) {
+	defer func() { j.done <- struct{}{} }()
+	j.err = j.encode(enc)
+}
+
+func (j *copyJob) encode(enc *rafs.Encoder) error {
+	c := j.chunk
+	raw, err := j.src.ReadChunk(j.ctx, c)
+	if err != nil {
+		return err
+	}
+	j.out = rafs.EncodedChunk{Digest: c.Digest, Compressed: c.Compressed, UncompressedSize: c.UncompressedSize}
+	j.recoded = false
+	if j.best {
+		data, compressed, err := enc.Encode(j.buf, raw)
+		if err != nil {
+			return err
+		}
+		if compressed && len(data) < int(c.CompressedSize) {
+			j.recoded = true
+			j.buf = data
+			j.out.Data, j.out.Compressed = data, true
+			return nil
+		}
+	}
+	j.out.Data, err = j.src.ReadStored(j.ctx, c)
+	return err
+}
+
+// writeChunks appends the plan's chunks to w in order and returns their new records by
+// digest. open gives the blob of a layer.
+func (p *prefetchPlan) writeChunks(ctx context.Context, pool *pool, w *rafs.BlobWriter, best bool, open func(layer uint16) (*rafs.BlobReader, error), progress func(done int64)) (map[rafs.Digest]rafs.Chunk, error) {
+	records := make(map[rafs.Digest]rafs.Chunk, len(p.chunks))
+	var done int64
+	commit := func(j *copyJob) error {
+		select {
+		case <-j.done:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+		if j.err != nil {
+			return fmt.Errorf("copy chunk %x: %w", j.chunk.Digest[:8], j.err)
+		}
+		rec, err := w.Append(j.out)
+		if err != nil {
+			return fmt.Errorf("write blob: %w", err)
+		}
+		records[j.chunk.Digest] = rec
+		if j.recoded {
+			p.stats.Recoded++
+		}
+		done += int64(j.chunk.UncompressedSize)
+		progress(done)
+		return nil
+	}
+	// A ring of jobs: each is committed before its slot is used again.
+	ring := make([]*copyJob, pool.workers+1)
+	for i, c := range p.chunks {
+		slot := &ring[i%len(ring)]
+		if *slot == nil {
+			*slot = &copyJob{ctx: ctx, best: best, done: make(chan struct{}, 1)}
+		} else if err := commit(*slot); err != nil {
+			return nil, err
+		}
+		src, err := open(c.Blob)
+		if err != nil {
+			return nil, err
+		}
+		(*slot).src, (*slot).chunk = src, c
+		select {
+		case pool.jobs <- *slot:
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		}
+	}
+	for i := range ring {
+		// The oldest first, which is what the next chunk would have replaced.
+		if j := ring[(len(p.chunks)+i)%len(ring)]; j != nil {
+			if err := commit(j); err != nil {
+				return nil, err
+			}
+		}
+	}
+	p.stats.Chunks = len(p.chunks)
+	return records, nil
+}

@@ -1,0 +1,285 @@
+package builder
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"hash"
+	"io"
+	"strings"
+	"sync"
+
+	// The algorithms that go-digest finds by registration.
+	_ "crypto/sha256"
+	_ "crypto/sha512"
+
+	"github.com/klauspost/compress/gzip"
+	"github.com/klauspost/compress/zstd"
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+)
+
+const (
+	storedBuffer = 128 << 10 // bytes read ahead of the stored layer
+	tarBuffer    = 64 << 10  // bytes read ahead of the uncompressed tar
+
+	// maxWindow bounds the memory a zstd layer may ask for: 128 MiB is what `zstd --long`
+	// uses and what every decoder accepts by default.
+	maxWindow = 128 << 20
+
+	// tarMagic is where a POSIX or GNU tar header has "ustar".
+	tarMagicOffset = 257
+)
+
+// layerStream is the uncompressed tar of one layer. It checks, while it is read, the
+// stored bytes against the descriptor and the tar against the diff ID.
+// Not safe for concurrent use, but Close may overlap Read.
+type layerStream struct {
+	stored *storedReader
+	plain  io.Reader // decompressed bytes
+	free   func()    // releases the decompressor
+	close  func() error
+
+	diffHash hash.Hash
+	diffWant digest.Digest
+	size     int64 // bytes of tar read
+	done     bool  // plain has ended well
+}
+
+// openLayer opens l and finds out how it is compressed, by its first bytes.
+func openLayer(ctx context.Context, l Layer) (*layerStream, error) {
+	if err := checkMediaType(l.Descriptor.MediaType); err != nil {
+		return nil, err
+	}
+	hash, err := newHash(l.Descriptor.Digest)
+	if err != nil {
+		return nil, fmt.Errorf("digest of the descriptor: %w", err)
+	}
+	diffHash, err := newHash(l.DiffID)
+	if err != nil {
+		return nil, fmt.Errorf("diff ID: %w", err)
+	}
+	rc, err := l.Open(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("open: %w", err)
+	}
+	closeOnce := sync.OnceValue(rc.Close)
+	// A read that hangs is released when the context ends.
+	stop := context.AfterFunc(ctx, func() { _ = closeOnce() })
+
+	s := &layerStream{
+		stored: &storedReader{
+			r: rc, h: hash, want: l.Descriptor.Digest, size: l.Descriptor.Size,
+			done: ctx.Err,
+		},
+		diffHash: diffHash,
+		diffWant: l.DiffID,
+		free:     func() {},
+	}
+	s.close = func() error {
+		stop()
+		s.free()
+		return closeOnce()
+	}
+	if err := s.detect(bufio.NewReaderSize(s.stored, storedBuffer)); err != nil {
+		err = s.blame(err)
+		return nil, errors.Join(err, s.Close())
+	}
+	return s, nil
+}
+
+// newHash returns the hash for d's algorithm, or an error that says what is wrong with d.
+func newHash(d digest.Digest) (hash.Hash, error) {
+	if err := d.Validate(); err != nil {
+		return nil, fmt.Errorf("%w: %q: %w", ErrInvalid, d, err)
+	}
+	return d.Algorithm().Hash(), nil
+}
+
+// checkMediaType refuses layers whose bytes are not a tar that may be read.
+func checkMediaType(mt string) error {
+	switch {
+	case strings.HasSuffix(mt, "+encrypted"):
+		return fmt.Errorf("%w: media type %s: the layer is encrypted", ErrUnsupported, mt)
+	case strings.Contains(mt, ".nondistributable."), strings.Contains(mt, ".foreign."):
+		return fmt.Errorf("%w: media type %s: foreign layers may not be distributed", ErrUnsupported, mt)
+	case strings.Contains(mt, ".nydus."):
+		return fmt.Errorf("%w: media type %s: the image is a Nydus image already", ErrUnsupported, mt)
+	}
+	base, _, _ := strings.Cut(mt, "+")
+	base = strings.TrimSuffix(strings.TrimSuffix(base, ".gzip"), ".zstd")
+	switch base {
+	case ocispec.MediaTypeImageLayer, "application/vnd.docker.image.rootfs.diff.tar", "application/vnd.docker.container.image.rootfs.diff+x-gtar":
+		return nil
+	}
+	return fmt.Errorf("%w: media type %q is no image layer", ErrUnsupported, mt)
+}
+
+// detect sets s.plain. The bytes decide, not the media type: registries hold both kinds of mistake,
+// and the diff ID proves the outcome.
+func (s *layerStream) detect(br *bufio.Reader) error {
+	head, err := br.Peek(tarMagicOffset + 5)
+	if err != nil && !errors.Is(err, io.EOF) {
+		return err
+	}
+	switch {
+	case bytes.HasPrefix(head, []byte("\x1f\x8b")):
+		z, err := gzip.NewReader(br)
+		if err != nil {
+			return fmt.Errorf("%w: gzip header: %w", ErrInvalid, err)
+		}
+		// Hide WriteTo: only Read is used.
+		s.plain = struct{ io.Reader }{z}
+	case bytes.HasPrefix(head, []byte("\x28\xb5\x2f\xfd")), isSkippableFrame(head):
+		z, err := zstd.NewReader(br, zstd.WithDecoderConcurrency(1), zstd.WithDecoderMaxWindow(maxWindow))
+		if err != nil {
+			return fmt.Errorf("%w: zstd header: %w", ErrInvalid, err)
+		}
+		s.plain, s.free = z, z.Close
+	case bytes.HasPrefix(head, []byte("BZh")):
+		return fmt.Errorf("%w: bzip2 compression; want tar, gzip or zstd", ErrUnsupported)
+	case bytes.HasPrefix(head, []byte("\xfd7zXZ\x00")):
+		return fmt.Errorf("%w: xz compression; want tar, gzip or zstd", ErrUnsupported)
+	case len(head) == 0, looksLikeTar(head):
+		s.plain = br
+	default:
+		return fmt.Errorf("%w: unknown compression: layer begins with %x; want tar, gzip or zstd", ErrUnsupported, head[:min(8, len(head))])
+	}
+	return nil
+}
+
+// isSkippableFrame reports a zstd skippable frame, which may come first (zstd:chunked, pzstd).
+func isSkippableFrame(head []byte) bool {
+	return len(head) >= 4 && head[0]&0xf0 == 0x50 && head[1] == 0x2a && head[2] == 0x4d && head[3] == 0x18
+}
+
+// looksLikeTar accepts a header of any tar since v7, and the zeros of an empty tar.
+func looksLikeTar(head []byte) bool {
+	if len(head) < tarMagicOffset+5 {
+		return false
+	}
+	if string(head[tarMagicOffset:tarMagicOffset+5]) == "ustar" {
+		return true
+	}
+	if len(bytes.TrimLeft(head, "\x00")) == 0 {
+		return true
+	}
+	// v7: the checksum field holds octal digits, spaces and NULs only.
+	const sum, sumLen = 148, 8
+	digits := bytes.Trim(head[sum:sum+sumLen], " \x00")
+	return len(digits) > 0 && len(bytes.Trim(digits, "01234567")) == 0 && head[0] != 0
+}
+
+// Read returns bytes of the tar. Its last error says what was wrong with the stored bytes
+// when they are at fault, whatever the decompressor made of them.
+func (s *layerStream) Read(p []byte) (int, error) {
+	n, err := s.plain.Read(p)
+	s.diffHash.Write(p[:n]) // never fails
+	s.size += int64(n)
+	if err == nil {
+		return n, nil
+	}
+	if errors.Is(err, io.EOF) {
+		s.done = true
+		return n, io.EOF
+	}
+	return n, s.blame(err)
+}
+
+// blame finds the deeper reason of a failed decompression: bytes that are not those of the
+// descriptor. It reads the stored bytes to their end for that, which their size bounds.
+func (s *layerStream) blame(err error) error {
+	if s.stored.err == nil {
+		_, _ = io.Copy(io.Discard, s.stored) // what it finds stays in s.stored.err
+	}
+	if stored := s.stored.err; stored != nil && !errors.Is(stored, io.EOF) {
+		if errors.Is(err, stored) {
+			return stored
+		}
+		return fmt.Errorf("%w (%w)", stored, err)
+	}
+	switch {
+	case errors.Is(err, ErrInvalid), errors.Is(err, ErrUnsupported):
+		return err
+	case errors.Is(err, zstd.ErrWindowSizeExceeded), errors.Is(err, zstd.ErrDecoderSizeExceeded):
+		return fmt.Errorf("%w: decompress: %w; at most %d bytes of window", ErrUnsupported, err, maxWindow)
+	case errors.Is(err, io.ErrUnexpectedEOF):
+		return fmt.Errorf("%w: decompress: the compressed stream is cut off after %d bytes of tar", ErrInvalid, s.size)
+	case s.size > 0 && (errors.Is(err, gzip.ErrHeader) || errors.Is(err, zstd.ErrMagicMismatch)):
+		return fmt.Errorf("%w: decompress: garbage behind the compressed stream, after %d bytes of tar: %w", ErrInvalid, s.size, err)
+	}
+	return fmt.Errorf("%w: decompress: %w", ErrInvalid, err)
+}
+
+// finish reads what follows the end of the archive and compares size and digests.
+func (s *layerStream) finish() error {
+	var buf [4096]byte
+	for !s.done {
+		if _, err := s.Read(buf[:]); err != nil && !errors.Is(err, io.EOF) {
+			return err
+		}
+	}
+	if _, err := io.Copy(io.Discard, s.stored); err != nil {
+		return err
+	}
+	if got := digest.NewDigest(s.diffWant.Algorithm(), s.diffHash); got != s.diffWant {
+		return fmt.Errorf("%w: diff ID of the tar is %s, the config says %s", ErrDigest, got, s.diffWant)
+	}
+	return nil
+}
+
+// Close closes the layer's source. It may overlap a Read, which then fails.
+func (s *layerStream) Close() error { return s.close() }
+
+// storedReader hashes and counts the stored bytes of a layer. At the end it fails unless
+// they are those of the descriptor.
+type storedReader struct {
+	r    io.Reader
+	h    hash.Hash
+	want digest.Digest
+	size int64 // bytes the descriptor says
+	n    int64 // bytes read
+	done func() error
+	err  error // sticky
+}
+
+func (s *storedReader) Read(p []byte) (int, error) {
+	if s.err != nil {
+		return 0, s.err
+	}
+	// One byte more than there may be tells an oversized layer from one that is right.
+	if left := s.size - s.n + 1; int64(len(p)) > left {
+		p = p[:max(left, 1)]
+	}
+	n, err := s.r.Read(p)
+	s.n += int64(n)
+	s.h.Write(p[:n]) // never fails
+	switch {
+	case s.n > s.size:
+		s.err = fmt.Errorf("%w: the layer has more bytes than the %d of its descriptor", ErrInvalid, s.size)
+		return 0, s.err
+	case err == nil:
+		return n, nil
+	case errors.Is(err, io.EOF):
+		s.err = s.verdict()
+	default:
+		s.err = fmt.Errorf("read layer after %d of %d bytes: %w", s.n, s.size, err)
+		if ctxErr := s.done(); ctxErr != nil {
+			s.err = ctxErr
+		}
+	}
+	return n, s.err
+}
+
+// verdict is io.EOF for a layer that is what its descriptor says.
+func (s *storedReader) verdict() error {
+	if s.n < s.size {
+		return fmt.Errorf("%w: the layer ends after %d bytes, its descriptor says %d", ErrInvalid, s.n, s.size)
+	}
+	if got := digest.NewDigest(s.want.Algorithm(), s.h); got != s.want {
+		return fmt.Errorf("%w: the layer's bytes have %s, its descriptor says %s", ErrDigest, got, s.want)
+	}
+	return io.EOF
+}
