@@ -1,6 +1,7 @@
 package remote
 
 import (
+	"cmp"
 	"time"
 
 	"go.uber.org/zap"
@@ -55,6 +56,10 @@ type Options struct {
 	// connection; 0: 4, negative: none. A request that timed out is repeated once.
 	Retries int
 
+	// UploadChunk is how many bytes one request of an upload carries, for registries behind
+	// a proxy that limits them; 0: a blob is one request.
+	UploadChunk int64
+
 	// Log gets retries, fallbacks and registry warnings; nil: nothing is logged.
 	Log *zap.Logger
 }
@@ -67,4 +72,25 @@ type Timeouts struct {
 	Commit     time.Duration // the same for the request that ends an upload, while the registry verifies it; default 10 min
 	Stall      time.Duration // no byte of a body sent or received; default 30 s
 	RetryAfter time.Duration // the longest Retry-After that is waited for; default 60 s
+}
+
+// settings are Options with every default in place.
+type settings Options
+
+func (o Options) settle() settings {
+	o.HostsDir = cmp.Or(o.HostsDir, defaultHostsDir)
+	o.ContainerdAddress = cmp.Or(o.ContainerdAddress, defaultContainerd)
+	o.Namespace = cmp.Or(o.Namespace, DefaultNamespace)
+	o.UserAgent = cmp.Or(o.UserAgent, "headstart")
+	o.Retries = max(0, cmp.Or(o.Retries, 4))
+	t := &o.Timeouts
+	t.Connect = cmp.Or(t.Connect, 15*time.Second)
+	t.Header = cmp.Or(t.Header, 30*time.Second)
+	t.Commit = cmp.Or(t.Commit, 10*time.Minute)
+	t.Stall = cmp.Or(t.Stall, 30*time.Second)
+	t.RetryAfter = cmp.Or(t.RetryAfter, time.Minute)
+	if o.Log == nil {
+		o.Log = zap.NewNop()
+	}
+	return settings(o)
 }

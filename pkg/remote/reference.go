@@ -3,7 +3,6 @@ package remote
 import (
 	"fmt"
 	"net/netip"
-	"path/filepath"
 	"regexp"
 	"strings"
 
@@ -96,7 +95,7 @@ var namespacePattern = regexp.MustCompile(`^[A-Za-z0-9]+([._-][A-Za-z0-9]+)*$`)
 //	                            with a registry host (a dot, a colon or "localhost") or is an image ID
 //	anything else               a registry reference, normalised as docker does
 //
-// A tag of a layout or an archive may be a digest too, as in oci:DIR@sha256:….
+// Every form may end in @DIGEST, as in oci:DIR@sha256:….
 // It returns [ErrInvalid] for anything else.
 func Parse(s string) (Reference, error) {
 	if len(s) > maxReference {
@@ -153,19 +152,26 @@ func parsePath(kind Kind, s, rest string) (Reference, error) {
 			ref.Path, ref.Digest = rest[:at], d
 		}
 	}
-	if ref.Digest == "" {
-		if colon := strings.LastIndex(rest, ":"); colon >= 0 && !strings.Contains(rest[colon:], "/") {
-			ref.Path, ref.Tag = rest[:colon], rest[colon+1:]
-			if !tagPattern.MatchString(ref.Tag) {
-				return Reference{}, fmt.Errorf("%w: reference %q: tag %q: want a letter, digit or _, then at most 127 of these and . -",
-					ErrInvalid, s, ref.Tag)
-			}
+	if colon := trailingColon(ref.Path); colon >= 0 {
+		ref.Path, ref.Tag = ref.Path[:colon], ref.Path[colon+1:]
+		if !tagPattern.MatchString(ref.Tag) {
+			return Reference{}, fmt.Errorf("%w: reference %q: tag %q: want a letter, digit or _, then at most 127 of these and . -",
+				ErrInvalid, s, ref.Tag)
 		}
 	}
 	if ref.Path == "" {
 		return Reference{}, fmt.Errorf("%w: reference %q: no path", ErrInvalid, s)
 	}
 	return ref, nil
+}
+
+// trailingColon returns the index of the last colon of path when no slash follows it, else -1.
+func trailingColon(path string) int {
+	colon := strings.LastIndex(path, ":")
+	if colon >= 0 && strings.Contains(path[colon:], "/") {
+		return -1
+	}
+	return colon
 }
 
 // parseContainerd splits rest into a namespace, which may be missing, and a name.
@@ -201,16 +207,11 @@ func parseRegistry(whole, s string) (Reference, error) {
 	case strings.Contains(s, "://"):
 		return Reference{}, fmt.Errorf("%w: reference %q: a reference has no scheme, remove %q", ErrInvalid, whole, s[:strings.Index(s, "://")+3])
 	}
-	named, err := reference.ParseDockerRef(s)
-	if err != nil {
-		// A tag and a digest: ParseDockerRef drops the tag; keep both below.
-		return Reference{}, fmt.Errorf("%w: reference %q: %w", ErrInvalid, whole, err)
-	}
-	ref := Reference{Kind: KindRegistry, Host: reference.Domain(named), Repository: reference.Path(named)}
 	full, err := reference.ParseNormalizedNamed(s)
 	if err != nil {
 		return Reference{}, fmt.Errorf("%w: reference %q: %w", ErrInvalid, whole, err)
 	}
+	ref := Reference{Kind: KindRegistry, Host: reference.Domain(full), Repository: reference.Path(full)}
 	if d, ok := full.(reference.Digested); ok {
 		ref.Digest = d.Digest()
 	}
@@ -276,15 +277,17 @@ func (r Reference) String() string {
 		if r.Kind == KindArchive {
 			prefix = prefixArchive
 		}
+		s := prefix + r.Path
 		switch {
-		case r.Digest != "":
-			return prefix + r.Path + "@" + r.Digest.String()
 		case r.Tag != "":
-			return prefix + r.Path + ":" + r.Tag
-		case strings.Contains(filepath.Base(r.Path), ":"):
-			return prefix + r.Path + "/"
+			s += ":" + r.Tag
+		case trailingColon(r.Path) >= 0:
+			s += "/" // keeps the colon out of the tag
 		}
-		return prefix + r.Path
+		if r.Digest != "" {
+			s += "@" + r.Digest.String()
+		}
+		return s
 	default:
 		return ""
 	}

@@ -52,8 +52,8 @@ type Target interface {
 type Blob struct {
 	Descriptor ocispec.Descriptor
 
-	// Open returns the bytes from their start; it may be called again after a failure.
-	// A reader that is an io.Seeker lets an interrupted upload go on where it stopped.
+	// Open returns the bytes from their start; it is called again after a failure and may
+	// be called from another goroutine.
 	Open func(ctx context.Context) (io.ReadCloser, error)
 
 	// MountFrom is a repository of the target's registry that may have the blob: the
