@@ -53,16 +53,17 @@ type Xattr struct {
 	Value []byte
 }
 
-// Inode is one file of an image. Two directory entries that point to the same Inode are
-// hard links of each other (regular files only).
+// Inode is one file of an image. Directory entries that point to the same Inode are
+// hard links of each other; a directory has one entry. The order of the fields keeps
+// an Inode at 128 bytes: an image has one in memory per file.
 type Inode struct {
 	Mode      uint32 // st_mode: type and permission bits, Linux values (unix.S_IFMT)
 	UID, GID  uint32
-	Mtime     int64 // seconds
-	MtimeNsec uint32
+	MtimeNsec uint32 // below 1e9
+	Mtime     int64  // seconds since 1970, may be negative
 	Size      uint64 // regular: bytes; symlink: length of Target; others: 0
 	Rdev      uint32 // kernel dev_t encoding: minor&0xff | major<<8 | (minor&^0xff)<<12
-	Target    string // symlink target
+	Target    string // symlink target, 1..4096 bytes
 	Xattrs    []Xattr
 	Chunks    []Chunk  // regular files, in file order, every unit of the chunk size (no holes)
 	Children  []Dirent // directories: sorted by name bytes, without "." and ".."

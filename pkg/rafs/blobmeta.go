@@ -1,0 +1,194 @@
+package rafs
+
+import (
+	"encoding/binary"
+	"fmt"
+
+	"github.com/headstart-oci/headstart/pkg/rafs/internal/disk"
+)
+
+// metaRecord is a chunk record of blob.meta, of either version.
+type metaRecord struct {
+	uncompressedOffset uint64
+	compressedOffset   uint64
+	uncompressedSize   uint32
+	compressedSize     uint32
+	compressed         bool
+	batch              bool
+	zran               bool
+	encrypted          bool
+	batchIndex         uint32 // batch or zran context
+	batchOffset        uint32 // of the chunk in the context's output
+}
+
+// encodeV1 packs a record; the caller has checked the limits (see checkV1).
+func encodeV1(c Chunk) disk.MetaV1 {
+	u, s := uint64(c.UncompressedSize)-1, uint64(c.CompressedSize)-1
+	return disk.MetaV1{
+		Uncompressed: (u&disk.V1SizeLowMask)<<disk.V1SizeLowShift | c.UncompressedOffset&disk.V1UncompOffsetMask |
+			(u>>disk.V1SizeLowBits&disk.V1SizeHighMask)<<disk.V1UncompHighShift,
+		Compressed: (s&disk.V1SizeLowMask)<<disk.V1SizeLowShift | c.CompressedOffset&disk.V1CompOffsetMask |
+			(s>>disk.V1SizeLowBits&disk.V1SizeHighMask)<<disk.V1CompHighShift,
+	}
+}
+
+func decodeV1(m disk.MetaV1) metaRecord {
+	size := func(word uint64, highShift uint) uint32 {
+		low := word >> disk.V1SizeLowShift & disk.V1SizeLowMask
+		high := word >> highShift & disk.V1SizeHighMask
+		return uint32(high<<disk.V1SizeLowBits|low) + 1 //nolint:gosec // 24 bits
+	}
+	r := metaRecord{
+		uncompressedOffset: m.Uncompressed & disk.V1UncompOffsetMask,
+		compressedOffset:   m.Compressed & disk.V1CompOffsetMask,
+		uncompressedSize:   size(m.Uncompressed, disk.V1UncompHighShift),
+		compressedSize:     size(m.Compressed, disk.V1CompHighShift),
+	}
+	r.compressed = r.compressedSize != r.uncompressedSize // V1 has no flags
+	return r
+}
+
+func decodeV2(m disk.MetaV2) metaRecord {
+	flags := m.Uncompressed >> disk.V2FlagShift
+	r := metaRecord{
+		uncompressedOffset: (m.Uncompressed & disk.V2UncompBlockMask) << disk.BlockBits,
+		compressedOffset:   m.Compressed & disk.V2CompOffsetMask,
+		uncompressedSize:   uint32(m.Uncompressed>>disk.V2UncompSizeShift&disk.V2UncompSizeMask) + 1, //nolint:gosec // 24 bits
+		compressedSize:     uint32(m.Compressed >> disk.V2CompSizeShift),                             //nolint:gosec // 24 bits
+		compressed:         flags&disk.V2FlagCompressed != 0,
+		zran:               flags&disk.V2FlagZran != 0,
+		batch:              flags&disk.V2FlagBatch != 0,
+		encrypted:          flags&disk.V2FlagEncrypted != 0,
+	}
+	if r.batch || r.zran {
+		r.batchIndex = uint32(m.Data >> disk.V2DataIndexShift)
+		r.batchOffset = uint32(m.Data & disk.V2DataOffsetMask) //nolint:gosec // masked
+	}
+	return r
+}
+
+// metaTable is a blob.meta table in memory, still in its on-disk form: 16 or 24 bytes a chunk.
+type metaTable struct {
+	blob    Blob
+	records []byte
+	size    int // of one record
+	count   uint32
+	batches []disk.BatchContext
+}
+
+// record returns record i, which must be below count.
+func (t *metaTable) record(i uint32) metaRecord {
+	p := t.records[int(i)*t.size:]
+	le := binary.LittleEndian
+	if t.size == disk.SizeMetaV1 {
+		return decodeV1(disk.MetaV1{Uncompressed: le.Uint64(p), Compressed: le.Uint64(p[8:])})
+	}
+	return decodeV2(disk.MetaV2{Uncompressed: le.Uint64(p), Compressed: le.Uint64(p[8:]), Data: le.Uint64(p[16:])})
+}
+
+// parseMeta reads a decompressed table and its header and checks both against b, record by record.
+func parseMeta(b Blob, table, header []byte) (*metaTable, error) {
+	var h disk.MetaHeader
+	if _, err := binary.Decode(header, binary.LittleEndian, &h); err != nil {
+		return nil, invalid("blob.meta header", -1, "length", len(header), disk.SizeMetaHeader)
+	}
+	for _, f := range []struct {
+		name      string
+		got, want uint64
+	}{
+		{"magic", uint64(h.Magic), disk.MetaMagic},
+		{"magic2", uint64(h.Magic2), disk.MetaMagic},
+		{"ci_entries", uint64(h.Entries), uint64(b.ChunkCount)},
+		{"ci_compressor", uint64(h.Compressor), uint64(b.MetaCompressor)},
+		{"ci_offset", h.Offset, b.MetaOffset},
+		{"ci_compressed_size", h.CompressedSize, b.MetaCompressed},
+		{"ci_uncompressed_size", h.UncompressedSize, b.MetaUncompressed},
+	} {
+		if f.got != f.want {
+			return nil, invalid("blob.meta header of "+short(b.ID), -1, f.name, f.got, f.want)
+		}
+	}
+	t := &metaTable{blob: b, size: disk.SizeMetaV1, count: b.ChunkCount}
+	if b.Features&disk.FeatureV2 != 0 {
+		t.size = disk.SizeMetaV2
+	}
+	need := uint64(t.count) * uint64(t.size)
+	if uint64(len(table)) < need {
+		return nil, invalid("blob.meta of "+short(b.ID), -1, "table length", len(table), need)
+	}
+	t.records = table[:need]
+	if b.Features&disk.FeatureBatch != 0 {
+		if err := t.parseBatches(h, table); err != nil {
+			return nil, err
+		}
+	}
+	return t, nil
+}
+
+func (t *metaTable) parseBatches(h disk.MetaHeader, table []byte) error {
+	section := "blob.meta header of " + short(t.blob.ID)
+	records := uint64(len(t.records))
+	size := uint64(h.ContextCount) * disk.SizeBatchContext
+	switch {
+	case h.ContextOffset != records:
+		return invalid(section, -1, "ci_zran_offset", h.ContextOffset, records)
+	case h.ContextCount > h.Entries:
+		return invalid(section, -1, "ci_zran_count", h.ContextCount, fmt.Sprintf("at most %d", h.Entries))
+	case h.ContextSize < size || h.ContextSize > uint64(len(table))-records:
+		return invalid(section, -1, "ci_zran_size", h.ContextSize, fmt.Sprintf("%d to %d", size, uint64(len(table))-records))
+	}
+	t.batches = make([]disk.BatchContext, h.ContextCount)
+	_, err := binary.Decode(table[records:records+size], binary.LittleEndian, t.batches)
+	return err
+}
+
+// check verifies record i against the blob's limits and its predecessor, as readers of the format do.
+func (t *metaTable) check(i uint32) error {
+	r := t.record(i)
+	section := fmt.Sprintf("blob.meta record %d of %s", i, short(t.blob.ID))
+	at := int64(i) * int64(t.size)
+	if end := r.uncompressedOffset + uint64(r.uncompressedSize); end > alignUp(t.blob.UncompressedSize, disk.BlockSize) {
+		return invalid(section, at, "uncompressed end", end, fmt.Sprintf("at most %d", t.blob.UncompressedSize))
+	}
+	if r.uncompressedSize > t.blob.ChunkSize {
+		return invalid(section, at, "uncompressed size", r.uncompressedSize, fmt.Sprintf("at most %d", t.blob.ChunkSize))
+	}
+	if end := r.compressedOffset + uint64(r.compressedSize); t.blob.Features&disk.FeatureSeparate == 0 && end > t.blob.dataEnd() {
+		return invalid(section, at, "compressed end", end, fmt.Sprintf("at most %d", t.blob.dataEnd()))
+	}
+	if r.compressedSize == 0 && !r.batch && t.blob.Features&disk.FeatureSeparate == 0 {
+		return invalid(section, at, "compressed size", 0, "more than 0")
+	}
+	if !r.compressed && !r.encrypted && !r.batch && r.compressedSize != r.uncompressedSize {
+		return invalid(section, at, "compressed size of a raw chunk", r.compressedSize, r.uncompressedSize)
+	}
+	var want uint64
+	if i > 0 {
+		prev := t.record(i - 1)
+		want = alignUp(prev.uncompressedOffset+uint64(prev.uncompressedSize), disk.BlockSize)
+	}
+	if r.uncompressedOffset != want {
+		return invalid(section, at, "uncompressed offset", r.uncompressedOffset, want)
+	}
+	if r.batch {
+		return t.checkBatch(r, section, at)
+	}
+	return nil
+}
+
+func (t *metaTable) checkBatch(r metaRecord, section string, at int64) error {
+	if uint64(r.batchIndex) >= uint64(len(t.batches)) {
+		return invalid(section, at, "batch index", r.batchIndex, fmt.Sprintf("below %d", len(t.batches)))
+	}
+	c := t.batches[r.batchIndex]
+	if end := r.compressedOffset + uint64(c.CompressedSize); end > t.blob.dataEnd() {
+		return invalid(section, at, "batch end", end, fmt.Sprintf("at most %d", t.blob.dataEnd()))
+	}
+	if c.UncompressedSize > t.blob.ChunkSize || c.CompressedSize > t.blob.ChunkSize {
+		return invalid(section, at, "batch size", max(c.UncompressedSize, c.CompressedSize), fmt.Sprintf("at most %d", t.blob.ChunkSize))
+	}
+	if end := uint64(r.batchOffset) + uint64(r.uncompressedSize); end > uint64(c.UncompressedSize) {
+		return invalid(section, at, "end in its batch", end, fmt.Sprintf("at most %d", c.UncompressedSize))
+	}
+	return nil
+}

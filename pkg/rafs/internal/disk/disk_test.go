@@ -1,0 +1,38 @@
+package disk_test
+
+import (
+	"encoding/binary"
+	"testing"
+
+	"github.com/headstart-oci/headstart/pkg/rafs/internal/disk"
+)
+
+func TestSizes(t *testing.T) {
+	t.Parallel()
+	for name, c := range map[string]struct {
+		v    any
+		size int
+	}{
+		"Super":         {disk.Super{}, disk.SizeSuper},
+		"ExtSuper":      {disk.ExtSuper{}, disk.SizeExtSuper},
+		"DeviceSlot":    {disk.DeviceSlot{}, disk.SizeDeviceSlot},
+		"BlobEntry":     {disk.BlobEntry{}, disk.SizeBlobEntry},
+		"ChunkRecord":   {disk.ChunkRecord{}, disk.SizeChunkRecord},
+		"InodeExtended": {disk.InodeExtended{}, disk.SizeInodeExtended},
+		"InodeCompact":  {disk.InodeCompact{}, disk.SizeInodeCompact},
+		"ChunkIndex":    {disk.ChunkIndex{}, disk.SizeChunkIndex},
+		"Dirent":        {disk.Dirent{}, disk.SizeDirent},
+		"XattrHeader":   {disk.XattrHeader{}, disk.SizeXattrHeader},
+		"XattrEntry":    {disk.XattrEntry{}, disk.SizeXattrEntry},
+		"MetaHeader":    {disk.MetaHeader{}, disk.SizeMetaHeader},
+		"MetaV1":        {disk.MetaV1{}, disk.SizeMetaV1},
+		"MetaV2":        {disk.MetaV2{}, disk.SizeMetaV2},
+		"BatchContext":  {disk.BatchContext{}, disk.SizeBatchContext},
+		"TOCEntry":      {disk.TOCEntry{}, disk.SizeTOCEntry},
+		"TarHeader":     {disk.TarHeader{}, disk.TarHeaderSize},
+	} {
+		if got := binary.Size(c.v); got != c.size {
+			t.Errorf("binary.Size(%s) = %d, want %d", name, got, c.size)
+		}
+	}
+}

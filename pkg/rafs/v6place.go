@@ -1,0 +1,259 @@
+package rafs
+
+import (
+	"fmt"
+	"math"
+	"strings"
+
+	"github.com/headstart-oci/headstart/pkg/rafs/internal/disk"
+)
+
+// v6Allocator hands out space in the metadata area, filling gaps at block ends the way
+// upstream's builder does, so that equal trees have equal bytes.
+type v6Allocator struct {
+	off  uint64
+	free [disk.BlockSize / disk.NidSize]fifo // blocks with k*32 bytes left at their end
+}
+
+// fifo is a queue of block offsets.
+type fifo struct {
+	items []uint64
+	head  int
+}
+
+func (f *fifo) push(v uint64) { f.items = append(f.items, v) }
+
+func (f *fifo) pop() (uint64, bool) {
+	if f.head == len(f.items) {
+		f.items, f.head = f.items[:0], 0
+		return 0, false
+	}
+	f.head++
+	return f.items[f.head-1], true
+}
+
+// take returns size bytes at the end of an earlier block.
+func (a *v6Allocator) take(size uint64) (uint64, bool) {
+	if size >= disk.BlockSize {
+		return 0, false
+	}
+	m := alignUp(size, disk.NidSize) / disk.NidSize
+	for k := m; k < uint64(len(a.free)); k++ {
+		if block, ok := a.free[k].pop(); ok {
+			at := block + disk.BlockSize - k*disk.NidSize
+			a.add(at + m*disk.NidSize)
+			return at, true
+		}
+	}
+	return 0, false
+}
+
+// add keeps the rest of the block from o on for later.
+func (a *v6Allocator) add(o uint64) {
+	if used := o % disk.BlockSize; used != 0 {
+		a.free[(disk.BlockSize-used)/disk.NidSize].push(o - used)
+	}
+}
+
+func (a *v6Allocator) nextBlock() {
+	a.add(a.off)
+	a.off = alignUp(a.off, disk.BlockSize)
+}
+
+// takeOrAppend returns size bytes from a gap or at the cursor.
+func (a *v6Allocator) takeOrAppend(size uint64) uint64 {
+	if at, ok := a.take(size); ok {
+		return at
+	}
+	at := a.off
+	a.off += size
+	return at
+}
+
+// place decides the node's offsets; data is its directory or symlink bytes.
+func (a *v6Allocator) place(n *v6Node, chunks int) {
+	size := disk.SizeInodeExtended + uint64(n.xattrs)
+	switch fileType(n.inode.Mode) {
+	case modeRegular:
+		n.offset = a.takeOrAppend(alignUp(size, disk.SizeChunkIndex) + uint64(chunks)*disk.SizeChunkIndex) //nolint:gosec // a length
+	case modeDir, modeSymlink:
+		a.placeData(n, size)
+	default:
+		n.offset = a.off
+		a.off += size
+	}
+	a.off = alignUp(a.off, disk.NidSize)
+}
+
+func (a *v6Allocator) placeData(n *v6Node, size uint64) {
+	tail := n.size % disk.BlockSize
+	n.inline = tail != 0 && size+tail <= disk.BlockSize
+	if !n.inline {
+		n.offset = a.takeOrAppend(size)
+		a.nextBlock()
+		n.data = a.off
+		a.off = alignUp(a.off+n.size, disk.BlockSize)
+		return
+	}
+	at, ok := a.take(size + tail)
+	if !ok {
+		if disk.BlockSize-a.off%disk.BlockSize < size+tail {
+			a.nextBlock()
+		}
+		at = a.off
+		a.off += size + tail
+	}
+	n.offset = at
+	if n.size > tail {
+		a.nextBlock()
+	}
+	n.data = a.off &^ (disk.BlockSize - 1)
+	a.off += n.size - tail
+}
+
+// v6Walk is the state of a walk in layout order: a directory, its other children, then
+// its subdirectories, without recursion.
+type v6Walk struct {
+	plan  *v6Plan
+	alloc v6Allocator
+	stack []v6Frame
+}
+
+// v6Frame is a directory whose subdirectories are being visited.
+type v6Frame struct {
+	node uint32
+	next int // child to look at
+	name string
+}
+
+func (p *v6Plan) placeTree() error {
+	w := &v6Walk{plan: p, alloc: v6Allocator{off: disk.BlockSize}}
+	if err := w.dir(p.img.Root, 0, ""); err != nil {
+		return err
+	}
+	for len(w.stack) > 0 {
+		f := &w.stack[len(w.stack)-1]
+		children := p.nodes[f.node].inode.Children
+		for f.next < len(children) && fileType(children[f.next].Inode.Mode) != modeDir {
+			f.next++
+		}
+		if f.next == len(children) {
+			w.stack = w.stack[:len(w.stack)-1]
+			continue
+		}
+		c := children[f.next]
+		f.next++
+		if err := w.dir(c.Inode, f.node, c.Name); err != nil {
+			return err
+		}
+	}
+	p.sizes.end = w.alloc.off
+	return p.checkPrefetch()
+}
+
+// path names a child of the directory being visited, for errors.
+func (w *v6Walk) path(name string) string {
+	var b strings.Builder
+	for _, f := range w.stack[min(1, len(w.stack)):] {
+		b.WriteString("/" + f.name)
+	}
+	b.WriteString("/" + name)
+	return clip(b.String())
+}
+
+// clip keeps the beginning and the end of a long path, so that messages stay short.
+func clip(path string) string {
+	const keep = 500
+	if len(path) > 2*keep+5 {
+		return path[:keep] + " ... " + path[len(path)-keep:]
+	}
+	return path
+}
+
+// dir places a directory and its children that are none, and pushes it.
+func (w *v6Walk) dir(ino *Inode, parent uint32, name string) error {
+	if _, ok := w.plan.index[ino]; ok {
+		return invalid("inode "+w.path(name), -1, "directory", "in the tree twice", "one entry")
+	}
+	subdirs, err := w.checkChildren(ino, name)
+	if err != nil {
+		return err
+	}
+	n := v6Node{inode: ino, parent: parent, nlink: 2 + subdirs, size: dirSize(ino.Children)}
+	node, err := w.add(n, name)
+	if err != nil {
+		return err
+	}
+	w.stack = append(w.stack, v6Frame{node: node, name: name})
+	for _, c := range ino.Children {
+		if fileType(c.Inode.Mode) == modeDir {
+			continue
+		}
+		if err := w.file(c); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// file places a child that is no directory, or counts one more name of it.
+func (w *v6Walk) file(c Dirent) error {
+	p := w.plan
+	if i, ok := p.index[c.Inode]; ok {
+		p.nodes[i].nlink++
+		p.names++
+		return nil
+	}
+	n := v6Node{inode: c.Inode, nlink: 1}
+	switch fileType(c.Inode.Mode) {
+	case modeRegular:
+		n.size = c.Inode.Size
+	case modeSymlink:
+		n.size = uint64(len(c.Inode.Target))
+	}
+	_, err := w.add(n, c.Name)
+	return err
+}
+
+func (w *v6Walk) add(n v6Node, name string) (uint32, error) {
+	p := w.plan
+	if err := checkInode(n.inode); err != nil {
+		return 0, fmt.Errorf("inode %q: %w", w.path(name), err)
+	}
+	size, err := xattrSize(n.inode.Xattrs)
+	if err != nil {
+		return 0, fmt.Errorf("inode %q: %w", w.path(name), err)
+	}
+	if err := p.checkChunks(n.inode); err != nil {
+		return 0, fmt.Errorf("inode %q: %w", w.path(name), err)
+	}
+	p.names++
+	if p.names > math.MaxInt32 {
+		return 0, invalid("image", -1, "number of directory entries", p.names, fmt.Sprintf("at most %d", math.MaxInt32))
+	}
+	n.ino = uint32(p.names) //nolint:gosec // checked above
+	n.xattrs = size
+	p.xattr = p.xattr || size > 0
+	w.alloc.place(&n, len(n.inode.Chunks))
+	at := uint32(len(p.nodes)) //nolint:gosec // at most p.names
+	p.nodes = append(p.nodes, n)
+	p.index[n.inode] = at
+	for i := range n.inode.Chunks {
+		p.chunk = append(p.chunk, v6ChunkRef{&n.inode.Chunks[i], uint64(i) * uint64(p.img.ChunkSize)}) //nolint:gosec // an index
+	}
+	return at, nil
+}
+
+// checkPrefetch makes sure that every entry of the prefetch table has a number.
+func (p *v6Plan) checkPrefetch() error {
+	for i, ino := range p.img.Prefetch {
+		n, ok := p.index[ino]
+		if !ok {
+			return invalid(fmt.Sprintf("prefetch entry %d", i), -1, "inode", "not in the tree", nil)
+		}
+		if p.nid(n) > math.MaxUint32 {
+			return invalid(fmt.Sprintf("prefetch entry %d", i), -1, "nid", p.nid(n), "32 bits")
+		}
+	}
+	return nil
+}

@@ -1,0 +1,198 @@
+package rafs
+
+import (
+	"bytes"
+	"cmp"
+	"fmt"
+	"math"
+	"math/bits"
+	"slices"
+
+	"github.com/headstart-oci/headstart/pkg/rafs/internal/disk"
+)
+
+// v6Plan is a v6 bootstrap with every place decided: pure data, written by [v6Plan.write].
+type v6Plan struct {
+	img   *Image
+	nodes []v6Node          // in layout order; 0 is the root
+	index map[*Inode]uint32 // place in nodes
+	names uint64            // inode numbers handed out: one per directory entry, root included
+	slots []disk.DeviceSlot // one per blob
+	chunk []v6ChunkRef      // the chunk table
+	sizes v6Sizes
+	xattr bool // some inode has xattrs
+}
+
+// v6Sizes are the places of the sections, in bytes from the beginning.
+type v6Sizes struct {
+	blobs    uint64 // blob table
+	prefetch uint64 // prefetch table, 0: none
+	meta     uint64 // metadata area
+	end      uint64 // of the metadata area
+	chunks   uint64 // chunk table
+	total    uint64
+}
+
+// v6Node is one inode with its places. Offsets count from the metadata area.
+type v6Node struct {
+	inode  *Inode
+	offset uint64 // of the inode
+	data   uint64 // of the whole blocks (directories, symlinks)
+	size   uint64 // i_size
+	parent uint32 // directories: place in nodes
+	ino    uint32 // i_ino
+	nlink  uint32
+	xattrs uint32 // bytes of the inline xattrs
+	inline bool   // tail behind the inode
+}
+
+// v6ChunkRef is a record of the chunk table to be.
+type v6ChunkRef struct {
+	chunk      *Chunk
+	fileOffset uint64
+}
+
+// planV6 decides everything about img's bootstrap. It does not change img.
+func planV6(img *Image) (*v6Plan, error) {
+	p := &v6Plan{img: img, index: map[*Inode]uint32{}}
+	if err := p.checkImage(); err != nil {
+		return nil, err
+	}
+	if err := p.placeTree(); err != nil {
+		return nil, err
+	}
+	if err := p.sortChunks(); err != nil {
+		return nil, err
+	}
+	if err := p.placeSections(); err != nil {
+		return nil, err
+	}
+	return p, nil
+}
+
+func (p *v6Plan) checkImage() error {
+	img := p.img
+	switch {
+	case img.Root == nil || fileType(img.Root.Mode) != modeDir:
+		return fmt.Errorf("%w: image without a root directory", ErrInvalid)
+	case !validChunkSize(img.ChunkSize):
+		return invalid("image", -1, "chunk size", img.ChunkSize, fmt.Sprintf("a power of two from %d to %d", MinChunkSize, MaxChunkSize))
+	case img.Compressor > CompressorZstd:
+		return unsupported("image", -1, "compressor", img.Compressor, nil)
+	case img.Digester > DigesterSHA256:
+		return unsupported("image", -1, "digester", img.Digester, nil)
+	case len(img.Blobs) > MaxBlobs:
+		return invalid("image", -1, "number of blobs", len(img.Blobs), fmt.Sprintf("at most %d", MaxBlobs))
+	}
+	seen := map[string]bool{}
+	for i := range img.Blobs {
+		b := &img.Blobs[i]
+		section := fmt.Sprintf("blob %d", i)
+		if err := b.check(section, -1, img.ChunkSize); err != nil {
+			return err
+		}
+		const cannot = disk.FeatureTarfs | disk.FeatureEncrypted | disk.FeatureExternal
+		switch {
+		case b.Features&cannot != 0:
+			return unsupported(section, -1, "features", fmt.Sprintf("%#x", b.Features), "no tarfs, encryption or external data")
+		case len(b.ID) == 0 || len(b.ID) > len(disk.BlobEntry{}.ID) || !validTag(b.ID):
+			return invalid(section, -1, "id", fmt.Sprintf("%.80q", b.ID), "1 to 64 characters")
+		case seen[b.ID]:
+			return invalid(section, -1, "id", b.ID, "one that no other blob has")
+		case b.ChunkCount == 0:
+			return invalid(section, -1, "chunk count", 0, "at least 1")
+		case b.UncompressedSize < disk.BlockSize || b.UncompressedSize%disk.BlockSize != 0:
+			return invalid(section, -1, "uncompressed size", b.UncompressedSize, "a multiple of 4096, not 0")
+		case b.Digester != img.Digester:
+			return invalid(section, -1, "digester", b.Digester, img.Digester)
+		}
+		seen[b.ID] = true
+	}
+	return nil
+}
+
+// sortChunks makes the chunk table: one record per chunk, sorted by digest, blob and
+// index, with the file offset of the last use in layout order, as upstream has it.
+func (p *v6Plan) sortChunks() error {
+	place := func(a, b v6ChunkRef) int {
+		return cmp.Or(cmp.Compare(a.chunk.Blob, b.chunk.Blob), cmp.Compare(a.chunk.Index, b.chunk.Index))
+	}
+	slices.SortStableFunc(p.chunk, place)
+	kept := p.chunk[:0]
+	for _, c := range p.chunk {
+		if n := len(kept); n > 0 && place(kept[n-1], c) == 0 {
+			if *kept[n-1].chunk != *c.chunk {
+				return fmt.Errorf("%w: chunk %d of blob %d has two different records", ErrInvalid, c.chunk.Index, c.chunk.Blob)
+			}
+			kept[n-1] = c
+			continue
+		}
+		kept = append(kept, c)
+	}
+	p.chunk = kept
+	slices.SortFunc(p.chunk, func(a, b v6ChunkRef) int {
+		return cmp.Or(bytes.Compare(a.chunk.Digest[:], b.chunk.Digest[:]), place(a, b))
+	})
+	return nil
+}
+
+// placeSections fixes where every table begins and the flat address of every blob.
+func (p *v6Plan) placeSections() error {
+	n := uint64(len(p.img.Blobs))
+	s := &p.sizes
+	s.blobs = alignUp(disk.DeviceSlotOffset+n*disk.SizeDeviceSlot, disk.BlockSize)
+	if n > 0 {
+		end := s.blobs + n*disk.SizeBlobEntry
+		if len(p.img.Prefetch) > 0 {
+			s.prefetch = end
+			end += uint64(len(p.img.Prefetch)) * sizeNid
+		}
+		s.meta = alignUp(end, disk.BlockSize)
+	}
+	s.end += s.meta
+	s.chunks = alignUp(s.end, disk.BlockSize)
+	s.total = alignUp(s.chunks+uint64(len(p.chunk))*disk.SizeChunkRecord, disk.BlockSize)
+
+	pos := s.total
+	for i := range p.img.Blobs {
+		b := &p.img.Blobs[i]
+		pos = alignUp(pos, disk.MappedAlign)
+		blocks := b.UncompressedSize / disk.BlockSize
+		if pos/disk.BlockSize+blocks > math.MaxUint32 {
+			return invalid(fmt.Sprintf("blob %d", i), -1, "flat address", pos+b.UncompressedSize, "below 16 TiB: use fewer or smaller blobs")
+		}
+		slot := disk.DeviceSlot{Blocks: uint32(blocks), MappedBlock: uint32(pos / disk.BlockSize)} //nolint:gosec // checked above
+		copy(slot.Tag[:], b.ID)
+		p.slots = append(p.slots, slot)
+		pos += b.UncompressedSize
+	}
+	return nil
+}
+
+// sizeNid is the size of one entry of the prefetch table.
+const sizeNid = 4
+
+// nid returns the number that directory entries know node n by.
+func (p *v6Plan) nid(n uint32) uint64 { return p.nodes[n].offset / disk.NidSize }
+
+// chunkFormat returns i_u of a regular file: the chunk size as the kernel shall see it. A
+// file whose chunks lie one behind the other becomes a single extent.
+func chunkFormat(ino *Inode, chunkSize uint32) uint32 {
+	size := uint64(chunkSize)
+	if len(ino.Chunks) > 1 && ino.Size <= maxSingleExtent && contiguous(ino.Chunks, size) {
+		size = 1 << bits.Len64(ino.Size-1)
+	}
+	return disk.ChunkFormatIndexes | uint32(bits.TrailingZeros64(size)-disk.BlockBits) //nolint:gosec // 0 to 31
+}
+
+// maxSingleExtent is the largest chunk that five bits above 4096 can say.
+const maxSingleExtent = 1 << (disk.BlockBits + disk.ChunkFormatBitsMask)
+
+func contiguous(chunks []Chunk, size uint64) bool {
+	for i := 1; i < len(chunks); i++ {
+		if chunks[i].Blob != chunks[i-1].Blob || chunks[i].UncompressedOffset != chunks[i-1].UncompressedOffset+size {
+			return false
+		}
+	}
+	return true
+}

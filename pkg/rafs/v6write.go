@@ -1,0 +1,250 @@
+package rafs
+
+import (
+	"cmp"
+	"encoding/binary"
+	"math"
+	"slices"
+
+	"github.com/headstart-oci/headstart/pkg/rafs/internal/disk"
+)
+
+// write emits the plan; it decides nothing.
+func (p *v6Plan) write(out *placedWriter) {
+	out.at(disk.SuperOffset, appendRecord(nil, p.super()))
+	out.at(disk.ExtSuperOffset, appendRecord(nil, p.extSuper()))
+	out.at(disk.DeviceSlotOffset, appendRecord(nil, p.slots))
+	for i := range p.img.Blobs {
+		entry := blobEntry(&p.img.Blobs[i], uint32(i)) //nolint:gosec // at most MaxBlobs
+		out.at(p.sizes.blobs+uint64(i)*disk.SizeBlobEntry, appendRecord(nil, &entry))
+	}
+	if p.sizes.prefetch != 0 {
+		var nids []byte
+		for _, ino := range p.img.Prefetch {
+			nids = binary.LittleEndian.AppendUint32(nids, uint32(p.nid(p.index[ino]))) //nolint:gosec // checked by the plan
+		}
+		out.at(p.sizes.prefetch, nids)
+	}
+	p.writeMeta(out)
+	var buf []byte
+	for i, c := range p.chunk {
+		buf = appendRecord(buf[:0], chunkRecord(c))
+		out.at(p.sizes.chunks+uint64(i)*disk.SizeChunkRecord, buf) //nolint:gosec // an index
+	}
+	out.at(p.sizes.total, nil)
+}
+
+func (p *v6Plan) super() *disk.Super {
+	var blocks uint32
+	for _, s := range p.slots {
+		blocks += s.Blocks // the plan keeps the last mapped block below 2^32
+	}
+	return &disk.Super{
+		Magic:           disk.SuperMagic,
+		FeatureCompat:   disk.CompatRafsV6,
+		BlockBits:       disk.BlockBits,
+		RootNid:         disk.RootNid,
+		Inos:            p.names,
+		Blocks:          blocks,
+		MetaBlock:       uint32(p.sizes.meta / disk.BlockSize), //nolint:gosec // tables of 254 blobs and a u32 of nids
+		FeatureIncompat: disk.IncompatRequired,
+		ExtraDevices:    uint16(len(p.slots)), //nolint:gosec // at most MaxBlobs
+		DeviceSlotOff:   disk.DeviceSlotNumber,
+	}
+}
+
+func (p *v6Plan) extSuper() *disk.ExtSuper {
+	e := &disk.ExtSuper{
+		Flags:            p.flags(),
+		BlobTableOffset:  p.sizes.blobs,
+		BlobTableSize:    uint32(len(p.img.Blobs)) * disk.SizeBlobEntry, //nolint:gosec // at most MaxBlobs
+		ChunkSize:        p.img.ChunkSize,
+		ChunkTableOffset: p.sizes.chunks,
+		ChunkTableSize:   uint64(len(p.chunk)) * disk.SizeChunkRecord,
+	}
+	if p.sizes.prefetch != 0 {
+		e.PrefetchTableOffset = p.sizes.prefetch
+		e.PrefetchTableSize = uint32(len(p.img.Prefetch)) * sizeNid //nolint:gosec // at most one per inode
+	}
+	return e
+}
+
+func (p *v6Plan) flags() uint64 {
+	flags := uint64(disk.FlagExplicitIDs | disk.FlagEncryptNone | disk.FlagInlinedDigest)
+	for i := range p.img.Blobs {
+		if p.img.Blobs[i].Features&disk.FeatureInlinedDigest == 0 {
+			flags &^= disk.FlagInlinedDigest
+		}
+	}
+	if p.xattr {
+		flags |= disk.FlagHasXattr
+	}
+	flags |= compressorFlags[p.img.Compressor]
+	return flags | digesterFlags[p.img.Digester]
+}
+
+// Superblock flags of each algorithm, by code.
+var (
+	compressorFlags = [...]uint64{disk.FlagCompressNone, disk.FlagCompressLZ4, disk.FlagCompressGzip, disk.FlagCompressZstd}
+	digesterFlags   = [...]uint64{disk.FlagHashBLAKE3, disk.FlagHashSHA256}
+)
+
+func blobEntry(b *Blob, index uint32) disk.BlobEntry {
+	e := disk.BlobEntry{
+		Index: index, ChunkSize: b.ChunkSize, ChunkCount: b.ChunkCount,
+		Compressor: uint32(b.Compressor), Digester: uint32(b.Digester), Features: b.Features &^ disk.FeatureInlinedMeta,
+		CompressedSize: b.CompressedSize, UncompressedSize: b.UncompressedSize,
+		TOCSize: b.TOCSize, TOCDigest: b.TOCDigest,
+		MetaCompressor: uint32(b.MetaCompressor), MetaOffset: b.MetaOffset,
+		MetaCompressed: b.MetaCompressed, MetaUncompressed: b.MetaUncompressed,
+		MetaBlobDigest: b.MetaBlobDigest, MetaBlobSize: b.MetaBlobSize,
+	}
+	copy(e.ID[:], b.ID)
+	return e
+}
+
+func chunkRecord(c v6ChunkRef) *disk.ChunkRecord {
+	r := &disk.ChunkRecord{
+		Digest: c.chunk.Digest, Blob: uint32(c.chunk.Blob), Index: c.chunk.Index,
+		CompressedSize: c.chunk.CompressedSize, UncompressedSize: c.chunk.UncompressedSize,
+		CompressedOffset: c.chunk.CompressedOffset, UncompressedOffset: c.chunk.UncompressedOffset,
+		FileOffset: c.fileOffset,
+	}
+	if c.chunk.Compressed {
+		r.Flags |= disk.ChunkCompressed
+	}
+	if c.chunk.Batch {
+		r.Flags |= disk.ChunkBatch
+	}
+	return r
+}
+
+// v6Piece is one run of bytes of the metadata area: an inode with what follows it, or the
+// whole blocks of its data.
+type v6Piece struct {
+	offset uint64
+	node   uint32
+	blocks bool
+}
+
+// writeMeta writes the metadata area in order of place, which is not the order of layout.
+func (p *v6Plan) writeMeta(out *placedWriter) {
+	pieces := make([]v6Piece, 0, len(p.nodes))
+	for i := range p.nodes {
+		n := &p.nodes[i]
+		pieces = append(pieces, v6Piece{n.offset, uint32(i), false}) //nolint:gosec // at most p.names
+		if hasBlocks(n) {
+			pieces = append(pieces, v6Piece{n.data, uint32(i), true}) //nolint:gosec // as above
+		}
+	}
+	slices.SortFunc(pieces, func(a, b v6Piece) int { return cmp.Compare(a.offset, b.offset) })
+	var record, data []byte
+	for _, piece := range pieces {
+		n := &p.nodes[piece.node]
+		data = p.flatData(data[:0], n, piece.blocks)
+		if piece.blocks {
+			out.at(p.sizes.meta+piece.offset, data)
+			continue
+		}
+		record = p.appendInode(record[:0], n)
+		out.at(p.sizes.meta+piece.offset, append(record, data...))
+	}
+}
+
+// hasBlocks reports whether node n has data outside its inode.
+func hasBlocks(n *v6Node) bool {
+	switch fileType(n.inode.Mode) {
+	case modeDir, modeSymlink:
+		return n.size > 0 && (!n.inline || n.size >= disk.BlockSize)
+	}
+	return false
+}
+
+// flatData appends the directory or symlink bytes that belong to the whole blocks, or those behind the inode.
+func (p *v6Plan) flatData(dst []byte, n *v6Node, blocks bool) []byte {
+	switch fileType(n.inode.Mode) {
+	case modeDir:
+		if !blocks && !n.inline {
+			return dst
+		}
+		dst = p.dirData(dst, n)
+	case modeSymlink:
+		dst = append(dst, n.inode.Target...)
+	default:
+		return dst
+	}
+	whole := len(dst)
+	if n.inline {
+		whole = len(dst) &^ (disk.BlockSize - 1)
+	}
+	if blocks {
+		return dst[:whole]
+	}
+	return dst[whole:]
+}
+
+// appendInode appends the inode, its xattrs and its chunk index entries.
+func (p *v6Plan) appendInode(dst []byte, n *v6Node) []byte {
+	ino := n.inode
+	layout := uint16(disk.LayoutPlain)
+	var union uint32
+	switch fileType(ino.Mode) {
+	case modeRegular:
+		layout, union = disk.LayoutChunk, chunkFormat(ino, p.img.ChunkSize)
+	case modeDir, modeSymlink:
+		if n.inline {
+			layout = disk.LayoutInline
+		}
+		union = uint32((p.sizes.meta + n.data) / disk.BlockSize) //nolint:gosec // below 2^32 blocks by the bound on entries
+	default:
+		union = ino.Rdev
+	}
+	var icount uint16
+	if n.xattrs > 0 {
+		icount = uint16((n.xattrs-disk.SizeXattrHeader)/disk.XattrAlign + 1) //nolint:gosec // bounded by maxXattrBytes
+	}
+	dst = appendRecord(dst, &disk.InodeExtended{
+		Format:     disk.FormatExtended | layout<<disk.FormatLayoutShift,
+		XattrCount: icount,
+		Mode:       uint16(ino.Mode), //nolint:gosec // checked by checkInode
+		Size:       n.size,
+		Union:      union,
+		Ino:        n.ino & math.MaxInt32,
+		UID:        ino.UID,
+		GID:        ino.GID,
+		Mtime:      uint64(ino.Mtime), //nolint:gosec // two's complement on purpose
+		MtimeNsec:  ino.MtimeNsec,
+		Nlink:      n.nlink,
+	})
+	dst = appendXattrs(dst, ino.Xattrs)
+	if len(ino.Chunks) == 0 {
+		return dst
+	}
+	for len(dst)%disk.SizeChunkIndex != 0 { // the inode is at a multiple of 32
+		dst = append(dst, 0)
+	}
+	for i := range ino.Chunks {
+		dst = appendChunkIndex(dst, &ino.Chunks[i])
+	}
+	return dst
+}
+
+// appendChunkIndex appends c as a [disk.ChunkIndex]. It is written by hand because a large
+// file has one per chunk; TestChunkIndexEncoding holds it against the record.
+func appendChunkIndex(dst []byte, c *Chunk) []byte {
+	device := uint16(c.Blob+1)&disk.ChunkDeviceMask | uint16(c.Index>>disk.ChunkIndexLowBits)<<disk.ChunkIndexHighShift //nolint:gosec // 24-bit index
+	dst = binary.LittleEndian.AppendUint16(dst, uint16(c.Index))                                                        //nolint:gosec // the low half
+	dst = binary.LittleEndian.AppendUint16(dst, device)
+	return binary.LittleEndian.AppendUint32(dst, uint32(c.UncompressedOffset/disk.BlockSize)) //nolint:gosec // below 2^44 bytes
+}
+
+func (p *v6Plan) info() BootstrapInfo {
+	info := BootstrapInfo{
+		Size:    int64(p.sizes.total),                                                        //nolint:gosec // far below 2^63
+		RootNid: p.nid(0), Inodes: len(p.nodes), Entries: int(p.names), Chunks: len(p.chunk), //nolint:gosec // below 2^31
+	}
+	if p.sizes.prefetch != 0 {
+		info.Prefetch = len(p.img.Prefetch)
+	}
+	return info
+}
