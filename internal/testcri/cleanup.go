@@ -117,11 +117,11 @@ func reapRecord(id string) (err error) {
 	}
 	defer func() { err = errors.Join(err, f.Close()) }()
 	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
-		return nil //nolint:nilerr // locked: its owner lives
+		return nil // locked: its owner lives
 	}
 	dir, err := os.ReadFile(f.Name())
 	if err != nil || len(dir) == 0 {
-		return nil //nolint:nilerr // being made or removed at this moment
+		return nil // being made or removed at this moment
 	}
 	return sweep(id, string(dir))
 }

@@ -47,7 +47,7 @@ func TestRunThroughTheCRI(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, want := range []string{"Configure containerd\n", "StartContainer main\n"} {
+	for _, want := range []string{"Configure containerd\n", "StartContainer main\n", "RemoveContainer main\n"} {
 		if !strings.Contains(string(text), want) {
 			t.Errorf("the plugin noted %q, want %q in it", text, want)
 		}

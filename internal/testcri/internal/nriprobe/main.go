@@ -26,7 +26,7 @@ func main() {
 	}
 }
 
-func (p *probe) Configure(_ context.Context, config, runtime, version string) (api.EventMask, error) {
+func (p *probe) Configure(_ context.Context, config, runtime, _ string) (api.EventMask, error) {
 	p.path = strings.TrimSpace(config)
 	return 0, p.note("Configure " + runtime)
 }
@@ -35,8 +35,8 @@ func (p *probe) StartContainer(_ context.Context, _ *api.PodSandbox, c *api.Cont
 	return p.note("StartContainer " + c.GetName())
 }
 
-func (p *probe) StopContainer(_ context.Context, _ *api.PodSandbox, c *api.Container) ([]*api.ContainerUpdate, error) {
-	return nil, p.note("StopContainer " + c.GetName())
+func (p *probe) RemoveContainer(_ context.Context, _ *api.PodSandbox, c *api.Container) error {
+	return p.note("RemoveContainer " + c.GetName())
 }
 
 func (p *probe) note(line string) (err error) {

@@ -1,0 +1,57 @@
+# Every target is a command that you may type by hand. `make tools` says what it installs.
+DESTDIR    ?=
+PREFIX     ?= /usr/local
+PLUGINS    ?= /opt/nri/plugins
+CONFIGS    ?= /etc/nri/conf.d
+FUZZTIME   ?= 20s
+SOAK       ?= 10m
+PKG        ?= ./...
+RACE_PKG   ?= ./pkg/... ./cmd/... ./internal/convert/... ./internal/nriplugin/... ./internal/progress/... ./internal/rebuild/... ./internal/tracer/...
+TOOLS      := go run ./internal/tools/cmd/tools
+SUDO       ?= $(if $(DESTDIR),,$(shell [ "$$(id -u)" = 0 ] || command -v sudo))
+CONFIG     := $(DESTDIR)$(CONFIGS)/02-optimizer-nri-plugin.conf
+
+.PHONY: build optimizer install install-optimizer demo test test-race lint fuzz bench soak tools clean
+build optimizer: ## our commands, static, into bin/
+	CGO_ENABLED=0 go build -trimpath -o bin/ ./cmd/...
+
+install install-optimizer: ## into the system, or below DESTDIR; keeps a config that is there
+	@test -x bin/optimizer-nri-plugin || { echo "nothing built yet: run make optimizer first" >&2; exit 1; }
+	$(SUDO) install -D -m 755 bin/optimizer-nri-plugin $(DESTDIR)$(PLUGINS)/02-optimizer-nri-plugin
+	$(SUDO) install -D -m 755 bin/optimizer-server $(DESTDIR)$(PREFIX)/bin/optimizer-server
+	$(SUDO) install -D -m 755 bin/optimizer $(DESTDIR)$(PREFIX)/bin/optimizer
+	$(SUDO) test -e $(CONFIG) || $(SUDO) install -D -m 644 configs/optimizer-nri-plugin.conf $(CONFIG)
+	$(SUDO) mkdir -p $(DESTDIR)/opt/nri/optimizer/results
+
+demo: ## IMAGE= and CMD= choose another workload
+	go run ./internal/demo
+
+test: ## everything, end to end too; what this machine lacks is skipped visibly
+	@[ "$$(id -u)" = 0 ] || echo "make test: not root: tests that trace, mount or run containers are skipped" >&2
+	-$(TOOLS) install test
+	go test -timeout 30m $(PKG)
+
+test-race: ## under the race detector, which needs gcc
+	$(TOOLS) install gcc
+	CGO_ENABLED=1 go test -race -timeout 20m $(RACE_PKG)
+
+lint: ## golangci-lint, see .golangci.yml
+	"$$($(TOOLS) path golangci-lint)" run $(PKG)
+
+fuzz: ## every fuzz target for FUZZTIME
+	@set -e; for pkg in $$(grep -rl --include='*_test.go' '^func Fuzz' . | xargs -r -n1 dirname | sort -u); do \
+		for target in $$(go test -list '^Fuzz' $$pkg | grep '^Fuzz'); do echo "fuzz $$pkg $$target"; \
+			go test -run '^$$' -fuzz "^$$target\$$" -fuzztime $(FUZZTIME) $$pkg; done; done
+
+bench: ## against the peers, in one run
+	$(TOOLS) install bench
+	go run ./internal/bench
+
+soak: ## long runs: tests called TestSoak…, for SOAK each
+	SOAK=$(SOAK) go test -count=1 -timeout 0 -v -run '^TestSoak' $(PKG)
+
+tools: ## what tests, lint and bench need, into the user's cache; Debian packages into the system
+	$(TOOLS) install lint bench
+
+clean: ## what was built; the tools stay in the user's cache
+	rm -rf bin
