@@ -1,6 +1,7 @@
 package e2e_test
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -65,8 +66,9 @@ func mergedRoot(t *testing.T, client *containerd.Client, img *workload.Image) st
 }
 
 // straceRun runs the command in a root like the container's, with strace, and returns
-// which files of the image it touched and how.
-func straceRun(t *testing.T, client *containerd.Client, img *workload.Image, argv []string) touched {
+// which files of the image it touched and how. Wait waits for the end of the command,
+// whose root is at root, and may bring it about.
+func straceRun(t *testing.T, client *containerd.Client, img *workload.Image, argv []string, wait func(cmd *exec.Cmd, root string) error) touched {
 	t.Helper()
 	strace := testenv.Tool(t, "strace")
 	mounts := rootMounts(t, client, img, true)
@@ -84,8 +86,14 @@ func straceRun(t *testing.T, client *containerd.Client, img *workload.Image, arg
 		args = append(args, img.Config.Config.Env...)
 		args = append(args, "/usr/sbin/chroot", root)
 		cmd := exec.CommandContext(t.Context(), strace, append(args, argv...)...)
-		if out, err := cmd.CombinedOutput(); err != nil {
-			return fmt.Errorf("strace %v: %w\n%s", argv, err, out)
+		var out bytes.Buffer
+		cmd.Stdout, cmd.Stderr = &out, &out
+		if err := cmd.Start(); err != nil {
+			return err
+		}
+		if err := wait(cmd, root); err != nil {
+			_ = cmd.Process.Kill()
+			return fmt.Errorf("strace %v: %w\n%s", argv, err, out.Bytes())
 		}
 		f, err := os.Open(log)
 		if err != nil {
