@@ -1,4 +1,98 @@
-// Command optimizer-server traces the files one container touches.
+// Command optimizer-server traces the files that one container touches and writes them to
+// standard output, as package internal/tracer/stream describes. It is started by the NRI
+// plugin and by optimizer record, one process per container.
+//
+//	optimizer-server --pid PID [--root DIR] [--max-files N]
+//
+// It ends when the process does, on SIGTERM or SIGINT, and when its standard input, if
+// that is a pipe, is closed; everything that happened before is written first. Exit status:
+// 0 done, 1 it could not trace, 2 usage. Without --pid and --root the environment variables
+// _MNTNS_PID and _TARGET are read.
 package main
 
-func main() {}
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"os"
+	"os/signal"
+	"runtime"
+	"runtime/debug"
+	"strconv"
+	"syscall"
+
+	"github.com/headstart-oci/headstart/internal/tracer/server"
+)
+
+// errUsage is returned for arguments that make no sense; exit status 2.
+var errUsage = errors.New("usage")
+
+// Memory is what a node pays per traced container, so the collector runs early.
+const (
+	gcPercent   = 40
+	memoryLimit = 64 << 20 // bytes; soft
+)
+
+func main() {
+	runtime.LockOSThread() // the server joins another mount namespace
+	debug.SetGCPercent(gcPercent)
+	debug.SetMemoryLimit(memoryLimit)
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP)
+	err := run(ctx, os.Args[1:], os.Getenv, os.Stdin, os.Stdout, os.Stderr)
+	stop()
+	switch {
+	case errors.Is(err, flag.ErrHelp):
+	case errors.Is(err, errUsage):
+		_, _ = fmt.Fprintln(os.Stderr, "optimizer-server:", err)
+		os.Exit(2)
+	case err != nil:
+		_, _ = fmt.Fprintln(os.Stderr, "optimizer-server:", err)
+		os.Exit(1)
+	}
+}
+
+func run(ctx context.Context, args []string, env func(string) string, stdin, stdout *os.File, stderr io.Writer) error {
+	c, err := parse(args, env, stderr)
+	if err != nil {
+		return err
+	}
+	return server.Run(ctx, c, stdin, stdout)
+}
+
+// parse reads the flags, and what is missing from the environment.
+func parse(args []string, env func(string) string, stderr io.Writer) (server.Config, error) {
+	flags := flag.NewFlagSet("optimizer-server", flag.ContinueOnError)
+	flags.SetOutput(stderr)
+	var c server.Config
+	flags.IntVar(&c.PID, "pid", 0, "trace the container of process `PID`, as the host numbers it (default: $_MNTNS_PID)")
+	flags.StringVar(&c.Root, "root", "", "trace `DIR` inside that process' root (default: $_TARGET, else /)")
+	flags.IntVar(&c.MaxFiles, "max-files", server.DefaultMaxFiles, "list at most `N` files; more are counted as lost")
+	if err := flags.Parse(args); err != nil {
+		if errors.Is(err, flag.ErrHelp) {
+			return server.Config{}, err
+		}
+		return server.Config{}, fmt.Errorf("%w: %w", errUsage, err)
+	}
+	if flags.NArg() > 0 {
+		return server.Config{}, fmt.Errorf("%w: unexpected argument %q", errUsage, flags.Arg(0))
+	}
+	if v := env("_MNTNS_PID"); c.PID == 0 && v != "" {
+		pid, err := strconv.Atoi(v)
+		if err != nil {
+			return server.Config{}, fmt.Errorf("%w: _MNTNS_PID is %q, want a process id", errUsage, v)
+		}
+		c.PID = pid
+	}
+	if c.Root == "" {
+		c.Root = env("_TARGET")
+	}
+	if c.PID <= 0 {
+		return server.Config{}, fmt.Errorf("%w: --pid is %d, want a process id", errUsage, c.PID)
+	}
+	if c.MaxFiles <= 0 {
+		return server.Config{}, fmt.Errorf("%w: --max-files is %d, want at least 1", errUsage, c.MaxFiles)
+	}
+	return c, nil
+}

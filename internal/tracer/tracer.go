@@ -1,10 +1,29 @@
-// Package tracer runs one optimizer-server per container and turns what it streams
-// into a trace.
+// Package tracer runs one optimizer-server per container and turns what it streams into
+// a trace. A tracer that dies, hangs or cannot start never harms the container: what is
+// missing becomes a loss in the trace.
+//
+//	s, err := tracer.Start(ctx, tracer.Options{Server: path, PID: pid, Timeout: time.Minute})
+//	…
+//	select {
+//	case <-s.Ready(): // armed
+//	case <-deadline:  // go on without; the session keeps trying
+//	}
+//	…
+//	s.Stop("stop")
+//	<-s.Done()
+//	r := s.Result()
 package tracer
 
 import (
 	"context"
 	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"strconv"
+	"sync"
+	"syscall"
 	"time"
 
 	"go.uber.org/zap"
@@ -12,44 +31,188 @@ import (
 	"github.com/headstart-oci/headstart/pkg/trace"
 )
 
+// Reasons for the end of a recording, as [Result.End] has them.
+const (
+	EndExit    = "exit"    // the container's process ended
+	EndStop    = "stop"    // somebody asked for it, or the context was cancelled
+	EndTimeout = "timeout" // Options.Timeout passed
+	EndIdle    = "idle"    // Options.Idle passed without a first touch
+	EndKilled  = "killed"  // the tracer died, hung or never started
+)
+
+// Errors that [Result.Err] answers to with errors.Is.
+var (
+	// ErrLate: the container was gone before the tracer was armed.
+	ErrLate = errors.New("container gone before tracing began")
+	// ErrPrivilege: the tracer lacks CAP_SYS_ADMIN.
+	ErrPrivilege = errors.New("tracer lacks privileges")
+	// ErrKernel: the kernel cannot do what the tracer needs.
+	ErrKernel = errors.New("kernel cannot trace")
+	// ErrKilled: the tracer ended without saying that it had sent everything.
+	ErrKilled = errors.New("tracer died")
+)
+
+// DefaultGrace is how long a tracer that was asked to end may go without sending
+// anything before it is killed.
+const DefaultGrace = 10 * time.Second
+
 // Options says what to trace and for how long.
 type Options struct {
 	Server  string        // path of the optimizer-server binary
 	PID     int           // the container's first process, as the host numbers it
 	Timeout time.Duration // 0: none; the recording ends then, counted from arming
 	Idle    time.Duration // 0: none; ends when no file was touched for the first time for that long
+	Grace   time.Duration // 0: DefaultGrace
 	Log     *zap.Logger   // nil: silent
 }
 
 // Result is what one session recorded.
 type Result struct {
 	Trace    trace.Trace
-	End      string        // "exit", "stop", "timeout", "idle", "killed", or the reason handed to Stop
+	End      string        // one of the End constants, or the reason handed to Stop
 	Armed    time.Time     // wall clock of arming; zero when it never armed
 	Duration time.Duration // from arming to the end
+	Mark     string        // what was marked: "filesystem", or "mount", which misses other mounts of the same files
 	Err      error         // the tracer could not start or died; the Trace then has a Loss
 }
 
 // Session is one running recording. All methods are safe for concurrent use.
 type Session struct {
-	ready chan struct{}
-	done  chan struct{}
-	res   Result
+	o     Options
+	log   *zap.Logger
+	cmd   *exec.Cmd
+	stdin io.Closer
+	err   tail
+
+	ready   chan struct{}
+	done    chan struct{}
+	stop    chan struct{} // closed by the first Stop
+	touched chan struct{} // one token: something was touched for the first time, or arming
+	alive   chan struct{} // one token: a frame came in
+
+	closeInput sync.Once
+
+	// mu guards why.
+	mu  sync.Mutex
+	why string
+
+	res Result // written before done is closed
 }
 
-// Start spawns the server and returns without waiting for it.
+// Start spawns the server for one container and returns without waiting for it. It
+// returns an error when the options are wrong or the binary cannot be run; whatever
+// fails later is in [Session.Result]. Cancelling ctx is the same as Stop("stop").
+// Every session started ends by itself, at the latest Grace after it was asked to.
 func Start(ctx context.Context, o Options) (*Session, error) {
-	return nil, errors.New("tracer: not built yet")
+	if o.PID <= 0 {
+		return nil, fmt.Errorf("start tracer: pid %d, want a process id", o.PID)
+	}
+	if o.Timeout < 0 || o.Idle < 0 || o.Grace < 0 {
+		return nil, fmt.Errorf("start tracer: negative duration (timeout %v, idle %v, grace %v)", o.Timeout, o.Idle, o.Grace)
+	}
+	if o.Grace == 0 {
+		o.Grace = DefaultGrace
+	}
+	if o.Log == nil {
+		o.Log = zap.NewNop()
+	}
+	s := &Session{
+		o: o, log: o.Log.With(zap.Int("pid", o.PID)),
+		ready: make(chan struct{}), done: make(chan struct{}), stop: make(chan struct{}),
+		touched: make(chan struct{}, 1), alive: make(chan struct{}, 1),
+	}
+	stdout, err := s.spawn()
+	if err != nil {
+		return nil, fmt.Errorf("start tracer %s: %w", o.Server, err)
+	}
+	go s.run(ctx, stdout)
+	return s, nil
 }
 
-// Ready returns a channel that is closed once the marks are in place.
+// spawn starts the process. Its standard input is a pipe that carries nothing: its end
+// asks the server to finish, and comes by itself when this process dies.
+func (s *Session) spawn() (io.Reader, error) {
+	cmd := exec.Command(s.o.Server, "--pid", strconv.Itoa(s.o.PID)) //nolint:gosec // the operator names the binary
+	cmd.Env = []string{"GOMAXPROCS=2", "GOTRACEBACK=single"}
+	cmd.Dir = "/"
+	cmd.Stderr = &s.err
+	// A group of its own: ^C at a terminal is for the parent, which then asks for the end.
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	stdin, err := cmd.StdinPipe()
+	if err != nil {
+		return nil, err
+	}
+	stdout, err := cmd.StdoutPipe()
+	if err != nil {
+		return nil, errors.Join(err, stdin.Close())
+	}
+	if err := cmd.Start(); err != nil {
+		return nil, err
+	}
+	s.cmd, s.stdin = cmd, stdin
+	return stdout, nil
+}
+
+// Ready returns a channel that is closed once the marks are in place; it never is when
+// the tracer could not start.
 func (s *Session) Ready() <-chan struct{} { return s.ready }
 
 // Done returns a channel that is closed when the recording has ended and every event is in.
 func (s *Session) Done() <-chan struct{} { return s.done }
 
-// Stop asks the recording to end.
-func (s *Session) Stop(reason string) {}
+// Stop asks the recording to end and returns at once; what happened before is still
+// recorded. The first reason given wins. Safe at any time, any number of times.
+func (s *Session) Stop(reason string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.why != "" {
+		return
+	}
+	if reason == "" {
+		reason = EndStop
+	}
+	s.why = reason
+	close(s.stop)
+}
 
-// Result returns what was recorded; call it after Done.
-func (s *Session) Result() Result { return s.res }
+// Result returns what was recorded. It waits for Done.
+func (s *Session) Result() Result {
+	<-s.done
+	return s.res
+}
+
+// tail keeps the first bytes that a process wrote to its standard error.
+type tail struct {
+	mu sync.Mutex
+	b  []byte
+}
+
+const maxTail = 4 << 10 // bytes
+
+// Write implements io.Writer; it never fails and keeps at most maxTail bytes.
+func (t *tail) Write(p []byte) (int, error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.b = append(t.b, p[:min(len(p), maxTail-len(t.b))]...)
+	return len(p), nil
+}
+
+func (t *tail) String() string {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return string(t.b)
+}
+
+// asExit returns how a process ended in one line.
+func asExit(err error) string {
+	var exit *exec.ExitError
+	switch {
+	case err == nil:
+		return "exit status 0"
+	case errors.As(err, &exit):
+		return exit.Error()
+	case errors.Is(err, os.ErrClosed), errors.Is(err, exec.ErrWaitDelay):
+		return "ended, output cut off"
+	}
+	return err.Error()
+}

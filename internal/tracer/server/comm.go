@@ -1,0 +1,70 @@
+package server
+
+import (
+	"bytes"
+	"strconv"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+const (
+	// commFresh is how long a command name is believed without asking again; a process
+	// may change it, and its id may be reused.
+	commFresh = 100 * time.Millisecond
+	// maxComms bounds the cache; it is emptied when full.
+	maxComms = 4096
+)
+
+// comms tells the command names of processes.
+type comms struct {
+	proc  int // the host's /proc
+	cache map[int32]comm
+}
+
+type comm struct {
+	name  string
+	at    time.Time
+	stale bool // the process was about to execute something else
+}
+
+func newComms(proc int) *comms { return &comms{proc: proc, cache: make(map[int32]comm)} }
+
+// of returns the command name of process pid, "" when it is unknown. exec says that the
+// process is executing a file, after which its name will be another.
+func (c *comms) of(pid int32, exec bool) string {
+	if pid <= 0 {
+		return ""
+	}
+	now := time.Now()
+	have, ok := c.cache[pid]
+	if ok && !have.stale && now.Sub(have.at) < commFresh {
+		if exec {
+			have.stale = true
+			c.cache[pid] = have
+		}
+		return have.name
+	}
+	name, alive := c.read(pid)
+	if !alive {
+		return have.name // what it was called when it was last seen
+	}
+	if len(c.cache) >= maxComms {
+		clear(c.cache)
+	}
+	c.cache[pid] = comm{name: name, at: now, stale: exec}
+	return name
+}
+
+func (c *comms) read(pid int32) (string, bool) {
+	fd, err := unix.Openat(c.proc, strconv.Itoa(int(pid))+"/comm", unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return "", false
+	}
+	var b [maxComm]byte
+	n, err := unix.Read(fd, b[:])
+	if cerr := unix.Close(fd); err != nil || cerr != nil {
+		return "", false
+	}
+	return string(bytes.TrimSuffix(b[:n], []byte("\n"))), true
+}

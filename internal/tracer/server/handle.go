@@ -1,0 +1,175 @@
+package server
+
+import (
+	"fmt"
+	"hash/maphash"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/headstart-oci/headstart/internal/tracer/stream"
+	"github.com/headstart-oci/headstart/pkg/fanotify"
+	"github.com/headstart-oci/headstart/pkg/trace"
+)
+
+// handle digests one event. The caller closes it.
+func (s *session) handle(e *fanotify.Event) {
+	if e.Mask&fanotify.Overflow != 0 {
+		s.losses.Lose(trace.Loss{Reason: "overflow", Count: -1, Detail: "the kernel's event queue overflowed"})
+		return
+	}
+	if e.PID == s.self {
+		return
+	}
+	s.seen++
+	if e.Err != 0 {
+		s.unopened(e.Err)
+		return
+	}
+	if e.FD < 0 {
+		return
+	}
+	var st unix.Statx_t
+	fd := int(e.FD)
+	const want = unix.STATX_BASIC_STATS | unix.STATX_BTIME | unix.STATX_MNT_ID
+	if err := unix.Statx(fd, "", unix.AT_EMPTY_PATH, want, &st); err != nil {
+		s.unresolved(1, fmt.Sprintf("stat of an opened file: %v", err))
+		return
+	}
+	if st.Mode&unix.S_IFMT != unix.S_IFREG {
+		return
+	}
+	how := ways(e.Mask)
+	f := file{inode: inodeOf(&st)}
+	var name string
+	if st.Nlink > 1 {
+		name = s.names.raw(fd)
+		f.name = maphash.String(s.seed, name) | 1
+	}
+	if i, ok := s.known[f]; ok {
+		s.again(i, fd, how, st.Nlink)
+		return
+	}
+	s.first(f, fd, name, how, e.PID, &st)
+}
+
+// ways translates an event's mask.
+func ways(m fanotify.Mask) trace.How {
+	var how trace.How
+	if m&fanotify.Open != 0 {
+		how |= trace.Opened
+	}
+	if m&fanotify.Access != 0 {
+		how |= trace.Read
+	}
+	if m&fanotify.OpenExec != 0 {
+		how |= trace.Executed
+	}
+	return how
+}
+
+// unopened counts an event whose file the kernel could not open for us.
+func (s *session) unopened(errno syscall.Errno) {
+	switch errno {
+	case unix.ENXIO, unix.ENODEV:
+		s.skipped++ // a device or a socket
+	default:
+		s.unresolved(1, fmt.Sprintf("open of a touched file: %v", errno))
+	}
+}
+
+func (s *session) unresolved(n int64, detail string) {
+	s.losses.Lose(trace.Loss{Reason: "unresolved", Count: n, Detail: detail})
+}
+
+// again handles an event of a file that is known.
+func (s *session) again(i uint32, fd int, how trace.How, links uint32) {
+	e := &s.entries[i]
+	if e.how|how != e.how {
+		e.how |= how
+		e.hot = 0
+		if e.state == listed {
+			s.out.send(stream.Merge{ID: e.id, How: e.how})
+		}
+		return
+	}
+	if e.hot++; e.hot < hotAfter || !s.cool || links > 1 {
+		e.hot = min(e.hot, hotAfter)
+		return
+	}
+	// A file that is read a million times would cost the workload, and us, a million
+	// events. With one name, nothing that is already recorded can be news. The kernel may
+	// drop the mark together with the cached inode; then the count starts over.
+	e.hot = 0
+	var mask fanotify.Mask
+	if e.how&trace.Opened != 0 || e.state == left {
+		mask |= fanotify.Open
+	}
+	if e.how&trace.Read != 0 || e.state == left {
+		mask |= fanotify.Access
+	}
+	if mask != 0 && s.group.Mark(fanotify.Mark{Kind: fanotify.Inode, Mask: mask, Dir: fd, Ignore: true}) != nil {
+		s.cool = false // before Linux 5.19; events just keep coming
+	}
+}
+
+// first handles the first event of a file, which is regular.
+func (s *session) first(f file, fd int, raw string, how trace.How, pid int32, st *unix.Statx_t) {
+	if len(s.entries) >= s.c.MaxFiles {
+		s.losses.Lose(trace.Loss{Reason: "limit", Count: -1, Detail: fmt.Sprintf("more than %d files were touched", s.c.MaxFiles)})
+		return
+	}
+	e := entry{id: s.nextID, how: how}
+	s.nextID++
+	a := trace.Access{
+		How: how, Size: size(st), Elapsed: s.since(), PID: pid,
+		Command: s.comms.of(pid, how&trace.Executed != 0),
+	}
+	if raw == "" {
+		raw = s.names.raw(fd)
+	}
+	whence := s.origin.of(fd, st, s.armed)
+	if whence == made {
+		e.state = left
+	} else {
+		s.name(&e, a, raw, st, whence)
+	}
+	if e.state == left {
+		s.skipped++
+	}
+	s.known[f] = s.entryIndex()
+	s.entries = append(s.entries, e)
+}
+
+// name finds the path of a file's first touch and sends it, or keeps it for the end.
+func (s *session) name(e *entry, a trace.Access, raw string, st *unix.Statx_t, whence whence) {
+	p, ok := s.names.path(raw, a.PID, st, whence)
+	switch {
+	case ok && whence == unknown && s.origin.madeAt(p):
+		e.state = left
+	case ok:
+		a.Path = p
+		s.out.send(stream.Touch{ID: e.id, Access: a})
+	case !s.t.whole():
+		e.state = left // a file of the same mount that lies outside the root
+	default:
+		e.state = waiting
+		s.out.send(stream.Pending{})
+		i := inodeOf(st)
+		s.pending[i] = append(s.pending[i], pending{s.entryIndex(), a, whence == image})
+	}
+}
+
+// entryIndex is the index of the entry that is added next; Config bounds it.
+func (s *session) entryIndex() uint32 {
+	return uint32(len(s.entries)) //nolint:gosec // at most Config.MaxFiles, which fits
+}
+
+func inodeOf(st *unix.Statx_t) inode {
+	return inode{unix.Mkdev(st.Dev_major, st.Dev_minor), st.Ino}
+}
+
+// size is the file's size in bytes; the kernel's is a loff_t and fits.
+func size(st *unix.Statx_t) int64 {
+	return int64(min(st.Size, 1<<63-1)) //nolint:gosec // bounded
+}

@@ -1,0 +1,127 @@
+package server
+
+import (
+	"errors"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// whence tells where a file's content comes from.
+type whence uint8
+
+const (
+	unknown whence = iota
+	image          // it was there before the run, or is a changed copy of what was
+	made           // it was made during the run, in the writable layer
+)
+
+// origin tells files of the image from files that the run made.
+type origin struct {
+	t       *target
+	handles bool // overlay file handles tell the layer
+}
+
+func newOrigin(t *target) *origin { return &origin{t: t, handles: t.overlay()} }
+
+// of returns where the open file fd, with status st, comes from.
+func (o *origin) of(fd int, st *unix.Statx_t, armed time.Time) whence {
+	if o.t.overlay() {
+		if o.handles {
+			return o.ofHandle(fd)
+		}
+		return unknown
+	}
+	if st.Mask&unix.STATX_BTIME == 0 {
+		return unknown
+	}
+	if !time.Unix(st.Btime.Sec, int64(st.Btime.Nsec)).Before(armed) {
+		return made
+	}
+	return image
+}
+
+// ofHandle asks the overlay for the file's handle, which since Linux 6.6 can be had for
+// every file and says whether the file has a lower layer behind it, deleted or not,
+// copied up or not. Source: fs/overlayfs/export.c ovl_check_encode_origin.
+func (o *origin) ofHandle(fd int) whence {
+	h, _, err := unix.NameToHandleAt(fd, "", unix.AT_EMPTY_PATH|atHandleFID)
+	if err != nil {
+		if errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.EINVAL) {
+			o.handles = false
+		}
+		return unknown
+	}
+	upper, ok := overlayUpper(h.Type(), h.Bytes())
+	switch {
+	case !ok:
+		return unknown
+	case upper:
+		return made
+	}
+	return image
+}
+
+// atHandleFID asks for a handle that identifies a file and need not open it.
+// Source: include/uapi/linux/fcntl.h AT_HANDLE_FID (Linux 6.5).
+const atHandleFID = 0x200
+
+// The overlay's file handles. Source: fs/overlayfs/overlayfs.h.
+const (
+	ovlFileIDV0   = 0xfb // OVL_FILEID_V0: struct ovl_fb
+	ovlFileIDV1   = 0xf8 // OVL_FILEID_V1: 3 bytes of padding, then struct ovl_fb
+	ovlPadding    = 3
+	ovlMagic      = 0xfb // OVL_FH_MAGIC
+	ovlOffMagic   = 1    // ovl_fb: version u8, magic u8, len u8, flags u8, type u8, uuid [16]u8, fid
+	ovlOffFlags   = 3
+	ovlHeaderSize = 5 + 16
+	ovlPathUpper  = 1 << 2 // OVL_FH_FLAG_PATH_UPPER
+)
+
+// overlayUpper reports whether a file handle of an overlay is that of a file which is in
+// the writable layer only; ok is false when b is no such handle.
+func overlayUpper(kind int32, b []byte) (upper, ok bool) {
+	switch kind {
+	case ovlFileIDV0:
+	case ovlFileIDV1:
+		b = b[min(ovlPadding, len(b)):]
+	default:
+		return false, false
+	}
+	if len(b) < ovlHeaderSize || b[0] != 0 || b[ovlOffMagic] != ovlMagic {
+		return false, false
+	}
+	return b[ovlOffFlags]&ovlPathUpper != 0, true
+}
+
+// madeAt answers for a file at path p of an overlay whose handles tell nothing: it was
+// made during the run if the writable layer has it and does not say what it was copied
+// from, or if it is gone from the merged tree and left no whiteout.
+func (o *origin) madeAt(p string) bool {
+	if o.t.upper < 0 {
+		return false
+	}
+	var st unix.Stat_t
+	err := unix.Fstatat(o.t.upper, p[1:], &st, unix.AT_SYMLINK_NOFOLLOW)
+	if err != nil {
+		missing := unix.Fstatat(o.t.view, p[1:], &st, unix.AT_SYMLINK_NOFOLLOW)
+		return errors.Is(err, unix.ENOENT) && errors.Is(missing, unix.ENOENT)
+	}
+	if st.Mode&unix.S_IFMT != unix.S_IFREG {
+		return false // a whiteout: the image had the file
+	}
+	how := unix.OpenHow{
+		Flags:   unix.O_RDONLY | unix.O_NONBLOCK | unix.O_NOATIME | unix.O_NOFOLLOW | unix.O_CLOEXEC,
+		Resolve: unix.RESOLVE_BENEATH | unix.RESOLVE_NO_SYMLINKS,
+	}
+	fd, err := unix.Openat2(o.t.upper, p[1:], &how)
+	if err != nil {
+		return false
+	}
+	_, trusted := unix.Fgetxattr(fd, "trusted.overlay.origin", nil)
+	_, user := unix.Fgetxattr(fd, "user.overlay.origin", nil)
+	if unix.Close(fd) != nil {
+		return false
+	}
+	return errors.Is(trusted, unix.ENODATA) && user != nil
+}

@@ -1,0 +1,132 @@
+// Package server traces the files that one container touches: it joins the container's
+// mount namespace, marks its root, and streams first touches until the container ends or
+// its parent says so. It is the whole of optimizer-server; package stream has the form of
+// what it writes.
+//
+// It needs CAP_SYS_ADMIN, the host's /proc at /proc, and the calling goroutine's thread
+// for itself: [Run] leaves that thread in no state to run anything else.
+package server
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math"
+	"os"
+	"runtime"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/headstart-oci/headstart/internal/tracer/stream"
+	"github.com/headstart-oci/headstart/pkg/fanotify"
+)
+
+// DefaultMaxFiles is how many files one trace holds unless told otherwise; more become a
+// loss. About 100 bytes of memory each.
+const DefaultMaxFiles = 1 << 20
+
+// Config says what to trace.
+type Config struct {
+	PID      int    // a process of the container, as the host numbers it; greater than 0
+	Root     string // directory inside that process' root; empty means "/"
+	MaxFiles int    // 0 and what exceeds 2^31-1 mean DefaultMaxFiles
+}
+
+// Codes of [stream.Failure].
+const (
+	codeLate      = "late"      // the container was gone before the marks were in place
+	codePrivilege = "privilege" // a capability is missing
+	codeKernel    = "kernel"    // the kernel cannot do what is needed
+	codeInternal  = "internal"
+)
+
+// failure is an error with the code that goes with it.
+type failure struct {
+	code string
+	err  error
+}
+
+func (f *failure) Error() string { return f.err.Error() }
+func (f *failure) Unwrap() error { return f.err }
+
+// classify gives err the code its cause deserves.
+func classify(err error) *failure {
+	var f *failure
+	switch {
+	case errors.As(err, &f):
+		return f
+	case errors.Is(err, unix.ESRCH), errors.Is(err, unix.ENOENT):
+		return &failure{codeLate, err}
+	case errors.Is(err, fanotify.ErrPermission), errors.Is(err, unix.EPERM), errors.Is(err, unix.EACCES):
+		return &failure{codePrivilege, err}
+	case errors.Is(err, fanotify.ErrUnsupported), errors.Is(err, unix.ENOSYS):
+		return &failure{codeKernel, err}
+	}
+	return &failure{codeInternal, err}
+}
+
+// Run traces until the container's process ends, ctx is cancelled, or stdin, when it is a
+// pipe or a socket, reaches its end; then it flushes and returns nil. What it cannot start
+// it reports both as a [stream.Failure] and as an error.
+// Once it has written its last frame it holds nothing of the container.
+func Run(ctx context.Context, c Config, stdin, stdout *os.File) error {
+	runtime.LockOSThread() // never unlocked: the thread ends with the goroutine
+	if c.MaxFiles <= 0 || c.MaxFiles > math.MaxInt32 {
+		c.MaxFiles = DefaultMaxFiles
+	}
+	out := newOutput(stdout)
+	s, err := arm(c, out)
+	if err != nil {
+		f := classify(err)
+		out.send(stream.Failure{Code: f.code, Text: f.Error()})
+		return errors.Join(err, out.finish())
+	}
+	err = s.loop(ctx, stdin)
+	err = errors.Join(err, s.release())
+	if err != nil {
+		out.send(stream.Failure{Code: codeInternal, Text: err.Error()})
+	} else {
+		out.send(s.end())
+	}
+	return errors.Join(err, out.finish())
+}
+
+// arm joins the container and puts the marks in place.
+func arm(c Config, out *output) (*session, error) {
+	raiseFileLimit()
+	t, err := openTarget(c.PID)
+	if err != nil {
+		return nil, fmt.Errorf("open process %d: %w", c.PID, err)
+	}
+	g, err := fanotify.New(fanotify.Options{})
+	if err != nil {
+		return nil, errors.Join(err, t.close())
+	}
+	fail := func(err error) (*session, error) {
+		return nil, errors.Join(err, g.Close(), t.close())
+	}
+	if err := t.join(c.Root); err != nil {
+		return fail(fmt.Errorf("join process %d: %w", c.PID, err))
+	}
+	kind, err := t.mark(g)
+	if err != nil {
+		return fail(fmt.Errorf("mark the root of process %d: %w", c.PID, err))
+	}
+	s := newSession(c, t, g, out)
+	out.send(stream.Ready{Armed: s.armed, Mark: kind.String()})
+	return s, nil
+}
+
+// raiseFileLimit lifts the soft limit of open files to the hard one. It is a precaution:
+// only a few dozen are ever open, so a refusal is no error.
+func raiseFileLimit() {
+	var l unix.Rlimit
+	if unix.Getrlimit(unix.RLIMIT_NOFILE, &l) == nil && l.Cur < l.Max {
+		l.Cur = l.Max
+		_ = unix.Setrlimit(unix.RLIMIT_NOFILE, &l)
+	}
+}
+
+// since is the time since arming; never negative.
+func (s *session) since() time.Duration { return max(time.Since(s.armed), 0) }

@@ -1,0 +1,237 @@
+package server
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"hash/maphash"
+	"os"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/headstart-oci/headstart/internal/tracer/stream"
+	"github.com/headstart-oci/headstart/pkg/fanotify"
+	"github.com/headstart-oci/headstart/pkg/trace"
+)
+
+const (
+	// batch is how many events are read, and so how many files are open, at once.
+	batch = 32
+	// burst is how many events are handled before the other descriptors get a look.
+	burst = 4096
+	// hotAfter is how many events of one file that told nothing new make the server ask
+	// the kernel for no more of them.
+	hotAfter = 16
+)
+
+// session is one recording after arming.
+type session struct {
+	c       Config
+	t       *target
+	group   *fanotify.Group
+	out     *output
+	names   *namer
+	origin  *origin
+	comms   *comms
+	self    int32
+	armed   time.Time
+	events  []fanotify.Event // the batch being handled
+	seed    maphash.Seed
+	known   map[file]uint32 // index into entries
+	entries []entry
+	pending map[inode][]pending
+	losses  trace.Recorder // only its losses are used
+	nextID  uint32
+	seen    int64
+	skipped int64
+	cool    bool // ignore marks work
+	reason  string
+}
+
+// inode names a file for as long as it exists.
+type inode struct{ dev, ino uint64 }
+
+// file names a file under one of its names; name is 0 for files that have only one.
+type file struct {
+	inode
+	name uint64
+}
+
+// entry is what is known of a file that was touched.
+type entry struct {
+	id    uint32
+	how   trace.How
+	hot   uint8
+	state state
+}
+
+type state uint8
+
+const (
+	listed  state = iota // sent to the parent
+	waiting              // its path is not known yet
+	left                 // no content of the image
+)
+
+// pending is an access whose path has to be looked for at the end.
+type pending struct {
+	entry  uint32
+	access trace.Access
+	image  bool // known to be content of the image
+}
+
+func newSession(c Config, t *target, g *fanotify.Group, out *output) *session {
+	s := &session{
+		c: c, t: t, group: g, out: out,
+		names:   newNamer(t),
+		comms:   newComms(t.proc),
+		self:    int32(os.Getpid()), //nolint:gosec // process ids fit: the kernel's limit is 2^22
+		armed:   time.Now(),
+		events:  make([]fanotify.Event, batch),
+		seed:    maphash.MakeSeed(),
+		known:   make(map[file]uint32),
+		pending: make(map[inode][]pending),
+		cool:    true,
+	}
+	s.origin = newOrigin(t)
+	return s
+}
+
+// loop handles events until the recording is to end.
+func (s *session) loop(ctx context.Context, stdin *os.File) error {
+	wake, err := unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK)
+	if err != nil {
+		return fmt.Errorf("create eventfd: %w", err)
+	}
+	// The callback holds the descriptor, so it is closed only when it can no longer run.
+	ran := make(chan struct{})
+	stop := context.AfterFunc(ctx, func() {
+		defer close(ran)
+		_, _ = unix.Write(wake, []byte{1, 0, 0, 0, 0, 0, 0, 0})
+	})
+	defer func() {
+		if !stop() {
+			<-ran
+		}
+		_ = unix.Close(wake)
+	}()
+	in := -1
+	if isStream(stdin) {
+		in = int(stdin.Fd())
+	}
+	for s.reason == "" {
+		s.out.flush()
+		if s.out.err != nil {
+			return s.out.err
+		}
+		if err := s.wait(wake, in); err != nil {
+			return err
+		}
+		if _, err := s.drain(burst); err != nil {
+			return err
+		}
+	}
+	return s.finish()
+}
+
+// wait blocks until there is something to do and sets the reason when that is to end.
+// A reason found before a drain covers everything that happened before it.
+func (s *session) wait(wake, in int) error {
+	fds := []unix.PollFd{
+		{Fd: pollFD(s.group.FD()), Events: unix.POLLIN},
+		{Fd: pollFD(s.t.pidfd), Events: unix.POLLIN},
+		{Fd: pollFD(wake), Events: unix.POLLIN},
+		{Fd: pollFD(in), Events: unix.POLLIN}, // -1 is left out by poll(2)
+		{Fd: -1, Events: unix.POLLOUT},
+	}
+	if s.out.waiting() {
+		fds[4].Fd = pollFD(s.out.fd)
+	}
+	for {
+		_, err := unix.Poll(fds, -1)
+		if err == nil {
+			break
+		}
+		if !errors.Is(err, unix.EINTR) {
+			return fmt.Errorf("wait for events: %w", err)
+		}
+	}
+	switch {
+	case fds[1].Revents != 0:
+		s.reason = "exit"
+	case fds[2].Revents != 0:
+		s.reason = "stop"
+	case fds[3].Revents != 0 && atEnd(in):
+		s.reason = "stop"
+	}
+	return nil
+}
+
+// atEnd reads from the parent's pipe, which carries nothing, and reports its end.
+func atEnd(fd int) bool {
+	var b [64]byte
+	n, err := unix.Read(fd, b[:])
+	return n == 0 || (err != nil && !errors.Is(err, unix.EAGAIN) && !errors.Is(err, unix.EINTR))
+}
+
+// isStream reports whether f is a pipe or a socket, whose end means that the parent is gone.
+func isStream(f *os.File) bool {
+	if f == nil {
+		return false
+	}
+	st, err := f.Stat()
+	return err == nil && st.Mode()&(os.ModeNamedPipe|os.ModeSocket) != 0
+}
+
+// drain handles up to limit events, or all when limit is 0, and reports whether the
+// queue was empty afterwards.
+func (s *session) drain(limit int) (bool, error) {
+	for n := 0; limit == 0 || n < limit; {
+		got, err := s.group.Read(s.events)
+		if errors.Is(err, fanotify.ErrEmpty) {
+			return true, nil
+		}
+		if err != nil {
+			return false, err
+		}
+		for i := range s.events[:got] {
+			s.handle(&s.events[i])
+			if err := s.events[i].Close(); err != nil {
+				return false, err
+			}
+		}
+		n += got
+		if s.out.full() {
+			s.out.flush()
+		}
+	}
+	return false, nil
+}
+
+// finish takes what is still queued and looks for the paths that are missing.
+func (s *session) finish() error {
+	// Without marks the queue is finite, even when others go on using the root.
+	err := errors.Join(s.group.Flush(fanotify.Filesystem), s.group.Flush(fanotify.Mount))
+	if err != nil {
+		return err
+	}
+	if _, err := s.drain(0); err != nil {
+		return err
+	}
+	s.resolvePending()
+	return nil
+}
+
+// release closes everything of the container.
+func (s *session) release() error {
+	return errors.Join(s.group.Close(), s.t.leave(), s.t.close())
+}
+
+// end is the last frame.
+func (s *session) end() stream.End {
+	return stream.End{
+		Reason: s.reason, Elapsed: s.since(), Events: s.seen, Skipped: s.skipped,
+		Losses: s.losses.Trace().Losses,
+	}
+}

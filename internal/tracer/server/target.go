@@ -1,0 +1,287 @@
+package server
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"strconv"
+	"strings"
+
+	"github.com/moby/sys/mountinfo"
+	"golang.org/x/sys/unix"
+
+	"github.com/headstart-oci/headstart/pkg/fanotify"
+)
+
+// target is the traced container: the descriptors through which the server sees it.
+// Everything of the host that is needed later is opened before the join, because the
+// container may have no /proc, or one of another pid namespace.
+type target struct {
+	pid   int
+	pidfd int // becomes readable when the process ends
+	proc  int // the host's /proc
+	fds   int // the host's /proc/<self>/fd
+	home  int // the server's own mount namespace
+	ns    int // the container's mount namespace
+	root  int // the container's root, later the directory that is traced
+	view  int // the same directory without whatever is mounted below it
+	upper int // the overlay's writable layer, -1 when there is none or it is not visible
+
+	hostDev string            // "major:minor" of the server's own root
+	mounts  []*mountinfo.Info // of the process, before the join
+	mount   *mountinfo.Info   // the mount that root lies on; nil when unknown
+	stat    unix.Statx_t      // of root
+}
+
+// Bounds in bytes on what is read of /proc.
+const (
+	maxMountinfo = 8 << 20
+	maxComm      = 64
+)
+
+// openTarget opens what is needed of process pid while still outside the container. A
+// process id that is reused meanwhile is noticed: the pidfd is opened first and asked last.
+func openTarget(pid int) (*target, error) {
+	t := &target{pid: pid, pidfd: -1, proc: -1, fds: -1, home: -1, ns: -1, root: -1, view: -1, upper: -1}
+	if err := t.open(); err != nil {
+		return nil, errors.Join(err, t.close())
+	}
+	return t, nil
+}
+
+func (t *target) open() (err error) {
+	const dir = unix.O_PATH | unix.O_DIRECTORY | unix.O_CLOEXEC
+	if t.proc, err = unix.Open("/proc", dir, 0); err != nil {
+		return fmt.Errorf("open /proc: %w", err)
+	}
+	if self := readlink(t.proc, "self"); self != strconv.Itoa(os.Getpid()) {
+		return &failure{codeInternal, fmt.Errorf("/proc is of another pid namespace: self is %q, want %d", self, os.Getpid())}
+	}
+	if t.pidfd, err = unix.PidfdOpen(t.pid, 0); err != nil {
+		return fmt.Errorf("pidfd_open: %w", err)
+	}
+	name := strconv.Itoa(t.pid)
+	if t.ns, err = unix.Openat(t.proc, name+"/ns/mnt", unix.O_RDONLY|unix.O_CLOEXEC, 0); err != nil {
+		return fmt.Errorf("open mount namespace: %w", err)
+	}
+	if t.root, err = unix.Openat(t.proc, name+"/root", dir, 0); err != nil {
+		return fmt.Errorf("open root: %w", err)
+	}
+	if t.mounts, err = t.mountinfo(t.pid); err != nil {
+		return fmt.Errorf("read mountinfo: %w", err)
+	}
+	if t.ended() {
+		return fmt.Errorf("process ended: %w", unix.ESRCH)
+	}
+	if t.home, err = unix.Openat(t.proc, "self/ns/mnt", unix.O_RDONLY|unix.O_CLOEXEC, 0); err != nil {
+		return fmt.Errorf("open own mount namespace: %w", err)
+	}
+	if t.fds, err = unix.Openat(t.proc, "self/fd", dir, 0); err != nil {
+		return fmt.Errorf("open own descriptors: %w", err)
+	}
+	var st unix.Stat_t
+	if err := unix.Stat("/", &st); err != nil {
+		return fmt.Errorf("stat /: %w", err)
+	}
+	t.hostDev = fmt.Sprintf("%d:%d", unix.Major(st.Dev), unix.Minor(st.Dev))
+	return t.locate()
+}
+
+// locate finds the mount the root lies on and, for an overlay, its writable layer.
+func (t *target) locate() error {
+	if err := unix.Statx(t.root, "", unix.AT_EMPTY_PATH, unix.STATX_BASIC_STATS|unix.STATX_MNT_ID, &t.stat); err != nil {
+		return fmt.Errorf("stat root: %w", err)
+	}
+	t.mount = findMount(t.mounts, t.stat.Mnt_id)
+	if t.mount == nil || t.mount.FSType != "overlay" {
+		return nil
+	}
+	if upper := upperDir(t.mount.VFSOptions); strings.HasPrefix(upper, "/") && t.upper < 0 {
+		fd, err := unix.Open(upper, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+		if err == nil {
+			t.upper = fd
+		} // else it is not visible from here, and file handles have to do
+	}
+	return nil
+}
+
+// join moves the calling thread, which must be locked, into the container's mount
+// namespace and makes dir, inside the process' root, its root directory.
+func (t *target) join(dir string) error {
+	// setns(2) refuses a thread that shares its root and working directory.
+	if err := unix.Unshare(unix.CLONE_FS); err != nil {
+		return fmt.Errorf("unshare filesystem state: %w", err)
+	}
+	if err := unix.Setns(t.ns, unix.CLONE_NEWNS); err != nil {
+		return fmt.Errorf("setns: %w", err)
+	}
+	if dir = strings.Trim(dir, "/"); dir != "" {
+		how := unix.OpenHow{Flags: unix.O_PATH | unix.O_DIRECTORY | unix.O_CLOEXEC, Resolve: unix.RESOLVE_IN_ROOT}
+		fd, err := unix.Openat2(t.root, dir, &how)
+		if err != nil {
+			return fmt.Errorf("open /%s: %w", dir, err)
+		}
+		if err := replace(&t.root, fd); err != nil {
+			return err
+		}
+		if err := t.locate(); err != nil {
+			return err
+		}
+	}
+	// The kernel names files relative to the thread's root.
+	if err := unix.Fchdir(t.root); err != nil {
+		return fmt.Errorf("enter root: %w", err)
+	}
+	if err := unix.Chroot("."); err != nil {
+		return fmt.Errorf("change root: %w", err)
+	}
+	// A copy of the one mount shows what volumes and /proc are mounted over.
+	view, err := unix.OpenTree(t.root, "", unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC|unix.AT_EMPTY_PATH)
+	if err != nil {
+		view, err = unix.FcntlInt(uintptr(t.root), unix.F_DUPFD_CLOEXEC, 0)
+	}
+	t.view = view
+	return err
+}
+
+// mark marks the root and returns what kind of mark it took.
+func (t *target) mark(g *fanotify.Group) (fanotify.Kind, error) {
+	m := fanotify.Mark{Kind: fanotify.Mount, Mask: fanotify.Open | fanotify.Access | fanotify.OpenExec, Dir: t.root}
+	if t.ownSuperblock() {
+		m.Kind = fanotify.Filesystem
+		err := g.Mark(m)
+		if err == nil || errors.Is(err, fanotify.ErrPermission) {
+			return m.Kind, err
+		}
+		m.Kind = fanotify.Mount
+	}
+	return m.Kind, g.Mark(m)
+}
+
+// whole reports whether everything that the mark covers lies below the root.
+func (t *target) whole() bool { return t.stat.Attributes&unix.STATX_ATTR_MOUNT_ROOT != 0 }
+
+// overlay reports whether the root is an overlay.
+func (t *target) overlay() bool { return t.mount != nil && t.mount.FSType == "overlay" }
+
+// ownSuperblock reports whether the root is the top of a superblock that nothing but
+// this container uses: an overlay is, a directory of the host's filesystem is not.
+func (t *target) ownSuperblock() bool {
+	if t.mount == nil || t.mount.Root != "/" || !t.whole() {
+		return false
+	}
+	dev := strconv.Itoa(t.mount.Major) + ":" + strconv.Itoa(t.mount.Minor)
+	return dev != t.hostDev
+}
+
+// ended reports whether the process has ended.
+func (t *target) ended() bool {
+	fds := []unix.PollFd{{Fd: pollFD(t.pidfd), Events: unix.POLLIN}}
+	n, err := unix.Poll(fds, 0)
+	return err == nil && n > 0
+}
+
+// mountinfo returns the mounts that process pid sees.
+func (t *target) mountinfo(pid int) ([]*mountinfo.Info, error) {
+	fd, err := unix.Openat(t.proc, strconv.Itoa(pid)+"/mountinfo", unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, err
+	}
+	f := os.NewFile(uintptr(fd), "mountinfo")
+	b, err := io.ReadAll(io.LimitReader(f, maxMountinfo))
+	if err = errors.Join(err, f.Close()); err != nil {
+		return nil, err
+	}
+	return parseMountinfo(b)
+}
+
+// parseMountinfo parses what /proc/PID/mountinfo holds. The library's optional-field and
+// escape rules apply; a line it cannot parse is an error.
+func parseMountinfo(b []byte) ([]*mountinfo.Info, error) {
+	return mountinfo.GetMountsFromReader(bytes.NewReader(b), nil)
+}
+
+func findMount(mounts []*mountinfo.Info, id uint64) *mountinfo.Info {
+	for _, m := range mounts {
+		if m.ID >= 0 && uint64(m.ID) == id {
+			return m
+		}
+	}
+	return nil
+}
+
+// upperDir returns the writable layer's path from an overlay's options, "" without one.
+func upperDir(options string) string {
+	for o := range strings.SplitSeq(options, ",") {
+		if dir, ok := strings.CutPrefix(o, "upperdir="); ok {
+			return unescapeOctal(dir)
+		}
+	}
+	return ""
+}
+
+// unescapeOctal undoes seq_file's escapes (\040 and the like).
+// Source: fs/seq_file.c mangle_path, lib/string_helpers.c string_escape_mem.
+func unescapeOctal(s string) string {
+	if !strings.Contains(s, `\`) {
+		return s
+	}
+	b := make([]byte, 0, len(s))
+	for i := 0; i < len(s); i++ {
+		if s[i] == '\\' && i+3 < len(s) {
+			if v, err := strconv.ParseUint(s[i+1:i+4], 8, 8); err == nil {
+				b = append(b, byte(v))
+				i += 3
+				continue
+			}
+		}
+		b = append(b, s[i])
+	}
+	return string(b)
+}
+
+// leave gives up everything that would keep the container's namespace or root busy and
+// moves the thread back to where it came from. The pidfd stays.
+func (t *target) leave() error {
+	var err error
+	if t.home >= 0 {
+		err = unix.Setns(t.home, unix.CLONE_NEWNS)
+	}
+	for _, fd := range []*int{&t.ns, &t.root, &t.view, &t.upper} {
+		err = errors.Join(err, replace(fd, -1))
+	}
+	return err
+}
+
+func (t *target) close() error {
+	var err error
+	for _, fd := range []*int{&t.pidfd, &t.proc, &t.fds, &t.home, &t.ns, &t.root, &t.view, &t.upper} {
+		err = errors.Join(err, replace(fd, -1))
+	}
+	return err
+}
+
+// replace closes *fd, when it is open, and puts next there.
+func replace(fd *int, next int) error {
+	old := *fd
+	*fd = next
+	if old < 0 {
+		return nil
+	}
+	return unix.Close(old)
+}
+
+// readlink returns where a link points, "" when that cannot be told.
+func readlink(dir int, name string) string {
+	var b [unix.PathMax]byte
+	n, err := unix.Readlinkat(dir, name, b[:])
+	if err != nil || n >= len(b) {
+		return ""
+	}
+	return string(b[:n])
+}
+
+// pollFD narrows a descriptor to what poll(2) takes; descriptors fit by construction.
+func pollFD(fd int) int32 { return int32(fd) } //nolint:gosec // descriptors are below RLIMIT_NOFILE

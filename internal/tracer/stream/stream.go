@@ -1,0 +1,255 @@
+// Package stream is what optimizer-server writes and its parent reads: a header, then
+// frames. A frame is its length (uint32, little-endian, bytes after the length), a kind
+// (one byte) and the kind's fields; paths are last and run to the frame's end, so any
+// byte may be in them. A stream that ends without an [End] frame was cut off.
+package stream
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"time"
+
+	"github.com/headstart-oci/headstart/pkg/trace"
+)
+
+// Magic opens a stream; its last byte is the version of the format.
+const Magic = "HSTRACE\x01"
+
+// MaxFrame bounds the bytes of one frame after its length. A path that the kernel
+// names is at most 4096 bytes; one found by walking the tree can be longer.
+const MaxFrame = 64 << 10
+
+// Errors of [Reader.Next].
+var (
+	// ErrMagic is returned when what is read is no stream of this version.
+	ErrMagic = errors.New("not a trace stream")
+	// ErrInvalid is returned for a frame that cannot be decoded.
+	ErrInvalid = errors.New("invalid trace frame")
+)
+
+// Kinds of frames, as written.
+const (
+	kindReady   = 'R'
+	kindTouch   = 'T'
+	kindPending = 'P'
+	kindMerge   = 'M'
+	kindFailure = 'F'
+	kindEnd     = 'E'
+)
+
+// Frame is one of [Ready], [Touch], [Pending], [Merge], [Failure] and [End].
+type Frame interface{ append(b []byte) []byte }
+
+// Ready says that the marks are in place.
+type Ready struct {
+	Armed time.Time // wall clock, to the nanosecond
+	Mark  string    // what was marked: "filesystem" or "mount"
+}
+
+// Touch is the first touch of a file of the image. Ranges of the access are not sent.
+type Touch struct {
+	ID     uint32 // ids follow the order of first touches
+	Access trace.Access
+}
+
+// Pending says that a file was touched for the first time whose path is not known yet.
+type Pending struct{}
+
+// Merge adds ways of touching to an earlier Touch.
+type Merge struct {
+	ID  uint32
+	How trace.How
+}
+
+// Failure says why the server cannot trace. No End follows.
+type Failure struct {
+	Code string // "late", "privilege", "kernel", "internal"
+	Text string
+}
+
+// End closes the stream: everything that happened before has been sent.
+type End struct {
+	Reason  string        // "exit" or "stop"
+	Elapsed time.Duration // since arming
+	Events  int64
+	Skipped int64
+	Losses  []trace.Loss
+}
+
+// Append returns b with f appended as it is written.
+func Append(b []byte, f Frame) []byte {
+	start := len(b)
+	b = f.append(append(b, 0, 0, 0, 0))
+	binary.LittleEndian.PutUint32(b[start:], frameLen(b, start))
+	return b
+}
+
+// frameLen is the length of the frame that starts at start; frames are far below 4 GiB.
+func frameLen(b []byte, start int) uint32 {
+	n := len(b) - start - 4
+	if n > MaxFrame {
+		panic(fmt.Sprintf("stream: frame of %d bytes, want at most %d", n, MaxFrame))
+	}
+	return uint32(n) //nolint:gosec // bounded above
+}
+
+func (f Ready) append(b []byte) []byte {
+	return append(put64(append(b, kindReady), f.Armed.UnixNano()), f.Mark...)
+}
+
+func (f Touch) append(b []byte) []byte {
+	a := &f.Access
+	b = binary.LittleEndian.AppendUint32(append(b, kindTouch), f.ID)
+	b = put64(put64(append(b, byte(a.How)), a.Size), int64(a.Elapsed))
+	b = binary.LittleEndian.AppendUint32(b, uint32(a.PID)) //nolint:gosec // the bits are kept
+	return append(putString(b, a.Command), a.Path...)
+}
+
+func (Pending) append(b []byte) []byte { return append(b, kindPending) }
+
+func (f Merge) append(b []byte) []byte {
+	return append(binary.LittleEndian.AppendUint32(append(b, kindMerge), f.ID), byte(f.How))
+}
+
+func (f Failure) append(b []byte) []byte {
+	return append(putString(append(b, kindFailure), f.Code), clip(f.Text, MaxFrame/2)...)
+}
+
+func (f End) append(b []byte) []byte {
+	b = putString(append(b, kindEnd), f.Reason)
+	b = put64(put64(put64(b, int64(f.Elapsed)), f.Events), f.Skipped)
+	for _, l := range f.Losses {
+		b = putString(put64(putString(b, l.Reason), l.Count), l.Detail)
+	}
+	return b
+}
+
+func put64(b []byte, v int64) []byte {
+	return binary.LittleEndian.AppendUint64(b, uint64(v)) //nolint:gosec // the bits are kept
+}
+
+// putString writes a length byte and at most 255 bytes of s.
+func putString(b []byte, s string) []byte {
+	s = clip(s, 255)
+	return append(append(b, byte(len(s))), s...)
+}
+
+func clip(s string, n int) string { return s[:min(len(s), n)] }
+
+// Reader reads a stream. It is not safe for concurrent use.
+type Reader struct {
+	r      io.Reader
+	begun  bool
+	header [4]byte
+	buf    []byte
+}
+
+// NewReader returns a Reader; r should be buffered.
+func NewReader(r io.Reader) *Reader { return &Reader{r: r} }
+
+// Next returns the next frame. It returns io.EOF at the stream's end between two
+// frames, io.ErrUnexpectedEOF inside one, [ErrMagic] at the start of something else and
+// [ErrInvalid] for a frame that cannot be decoded. It allocates at most [MaxFrame] bytes.
+func (r *Reader) Next() (Frame, error) {
+	if !r.begun {
+		b := make([]byte, len(Magic))
+		n, err := io.ReadFull(r.r, b)
+		if n == 0 && err != nil {
+			return nil, err
+		}
+		if string(b) != Magic {
+			return nil, fmt.Errorf("%w: starts with %q, want %q", ErrMagic, b[:n], Magic)
+		}
+		r.begun = true
+	}
+	if _, err := io.ReadFull(r.r, r.header[:]); err != nil {
+		return nil, err
+	}
+	size := binary.LittleEndian.Uint32(r.header[:])
+	if size == 0 || size > MaxFrame {
+		return nil, fmt.Errorf("%w: %d bytes, want 1 to %d", ErrInvalid, size, MaxFrame)
+	}
+	if uint32(cap(r.buf)) < size { //nolint:gosec // bounded by MaxFrame
+		r.buf = make([]byte, size)
+	}
+	b := r.buf[:size]
+	if _, err := io.ReadFull(r.r, b); err != nil {
+		if errors.Is(err, io.EOF) {
+			err = io.ErrUnexpectedEOF
+		}
+		return nil, err
+	}
+	return decode(b)
+}
+
+// decode returns the frame in b, which is not empty.
+func decode(b []byte) (Frame, error) {
+	c := cursor{b: b[1:]}
+	var f Frame
+	switch b[0] {
+	case kindReady:
+		f = Ready{Armed: time.Unix(0, c.int64()), Mark: c.rest()}
+	case kindTouch:
+		f = c.touch()
+	case kindPending:
+		f = Pending{}
+	case kindMerge:
+		f = Merge{ID: c.uint32(), How: trace.How(c.byte())}
+	case kindFailure:
+		f = Failure{Code: c.string(), Text: c.rest()}
+	case kindEnd:
+		f = c.end()
+	default:
+		return nil, fmt.Errorf("%w: kind %#x", ErrInvalid, b[0])
+	}
+	if c.short || len(c.b) > 0 {
+		return nil, fmt.Errorf("%w: kind %q of %d bytes does not hold its fields", ErrInvalid, b[0], len(b))
+	}
+	return f, nil
+}
+
+// cursor takes fields off a frame; short is set when there were not enough bytes.
+type cursor struct {
+	b     []byte
+	short bool
+}
+
+func (c *cursor) take(n int) []byte {
+	if n > len(c.b) {
+		c.short, c.b = true, nil
+		return make([]byte, n)
+	}
+	b := c.b[:n]
+	c.b = c.b[n:]
+	return b
+}
+
+func (c *cursor) byte() byte     { return c.take(1)[0] }
+func (c *cursor) uint32() uint32 { return binary.LittleEndian.Uint32(c.take(4)) }
+func (c *cursor) string() string { return string(c.take(int(c.byte()))) }
+func (c *cursor) rest() string   { return string(c.take(len(c.b))) }
+
+func (c *cursor) int64() int64 {
+	return int64(binary.LittleEndian.Uint64(c.take(8))) //nolint:gosec // the bits are kept
+}
+
+func (c *cursor) touch() Touch {
+	t := Touch{ID: c.uint32()}
+	t.Access.How = trace.How(c.byte())
+	t.Access.Size = c.int64()
+	t.Access.Elapsed = time.Duration(c.int64())
+	t.Access.PID = int32(c.uint32()) //nolint:gosec // the bits are kept
+	t.Access.Command = c.string()
+	t.Access.Path = c.rest()
+	return t
+}
+
+func (c *cursor) end() End {
+	e := End{Reason: c.string(), Elapsed: time.Duration(c.int64()), Events: c.int64(), Skipped: c.int64()}
+	for len(c.b) > 0 {
+		e.Losses = append(e.Losses, trace.Loss{Reason: c.string(), Count: c.int64(), Detail: c.string()})
+	}
+	return e
+}
