@@ -399,3 +399,6 @@ func flock(f *os.File) (ok bool, err error) {
 		}
 	}
 }
+
+// Dir returns the queue's directory.
+func (q *Queue) Dir() string { return q.dir }

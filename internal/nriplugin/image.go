@@ -1,0 +1,128 @@
+package nriplugin
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+
+	"github.com/containerd/containerd/v2/client"
+	"github.com/containerd/containerd/v2/pkg/namespaces"
+	"github.com/distribution/reference"
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/headstart-oci/headstart/pkg/remote"
+)
+
+// What marks a layer of an image that is in a Nydus format already.
+// Source: nydus-snapshotter pkg/label, pkg/converter/constant.
+const (
+	nydusBootstrapAnnotation = "containerd.io/snapshot/nydus-bootstrap"
+	nydusBlobMediaType       = "application/vnd.oci.image.layer.nydus.blob.v1"
+)
+
+// containerdResolver asks containerd's image store. The zero connections are made for each
+// question: containerd may restart between two.
+type containerdResolver struct {
+	address, namespace string
+	remote             remote.Options
+}
+
+// Resolve implements [Resolver].
+func (r *containerdResolver) Resolve(ctx context.Context, container, name string) (Image, error) {
+	img := Image{Reference: name}
+	if name == "" || isID(name) {
+		found, err := r.nameOf(ctx, container, name)
+		if err != nil {
+			return img, err
+		}
+		img.Reference = found
+	}
+	ref, err := remote.Containerd(r.namespace, img.Reference)
+	if err != nil {
+		return img, err
+	}
+	o := r.remote
+	o.RegistryFallback = false // what runs is what containerd has
+	src, err := remote.OpenSource(ctx, ref, o)
+	if err != nil {
+		return img, fmt.Errorf("ask containerd for image %s: %w", img.Reference, err)
+	}
+	defer src.Close() //nolint:errcheck // only read from
+	sel, err := remote.Select(ctx, src, "")
+	if err != nil {
+		return img, fmt.Errorf("ask containerd for image %s: %w", img.Reference, err)
+	}
+	img.Digest = sel.Descriptor.Digest.String()
+	if p := sel.Descriptor.Platform; p != nil {
+		img.Platform = platformString(p)
+	}
+	img.Optimized = slices.ContainsFunc(sel.Manifest.Layers, func(l ocispec.Descriptor) bool {
+		return l.MediaType == nydusBlobMediaType || l.Annotations[nydusBootstrapAnnotation] != ""
+	})
+	return img, nil
+}
+
+func platformString(p *ocispec.Platform) string {
+	s := p.OS + "/" + p.Architecture
+	if p.Variant != "" {
+		s += "/" + p.Variant
+	}
+	return s
+}
+
+// nameOf returns a name of the container's image that has a repository: the one the container was
+// made from, or another name of the image whose ID is id.
+func (r *containerdResolver) nameOf(ctx context.Context, container, id string) (string, error) {
+	c, err := client.New(r.address, client.WithDefaultNamespace(r.namespace))
+	if err != nil {
+		return "", fmt.Errorf("ask containerd for container %s: %w", container, err)
+	}
+	defer c.Close() //nolint:errcheck // only read from
+	ctx = namespaces.WithNamespace(ctx, r.namespace)
+	if id == "" {
+		info, err := c.ContainerService().Get(ctx, container)
+		if err != nil {
+			return "", fmt.Errorf("ask containerd for container %s: %w", container, err)
+		}
+		id = info.Image
+	}
+	if id == "" {
+		return "", errors.New("containerd knows no image of the container")
+	}
+	if !isID(id) {
+		return id, nil
+	}
+	img, err := c.ImageService().Get(ctx, id)
+	if err != nil {
+		return "", fmt.Errorf("ask containerd for image %s: %w", id, err)
+	}
+	all, err := c.ImageService().List(ctx, "target.digest=="+img.Target.Digest.String())
+	if err != nil {
+		return "", fmt.Errorf("ask containerd for the names of image %s: %w", id, err)
+	}
+	best := ""
+	for _, i := range all {
+		if named, err := reference.ParseNormalizedNamed(i.Name); err == nil && !isID(i.Name) {
+			if best == "" || !reference.IsNameOnly(named) && hasTag(named) {
+				best = i.Name
+			}
+		}
+	}
+	if best == "" {
+		return "", fmt.Errorf("image %s has no name", id)
+	}
+	return best, nil
+}
+
+func hasTag(n reference.Named) bool {
+	_, ok := n.(reference.Tagged)
+	return ok
+}
+
+// isID reports whether name is an image ID ("sha256:…"), as containerd's CRI plugin names images too.
+func isID(name string) bool {
+	_, err := digest.Parse(name)
+	return err == nil
+}
