@@ -29,6 +29,7 @@ import (
 
 	containerd "github.com/containerd/containerd/v2/client"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/backoff"
 	"google.golang.org/grpc/credentials/insecure"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
@@ -208,7 +209,10 @@ func (e *Env) Up(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
-	conn, err := grpc.NewClient("unix://"+e.Address(), grpc.WithTransportCredentials(insecure.NewCredentials()))
+	// The socket appears while we try: the default second between tries is long.
+	retry := grpc.ConnectParams{Backoff: backoff.Config{BaseDelay: 10 * time.Millisecond, Multiplier: 1.5, MaxDelay: 100 * time.Millisecond}}
+	conn, err := grpc.NewClient("unix://"+e.Address(),
+		grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithConnectParams(retry))
 	if err != nil {
 		d.kill()
 		return err
