@@ -2,6 +2,7 @@ package testcri_test
 
 import (
 	"bufio"
+	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -14,54 +15,59 @@ import (
 	"github.com/headstart-oci/headstart/internal/testcri/critest"
 	"github.com/headstart-oci/headstart/internal/testenv"
 	"github.com/headstart-oci/headstart/internal/testenv/procfs"
+	"github.com/headstart-oci/headstart/internal/tools"
 )
 
-// TestAbandon is not a test: TestStartSweepsUp runs it in another process and
-// kills that while a container runs.
-func TestAbandon(t *testing.T) {
-	if os.Getenv("TESTCRI_ABANDON") == "" {
-		t.SkipNow()
-	}
-	e := critest.Start(t, testcri.Options{})
-	importHello(t, e)
-	p, err := e.RunPod(t.Context(), testcri.PodOptions{})
+// abandon runs in a process of its own: it starts a container, says where, and
+// waits to be killed.
+func abandon(ctx context.Context) error {
+	e, err := testcri.Start(ctx, testcri.Options{})
 	if err != nil {
-		t.Fatal(err)
+		return err
 	}
-	c, err := p.Create(t.Context(), testcri.ContainerOptions{Image: helloRef, Args: []string{"sleep"}})
+	hello, err := tools.BuildCommand(ctx, helloPackage)
 	if err != nil {
-		t.Fatal(err)
+		return err
 	}
-	if _, err := c.Start(t.Context()); err != nil {
-		t.Fatal(err)
+	img, err := testcri.StaticImage(hello, nil)
+	if err != nil {
+		return err
 	}
-	fmt.Printf("\nabandoned %s\n", e.Dir())
+	if err := e.Import(ctx, helloRef, img); err != nil {
+		return err
+	}
+	p, err := e.RunPod(ctx, testcri.PodOptions{})
+	if err != nil {
+		return err
+	}
+	c, err := p.Create(ctx, testcri.ContainerOptions{Image: helloRef, Args: []string{"sleep"}})
+	if err != nil {
+		return err
+	}
+	if _, err := c.Start(ctx); err != nil {
+		return err
+	}
+	fmt.Printf("abandoned %s\n", e.Dir())
 	time.Sleep(time.Minute)
-	t.Fatal("nobody killed this process")
+	return errors.New("nobody killed this process")
 }
 
 func TestStartSweepsUpAfterAKilledProcess(t *testing.T) {
 	testenv.Root(t)
 	testenv.Tool(t, "containerd")
 	testenv.Tool(t, "runc")
-	cmd := exec.Command(os.Args[0], "-test.run=^TestAbandon$", "-test.v")
-	cmd.Env = append(os.Environ(), "TESTCRI_ABANDON=1")
+	cmd := exec.Command(os.Args[0])
+	cmd.Env = append(os.Environ(), abandonEnv+"=1")
+	cmd.Stderr = os.Stderr
 	out, err := cmd.StdoutPipe()
 	if err != nil {
 		t.Fatal(err)
 	}
 	wait := testenv.Start(t, cmd)
-	var dir string
-	var text strings.Builder
-	for s := bufio.NewScanner(out); dir == "" && s.Scan(); {
-		dir, _ = strings.CutPrefix(s.Text(), "abandoned ")
-		if dir == s.Text() {
-			dir = ""
-			fmt.Fprintln(&text, s.Text())
-		}
-	}
-	if dir == "" {
-		t.Fatalf("the process to kill said:\n%s", text.String())
+	line, err := bufio.NewReader(out).ReadString('\n')
+	dir, ok := strings.CutPrefix(strings.TrimSpace(line), "abandoned ")
+	if err != nil || !ok {
+		t.Fatalf("the process to kill said %q, %v", line, err)
 	}
 	if err := cmd.Process.Kill(); err != nil {
 		t.Fatal(err)

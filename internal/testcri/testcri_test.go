@@ -1,7 +1,9 @@
 package testcri_test
 
 import (
+	"context"
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -16,13 +18,23 @@ import (
 	"github.com/headstart-oci/headstart/internal/testenv/procfs"
 )
 
-const helloRef = "docker.io/library/hello:latest"
+const (
+	helloRef     = "docker.io/library/hello:latest"
+	helloPackage = "./internal/testcri/internal/hello"
+	abandonEnv   = "TESTCRI_ABANDON" // makes this program the one that a test kills
+)
 
-func TestMain(m *testing.M) { testenv.Main(m) }
+func TestMain(m *testing.M) {
+	if os.Getenv(abandonEnv) != "" {
+		fmt.Fprintln(os.Stderr, "abandon:", abandon(context.Background()))
+		os.Exit(1)
+	}
+	testenv.Main(m)
+}
 
 func importHello(t *testing.T, e *testcri.Env) {
 	t.Helper()
-	critest.ImportStatic(t, e, helloRef, "./internal/testcri/internal/hello", map[string][]byte{"/etc/greeting": []byte("from the image")})
+	critest.ImportStatic(t, e, helloRef, helloPackage, map[string][]byte{"/etc/greeting": []byte("from the image")})
 }
 
 func TestRunThroughTheCRI(t *testing.T) {
@@ -167,7 +179,7 @@ func TestPullFromRegistry(t *testing.T) {
 	testenv.Root(t)
 	reg := critest.StartRegistry(t, testcri.RegistryOptions{})
 	e := critest.Start(t, testcri.Options{Hosts: map[string]string{reg.Host: reg.HostsTOML()}})
-	img, err := testcri.StaticImage(testenv.Command(t, "./internal/testcri/internal/hello"), nil)
+	img, err := testcri.StaticImage(testenv.Command(t, helloPackage), nil)
 	if err != nil {
 		t.Fatal(err)
 	}
