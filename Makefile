@@ -9,19 +9,24 @@ PKG        ?= ./...
 RACE_PKG   ?= ./pkg/... ./cmd/... ./internal/convert/... ./internal/nriplugin/... ./internal/progress/... ./internal/rebuild/... ./internal/tracer/...
 TOOLS      := go run ./internal/tools/cmd/tools
 SUDO       ?= $(if $(DESTDIR),,$(shell [ "$$(id -u)" = 0 ] || command -v sudo))
-CONFIG     := $(DESTDIR)$(CONFIGS)/02-optimizer-nri-plugin.conf
+PLUGIN     = $(DESTDIR)$(PLUGINS)/02-optimizer-nri-plugin
+CONFIG     = $(DESTDIR)$(CONFIGS)/02-optimizer-nri-plugin.conf
 
-.PHONY: build optimizer install install-optimizer demo test test-race lint fuzz bench soak tools clean
+.PHONY: build optimizer install install-optimizer install-service demo test test-race lint fuzz bench soak tools clean
 build optimizer: ## our commands, static, into bin/
 	CGO_ENABLED=0 go build -trimpath -o bin/ ./cmd/...
 
 install install-optimizer: ## into the system, or below DESTDIR; keeps a config that is there
 	@test -x bin/optimizer-nri-plugin || { echo "nothing built yet: run make optimizer first" >&2; exit 1; }
-	$(SUDO) install -D -m 755 bin/optimizer-nri-plugin $(DESTDIR)$(PLUGINS)/02-optimizer-nri-plugin
+	$(SUDO) install -D -m 755 bin/optimizer-nri-plugin $(PLUGIN)
 	$(SUDO) install -D -m 755 bin/optimizer-server $(DESTDIR)$(PREFIX)/bin/optimizer-server
 	$(SUDO) install -D -m 755 bin/optimizer $(DESTDIR)$(PREFIX)/bin/optimizer
-	$(SUDO) test -e $(CONFIG) || $(SUDO) install -D -m 644 configs/optimizer-nri-plugin.conf $(CONFIG)
+	$(SUDO) test -e $(CONFIG) || $(SUDO) install -D -m 644 configs/02-optimizer-nri-plugin.conf $(CONFIG)
 	$(SUDO) mkdir -p $(DESTDIR)/opt/nri/optimizer/results
+
+install-service: PLUGIN = $(DESTDIR)$(PREFIX)/bin/optimizer-nri-plugin
+install-service: install ## the plugin started by systemd, in place of one that containerd launches
+	$(SUDO) install -D -m 644 configs/optimizer-nri-plugin.service $(DESTDIR)/etc/systemd/system/optimizer-nri-plugin.service
 
 demo: ## IMAGE= and CMD= choose another workload
 	go run ./internal/demo
