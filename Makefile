@@ -1,16 +1,13 @@
 # Every target is a command that you may type by hand. `make tools` says what it installs.
-DESTDIR    ?=
 PREFIX     ?= /usr/local
-PLUGINS    ?= /opt/nri/plugins
-CONFIGS    ?= /etc/nri/conf.d
 FUZZTIME   ?= 20s
 SOAK       ?= 10m
 PKG        ?= ./...
 RACE_PKG   ?= ./pkg/... ./cmd/... ./internal/convert/... ./internal/nriplugin/... ./internal/progress/... ./internal/rebuild/... ./internal/tracer/...
 TOOLS      := go run ./internal/tools/cmd/tools
 SUDO       ?= $(if $(DESTDIR),,$(shell [ "$$(id -u)" = 0 ] || command -v sudo))
-PLUGIN     = $(DESTDIR)$(PLUGINS)/02-optimizer-nri-plugin
-CONFIG     = $(DESTDIR)$(CONFIGS)/02-optimizer-nri-plugin.conf
+PLUGIN      = $(DESTDIR)/opt/nri/plugins/02-optimizer-nri-plugin
+CONFIG      = $(DESTDIR)/etc/nri/conf.d/02-optimizer-nri-plugin.conf
 
 .PHONY: build optimizer install install-optimizer install-service demo test test-race lint fuzz bench soak tools clean
 build optimizer: ## our commands, static, into bin/
@@ -19,8 +16,7 @@ build optimizer: ## our commands, static, into bin/
 install install-optimizer: ## into the system, or below DESTDIR; keeps a config that is there
 	@test -x bin/optimizer-nri-plugin || { echo "nothing built yet: run make optimizer first" >&2; exit 1; }
 	$(SUDO) install -D -m 755 bin/optimizer-nri-plugin $(PLUGIN)
-	$(SUDO) install -D -m 755 bin/optimizer-server $(DESTDIR)$(PREFIX)/bin/optimizer-server
-	$(SUDO) install -D -m 755 bin/optimizer $(DESTDIR)$(PREFIX)/bin/optimizer
+	$(SUDO) install -D -m 755 -t $(DESTDIR)$(PREFIX)/bin bin/optimizer-server bin/optimizer
 	$(SUDO) test -e $(CONFIG) || $(SUDO) install -D -m 644 configs/02-optimizer-nri-plugin.conf $(CONFIG)
 	$(SUDO) mkdir -p $(DESTDIR)/opt/nri/optimizer/results
 
