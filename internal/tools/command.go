@@ -46,7 +46,7 @@ func BuildCommand(ctx context.Context, pkg string) (string, error) {
 func buildInto(ctx context.Context, root, pkg, store, tmp string) (string, error) {
 	name := filepath.Base(pkg)
 	out := filepath.Join(tmp, name)
-	cmd := exec.CommandContext(ctx, "go", "build", "-trimpath", "-o", out, pkg)
+	cmd := exec.CommandContext(ctx, "go", "build", "-trimpath", "-buildvcs=false", "-o", out, pkg)
 	cmd.Dir = root
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if text, err := cmd.CombinedOutput(); err != nil {
