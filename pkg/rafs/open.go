@@ -1,0 +1,163 @@
+package rafs
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+
+	"github.com/headstart-oci/headstart/pkg/rafs/internal/disk"
+)
+
+// bootstrapReader is what each version of the format can do with a bootstrap.
+type bootstrapReader interface {
+	// load reads the whole tree. Faults go to the list, which says when to stop.
+	load(faults *faultList) (*Image, error)
+	// info describes the tables.
+	info() *Info
+}
+
+// openBootstrap finds the version and reads the tables, without the tree.
+func openBootstrap(r io.ReaderAt, size int64) (bootstrapReader, error) {
+	src, err := newPagedReader(r, size)
+	if err != nil {
+		return nil, err
+	}
+	var magic [4]byte
+	if err := src.readAt(magic[:], 0, "superblock"); err != nil {
+		return nil, err
+	}
+	if binary.LittleEndian.Uint32(magic[:]) == magicV5 {
+		return nil, unsupported("superblock", 0, "format", "RAFS v5", "RAFS v6")
+	}
+	return openV6(src)
+}
+
+// magicV5 begins a RAFS v5 bootstrap.
+const magicV5 = 0x52414653
+
+// Open reads a bootstrap of size bytes whole: the tree, the blobs and the prefetch table. Every
+// bound is checked; memory is bounded by a small multiple of size. It reads what nydus-image 2.2 to 2.4 writes,
+// batch chunks, 512-byte blocks and compact inodes included.
+//
+// ErrInvalid when bytes break the format: a table outside the file, a directory reached twice, names that
+// are not sorted, a chunk that is not in the chunk table. ErrUnsupported for RAFS v5 and
+// encryption. Open does not keep r. Several calls may overlap.
+func Open(r io.ReaderAt, size int64) (*Image, error) {
+	b, err := openBootstrap(r, size)
+	if err != nil {
+		return nil, fmt.Errorf("open bootstrap: %w", err)
+	}
+	img, err := b.load(&faultList{limit: 1})
+	if err != nil {
+		return nil, fmt.Errorf("open bootstrap: %w", err)
+	}
+	return img, nil
+}
+
+// faultList gathers faults up to a limit.
+type faultList struct {
+	limit  int
+	faults []error
+}
+
+// add keeps err and returns a non-nil error when no more faults are wanted.
+func (f *faultList) add(err error) error {
+	if err == nil {
+		return nil
+	}
+	f.faults = append(f.faults, err)
+	if len(f.faults) >= f.limit {
+		return errTooManyFaults
+	}
+	return nil
+}
+
+func (f *faultList) err() error { return errors.Join(f.faults...) }
+
+var errTooManyFaults = errors.New("rafs: too many faults")
+
+// pagedReader reads a file through a small cache of pages. Not safe for concurrent use.
+type pagedReader struct {
+	r     io.ReaderAt
+	size  uint64
+	pages [pageCount]page
+}
+
+type page struct {
+	valid bool
+	index uint64
+	data  []byte
+}
+
+const (
+	pageSize  = 64 << 10
+	pageCount = 32 // 2 MiB: the tree is mostly read front to back
+)
+
+func newPagedReader(r io.ReaderAt, size int64) (*pagedReader, error) {
+	if size < disk.BlockSize {
+		return nil, invalid("bootstrap", -1, "size", size, fmt.Sprintf("at least %d", disk.BlockSize))
+	}
+	return &pagedReader{r: r, size: uint64(size)}, nil //nolint:gosec // not negative
+}
+
+// readAt fills p from offset; section is for the error.
+func (s *pagedReader) readAt(p []byte, offset uint64, section string) error {
+	if err := s.bounds(offset, uint64(len(p)), section); err != nil {
+		return err
+	}
+	for len(p) > 0 {
+		data, err := s.page(offset / pageSize)
+		if err != nil {
+			return fmt.Errorf("read %s: %w", section, err)
+		}
+		n := copy(p, data[offset%pageSize:])
+		p, offset = p[n:], offset+uint64(n) //nolint:gosec // a length
+	}
+	return nil
+}
+
+// bounds makes sure that n bytes at offset lie in the file.
+func (s *pagedReader) bounds(offset, n uint64, section string) error {
+	if offset > s.size || n > s.size-offset {
+		return invalid(section, clampOffset(offset), "end", fmt.Sprintf("%d bytes later", n), fmt.Sprintf("at most %d", s.size))
+	}
+	return nil
+}
+
+func clampOffset(offset uint64) int64 { return int64(min(offset, 1<<63-1)) } //nolint:gosec // clamped
+
+func (s *pagedReader) page(index uint64) ([]byte, error) {
+	p := &s.pages[index%pageCount]
+	if p.valid && p.index == index {
+		return p.data, nil
+	}
+	if p.data == nil {
+		p.data = make([]byte, min(pageSize, s.size))
+	}
+	p.valid = false
+	start := index * pageSize
+	n := min(pageSize, s.size-start)
+	p.data = p.data[:cap(p.data)][:n]
+	got, err := s.r.ReadAt(p.data, clampOffset(start))
+	if uint64(got) < n { //nolint:gosec // not negative
+		if err == nil || errors.Is(err, io.EOF) {
+			err = io.ErrUnexpectedEOF
+		}
+		return nil, fmt.Errorf("%d bytes at %d: %w", n, start, err)
+	}
+	p.valid, p.index = true, index
+	return p.data, nil
+}
+
+// record reads the fixed-size record v at offset.
+func (s *pagedReader) record(v any, offset uint64, section string) error {
+	var scratch [disk.SizeBlobEntry]byte
+	p := scratch[:binary.Size(v)]
+	if err := s.readAt(p, offset, section); err != nil {
+		return err
+	}
+	_, err := binary.Decode(p, binary.LittleEndian, v)
+	return err
+}

@@ -1,0 +1,285 @@
+package rafs
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"strings"
+
+	"github.com/headstart-oci/headstart/pkg/rafs/internal/disk"
+)
+
+// v6Loader reads the tree of a v6 bootstrap.
+type v6Loader struct {
+	*v6Tables
+	faults *faultList
+	img    *Image
+	inodes map[uint64]v6Loaded // by nid
+	// budget is how many bytes of metadata may still be read: no two inodes, directories or
+	// xattrs of a real image share bytes, so all of them together fit in the file. It
+	// bounds memory and time for images whose parts overlap.
+	budget uint64
+	chunks []Chunk           // the chunk table
+	lookup map[uint32]uint32 // chunkID → place in chunks
+	stack  []v6Dir           // directories still to be read
+}
+
+// v6Loaded is an inode that was met, with what Check compares at the end.
+type v6Loaded struct {
+	inode *Inode
+	nlink uint32 // as stored
+	names uint32 // as found; directories: 2 + subdirectories
+}
+
+// v6Dir is a directory to be read. parts name the way to it for errors.
+type v6Dir struct {
+	inode  *Inode
+	nid    uint64
+	parent uint64
+	head   v6Head
+	path   *v6Path
+}
+
+// v6Path is a path as a list from the leaf up, so that deep trees need no long strings.
+type v6Path struct {
+	parent *v6Path
+	name   string
+}
+
+func (p *v6Path) String() string {
+	var names []string
+	for n := 0; p != nil && p.parent != nil && n < 1000; p, n = p.parent, n+1 {
+		names = append(names, p.name)
+	}
+	var b strings.Builder
+	for i := len(names) - 1; i >= 0; i-- {
+		b.WriteString("/" + names[i])
+	}
+	if b.Len() == 0 {
+		return "/"
+	}
+	return clip(b.String())
+}
+
+// v6Head is an inode of either form.
+type v6Head struct {
+	disk.InodeExtended
+	offset uint64 // of the inode
+	tail   uint64 // of what follows inode and xattrs
+}
+
+func (h *v6Head) layout() uint16 {
+	return h.Format >> disk.FormatLayoutShift & disk.FormatLayoutMask
+}
+
+// chunkID packs the place of a chunk: 8 bits of blob, 24 of index.
+func chunkID(blob uint16, index uint32) uint32 { return uint32(blob)<<24 | index }
+
+// load implements bootstrapReader.
+func (t *v6Tables) load(faults *faultList) (*Image, error) {
+	l := &v6Loader{
+		v6Tables: t, faults: faults, inodes: map[uint64]v6Loaded{}, budget: t.src.size,
+		img: &Image{Blobs: t.blobs, ChunkSize: t.ext.ChunkSize, Compressor: t.compressor(), Digester: t.digester()},
+	}
+	err := l.run()
+	if err != nil && !errors.Is(err, errTooManyFaults) {
+		faults.faults = append(faults.faults, err)
+	}
+	if err := faults.err(); err != nil {
+		return nil, err
+	}
+	return l.img, nil
+}
+
+func (l *v6Loader) run() error {
+	if err := l.readChunkTable(); err != nil {
+		return err
+	}
+	if err := l.readRoot(); err != nil {
+		return err
+	}
+	for len(l.stack) > 0 {
+		d := l.stack[len(l.stack)-1]
+		l.stack = l.stack[:len(l.stack)-1]
+		if err := l.readDir(&d); err != nil {
+			if err := l.faults.add(fmt.Errorf("directory %q: %w", d.path, err)); err != nil {
+				return err
+			}
+		}
+	}
+	if err := l.checkLinks(); err != nil {
+		return err
+	}
+	return l.resolvePrefetch()
+}
+
+// spend takes n bytes from the budget.
+func (l *v6Loader) spend(n uint64, section string, offset uint64) error {
+	if n > l.budget {
+		return invalid(section, clampOffset(offset), "size", n, "metadata that does not overlap")
+	}
+	l.budget -= n
+	return nil
+}
+
+func (l *v6Loader) readRoot() error {
+	nid := uint64(l.super.RootNid)
+	ino, head, err := l.readInode(nid)
+	if err != nil {
+		return fmt.Errorf("root: %w", err)
+	}
+	if !ino.IsDir() {
+		return invalid("root inode", clampOffset(head.offset), "mode", fmt.Sprintf("%#o", ino.Mode), "a directory")
+	}
+	l.img.Root = ino
+	l.inodes[nid] = v6Loaded{inode: ino, nlink: head.Nlink, names: 2}
+	l.stack = append(l.stack, v6Dir{inode: ino, nid: nid, parent: nid, head: head, path: &v6Path{}})
+	return nil
+}
+
+// readChunkTable reads every record and makes each findable by blob and index.
+func (l *v6Loader) readChunkTable() error {
+	n := l.ext.ChunkTableSize / disk.SizeChunkRecord
+	if n == 0 {
+		return nil
+	}
+	if err := l.spend(l.ext.ChunkTableSize, "chunk table", l.ext.ChunkTableOffset); err != nil {
+		return err
+	}
+	l.chunks = make([]Chunk, 0, n)
+	l.lookup = make(map[uint32]uint32, n)
+	for i := range n {
+		offset := l.ext.ChunkTableOffset + i*disk.SizeChunkRecord
+		c, err := l.readChunkRecord(i, offset)
+		if err == nil {
+			err = l.keepChunk(c, i, offset)
+		}
+		if err := l.faults.add(err); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (l *v6Loader) readChunkRecord(i, offset uint64) (Chunk, error) {
+	section := "chunk table"
+	var r disk.ChunkRecord
+	if err := l.src.record(&r, offset, section); err != nil {
+		return Chunk{}, err
+	}
+	section = fmt.Sprintf("chunk table record %d", i)
+	switch {
+	case uint64(r.Blob) >= uint64(len(l.blobs)):
+		return Chunk{}, invalid(section, clampOffset(offset), "blob_index", r.Blob, fmt.Sprintf("below %d", len(l.blobs)))
+	case r.Index >= maxReadChunks:
+		return Chunk{}, invalid(section, clampOffset(offset), "index", r.Index, fmt.Sprintf("below %d", maxReadChunks))
+	case r.UncompressedSize == 0 || r.UncompressedSize > l.ext.ChunkSize:
+		return Chunk{}, invalid(section, clampOffset(offset), "uncompressed_size", r.UncompressedSize, fmt.Sprintf("1 to %d", l.ext.ChunkSize))
+	case r.CompressedSize > maxCompressed(l.ext.ChunkSize):
+		return Chunk{}, invalid(section, clampOffset(offset), "compressed_size", r.CompressedSize, fmt.Sprintf("at most %d", maxCompressed(l.ext.ChunkSize)))
+	case r.Flags&disk.ChunkEncrypted != 0:
+		return Chunk{}, unsupported(section, clampOffset(offset), "flags", fmt.Sprintf("%#x", r.Flags), "no encryption")
+	}
+	c := Chunk{
+		Digest: r.Digest, Blob: uint16(r.Blob), Index: r.Index, //nolint:gosec // checked above
+		Compressed: r.Flags&disk.ChunkCompressed != 0, Batch: r.Flags&disk.ChunkBatch != 0,
+		CompressedOffset: r.CompressedOffset, CompressedSize: r.CompressedSize,
+		UncompressedOffset: r.UncompressedOffset, UncompressedSize: r.UncompressedSize,
+	}
+	if err := l.blobs[r.Blob].checkChunk(&c); err != nil {
+		return Chunk{}, fmt.Errorf("%s at byte %d: %w", section, offset, err)
+	}
+	return c, nil
+}
+
+// maxCompressed is the largest stored size of a chunk that is read. Builders keep what does not shrink as it is; estimates
+// for gzip streams may be larger.
+func maxCompressed(chunkSize uint32) uint32 { return 2*chunkSize + 4096 }
+
+func (l *v6Loader) keepChunk(c Chunk, i, offset uint64) error {
+	id := chunkID(c.Blob, c.Index)
+	if first, ok := l.lookup[id]; ok {
+		if l.chunks[first] != c {
+			return invalid(fmt.Sprintf("chunk table record %d", i), clampOffset(offset), "record",
+				fmt.Sprintf("of chunk %d of blob %d again, differing", c.Index, c.Blob), nil)
+		}
+		return nil
+	}
+	l.lookup[id] = uint32(len(l.chunks)) //nolint:gosec // fewer than 2^32 ids
+	l.chunks = append(l.chunks, c)
+	return nil
+}
+
+// checkLinks compares stored link counts with the names found; only Check asks for it.
+func (l *v6Loader) checkLinks() error {
+	if l.faults.limit == 1 {
+		return nil
+	}
+	for nid, f := range l.inodes {
+		if f.nlink != f.names {
+			err := invalid(fmt.Sprintf("inode %d", nid), -1, "nlink", f.nlink, f.names)
+			if err := l.faults.add(err); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+func (l *v6Loader) resolvePrefetch() error {
+	for i, nid := range l.prefetch {
+		f, ok := l.inodes[uint64(nid)]
+		if !ok {
+			offset := l.ext.PrefetchTableOffset + uint64(i)*sizeNid //nolint:gosec // an index
+			err := invalid(fmt.Sprintf("prefetch entry %d", i), clampOffset(offset), "nid", nid, "an inode of the tree")
+			if err := l.faults.add(err); err != nil {
+				return err
+			}
+			continue
+		}
+		l.img.Prefetch = append(l.img.Prefetch, f.inode)
+	}
+	return nil
+}
+
+// readDirBlock parses one dirent block and calls each for every entry.
+func readDirBlock(block []byte, each func(d disk.Dirent, name string) error) error {
+	if len(block) < disk.SizeDirent {
+		return invalid("dirent block", -1, "length", len(block), fmt.Sprintf("at least %d", disk.SizeDirent))
+	}
+	decode := func(i int) (d disk.Dirent, err error) {
+		_, err = binary.Decode(block[i*disk.SizeDirent:], binary.LittleEndian, &d)
+		return d, err
+	}
+	d, err := decode(0)
+	if err != nil {
+		return err
+	}
+	first := int(d.NameOffset)
+	if first < disk.SizeDirent || first%disk.SizeDirent != 0 || first >= len(block) {
+		return invalid("dirent block", -1, "first nameoff", first, fmt.Sprintf("a multiple of %d below %d", disk.SizeDirent, len(block)))
+	}
+	names := string(block[first:]) // one allocation for all names of the block
+	count := first / disk.SizeDirent
+	for i := range count {
+		start, end := int(d.NameOffset)-first, len(names)
+		entry := d
+		if i+1 < count {
+			if d, err = decode(i + 1); err != nil {
+				return err
+			}
+			end = int(d.NameOffset) - first
+		}
+		if start < 0 || end <= start || end > len(names) {
+			return invalid(fmt.Sprintf("dirent %d", i), -1, "nameoff", entry.NameOffset, "ascending offsets inside the block")
+		}
+		name := names[start:end]
+		if i+1 == count {
+			name, _, _ = strings.Cut(name, "\x00")
+		}
+		if err := each(entry, name); err != nil {
+			return err
+		}
+	}
+	return nil
+}
