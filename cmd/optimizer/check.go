@@ -1,0 +1,120 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+
+	"github.com/opencontainers/go-digest"
+	"github.com/spf13/cobra"
+
+	"github.com/headstart-oci/headstart/internal/nydusimage"
+	"github.com/headstart-oci/headstart/internal/progress"
+	"github.com/headstart-oci/headstart/pkg/rafs"
+)
+
+type checkOptions struct {
+	*global
+	image   imageFlags
+	noData  bool
+	workers int
+	output  string
+}
+
+func newCheck(g *global) *cobra.Command {
+	o := &checkOptions{global: g}
+	cmd := &cobra.Command{
+		Use:   "check IMAGE",
+		Short: "Verify a Nydus image down to every chunk",
+		Long: `check verifies that manifest, config and bootstrap of a Nydus image agree, that the
+bootstrap keeps every rule of the format, and that every chunk of every blob has its
+digest. Each fault is a line on standard error, and the exit status is 1 then.`,
+		Example: `  optimizer check oci:images:nginx-optimized
+  optimizer check registry.example/nginx:optimized --no-data
+  optimizer check --bootstrap image.boot --blob-dir blobs`,
+		Args: atMost(1, "one image"),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			ref, rest, err := o.image.image(cmd, args)
+			switch {
+			case err != nil:
+				return err
+			case len(rest) > 0:
+				return usagef(cmd, "--bootstrap stands for an image, and there is one more: %q", rest[0])
+			case o.output != "text" && o.output != "json":
+				return usagef(cmd, "--output: got %q, want text or json", o.output)
+			case o.workers < 0:
+				return usagef(cmd, "--workers: got %d, want at least 1, or 0 for one per CPU", o.workers)
+			case o.image.bootstrap != "" && o.image.blobDir == "" && !o.noData:
+				return usagef(cmd, "--bootstrap needs --blob-dir, or --no-data to leave the blobs out")
+			}
+			return o.run(cmd.Context(), ref)
+		},
+	}
+	o.image.addFlags(cmd)
+	f := cmd.Flags()
+	f.BoolVar(&o.noData, "no-data", false, "verify the metadata only, not the chunks")
+	f.IntVar(&o.workers, "workers", 0, "goroutines that verify chunks (default one per CPU)")
+	f.StringVarP(&o.output, "output", "o", "text", "what standard output gets: text or json")
+	return cmd
+}
+
+// checked is what check says about an image without faults.
+type checked struct {
+	Image  string        `json:"image"`
+	Digest digest.Digest `json:"digest,omitempty"`
+	Data   bool          `json:"data"` // the chunks were verified
+	Report rafs.Report   `json:"report"`
+}
+
+func (o *checkOptions) run(ctx context.Context, ref string) (err error) {
+	img, err := o.image.open(ctx, ref)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, img.Close()) }()
+	boot, size := img.Bootstrap()
+	var open func(rafs.Blob) (io.ReaderAt, error)
+	if !o.noData {
+		open = func(b rafs.Blob) (io.ReaderAt, error) {
+			o.note("reading blob %s (%s)", b.ID, progress.Bytes(int64(b.CompressedSize)))
+			return openBlob(ctx, img, b)
+		}
+	}
+	report, err := rafs.Check(ctx, boot, size, open, rafs.CheckOptions{Data: !o.noData, Workers: o.workers})
+	err = errors.Join(err, img.CheckLayers(ctx, !o.noData))
+	if err != nil {
+		return fmt.Errorf("check %s: %w", img.Reference, err)
+	}
+	return o.print(checked{Image: img.Reference, Digest: img.Digest(), Data: !o.noData, Report: report})
+}
+
+func openBlob(ctx context.Context, img *nydusimage.Image, b rafs.Blob) (readAtCloser, error) {
+	f, err := img.OpenBlob(ctx, b)
+	if err != nil {
+		return nil, err // not f: a nil file in an interface is not nil
+	}
+	return f, nil
+}
+
+func (o *checkOptions) print(c checked) error {
+	if o.output == "json" {
+		return printJSON(o.out, c)
+	}
+	r := c.Report
+	data := "the chunks were not read"
+	if c.Data {
+		data = fmt.Sprintf("%d chunks hold what their digests say (%s)", r.Chunks, progress.Bytes(r.CheckedBytes))
+	}
+	_, err := fmt.Fprintf(o.out, "%s: ok: %d inodes (%d files, %d directories, %d symbolic links), %d blobs, %s\n",
+		c.Image, r.Inodes, r.Files, r.Dirs, r.Symlinks, r.Blobs, data)
+	return err
+}
+
+func printJSON(w io.Writer, v any) error {
+	e := json.NewEncoder(w)
+	e.SetIndent("", "  ")
+	e.SetEscapeHTML(false)
+	return e.Encode(v)
+}

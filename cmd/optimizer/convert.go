@@ -1,0 +1,210 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"math/bits"
+	"os"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/headstart-oci/headstart/internal/convert"
+	"github.com/headstart-oci/headstart/internal/progress"
+	"github.com/headstart-oci/headstart/pkg/builder"
+	"github.com/headstart-oci/headstart/pkg/persist"
+	"github.com/headstart-oci/headstart/pkg/rafs"
+)
+
+type convertOptions struct {
+	*global
+	remote remoteFlags
+
+	source, target string
+	profile        string
+	patterns       bool
+	platform       string
+	fsVersion      string
+	compressor     string
+	digester       string
+	chunkSize      string
+	markPrefetch   bool
+	workers        int
+	tempDir        string
+	output         string
+}
+
+func newConvert(g *global) *cobra.Command {
+	o := &convertOptions{global: g}
+	cmd := &cobra.Command{
+		Use:   "convert SOURCE TARGET",
+		Short: "Convert an image into a Nydus image, around an access list",
+		Long: `convert reads the container image SOURCE and writes it as the Nydus image TARGET: a blob
+for each layer, a bootstrap that holds all metadata and, when there is an access list,
+a prefetch blob that holds what the list names in the order it was read.
+
+The list may be in any format that is known here: the native one, a path per line, the
+table of paths, sizes and times, or Nydus' JSON. The image has been read back and
+verified before TARGET names it. The digest of its manifest goes to standard output.`,
+		Example: `  optimizer convert nginx registry.example/nginx:optimized --profile nginx.list
+  optimizer convert oci:images:app oci:images:app-optimized --chunk-size 256KiB --compressor lz4
+  optimizer convert --source nginx --target me/nginx:v6 --fs-version 6 --prefetch-patterns < paths`,
+		Args: atMost(2, "SOURCE and TARGET"),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if err := o.arguments(cmd, args); err != nil {
+				return err
+			}
+			opts, err := o.options(cmd)
+			if err != nil {
+				return err
+			}
+			if opts.List, err = o.list(cmd); err != nil {
+				return err
+			}
+			return o.run(cmd.Context(), opts)
+		},
+	}
+	o.addFlags(cmd)
+	return cmd
+}
+
+func (o *convertOptions) addFlags(cmd *cobra.Command) {
+	o.remote.addFlags(cmd)
+	f := cmd.Flags()
+	f.StringVar(&o.source, "source", "", "the source image, instead of the first argument")
+	f.StringVar(&o.target, "target", "", "the target image, instead of the second argument")
+	f.StringVarP(&o.profile, "profile", "p", "", "access list to build around, - for standard input")
+	f.BoolVar(&o.patterns, "prefetch-patterns", false, "read the access list from standard input")
+	f.StringVar(&o.platform, "platform", "", "OS/ARCH[/VARIANT] of an image for several (default this machine's)")
+	f.StringVar(&o.fsVersion, "fs-version", "6", "RAFS version: 6")
+	f.StringVar(&o.compressor, "compressor", "zstd", "compression of chunks: zstd, lz4 or none")
+	f.StringVar(&o.digester, "digester", "blake3", "digest of chunks: blake3 or sha256")
+	f.StringVar(&o.chunkSize, "chunk-size", "1MiB", "bytes of a chunk, a power of two from 4KiB to 16MiB")
+	f.BoolVar(&o.markPrefetch, "mark-prefetch-blob", false, "set the feature flag of prefetch blobs (Nydus before 2.4 refuses such an image)")
+	f.IntVar(&o.workers, "workers", 0, "goroutines that compress (default one per CPU)")
+	f.StringVar(&o.tempDir, "temp-dir", "", "where the image is built before it is published (default $TMPDIR or /tmp)")
+	f.StringVarP(&o.output, "output", "o", "text", "what standard output gets: text (the digest) or json (a summary)")
+}
+
+// arguments takes source and target from the arguments or from the flags.
+func (o *convertOptions) arguments(cmd *cobra.Command, args []string) error {
+	for _, to := range []*string{&o.source, &o.target} {
+		if *to == "" && len(args) > 0 {
+			*to, args = args[0], args[1:]
+		}
+	}
+	switch {
+	case o.source == "" || o.target == "":
+		return usagef(cmd, "want SOURCE and TARGET")
+	case len(args) > 0:
+		return usagef(cmd, "source and target are given by flags, and there is one more argument %q", args[0])
+	}
+	return nil
+}
+
+func (o *convertOptions) options(cmd *cobra.Command) (convert.Options, error) {
+	b := builder.DefaultOptions()
+	fail := func(flag string, err error) (convert.Options, error) {
+		return convert.Options{}, usagef(cmd, "--%s: %w", flag, err)
+	}
+	if o.fsVersion != "6" {
+		return fail("fs-version", fmt.Errorf("got %q, want 6", o.fsVersion))
+	}
+	var err error
+	if b.Compressor, err = rafs.ParseCompressor(o.compressor); err != nil {
+		return fail("compressor", err)
+	}
+	if b.Compressor == rafs.CompressorGzip {
+		return fail("compressor", fmt.Errorf("got gzip, want zstd, lz4 or none"))
+	}
+	if b.Digester, err = rafs.ParseDigester(o.digester); err != nil {
+		return fail("digester", err)
+	}
+	size, err := parseSize(o.chunkSize)
+	if err != nil {
+		return fail("chunk-size", err)
+	}
+	if size < rafs.MinChunkSize || size > rafs.MaxChunkSize || bits.OnesCount64(size) != 1 {
+		return fail("chunk-size", fmt.Errorf("got %s (%d bytes), want a power of two from 4KiB to 16MiB", o.chunkSize, size))
+	}
+	b.ChunkSize = uint32(size)
+	if o.workers < 0 {
+		return fail("workers", fmt.Errorf("got %d, want at least 1, or 0 for one per CPU", o.workers))
+	}
+	if o.output != "text" && o.output != "json" {
+		return fail("output", fmt.Errorf("got %q, want text or json", o.output))
+	}
+	if o.patterns && o.profile != "" {
+		return fail("prefetch-patterns", fmt.Errorf("--profile names a list already"))
+	}
+	b.Workers, b.TempDir, b.MarkPrefetchBlob = o.workers, o.tempDir, o.markPrefetch
+	r := o.remote.options()
+	return convert.Options{Source: o.source, Target: o.target, Platform: o.platform, Build: b, SourceRemote: r, TargetRemote: r}, nil
+}
+
+// list reads the access list, if one is asked for.
+func (o *convertOptions) list(cmd *cobra.Command) (*persist.List, error) {
+	switch {
+	case o.patterns, o.profile == "-":
+		if isTerminal(o.in) {
+			return nil, usagef(cmd, "the access list comes from standard input, which is a terminal: add '< LIST'")
+		}
+		return readList("standard input", o.in)
+	case o.profile != "":
+		f, err := os.Open(o.profile)
+		if err != nil {
+			return nil, err
+		}
+		l, err := readList(o.profile, f)
+		if cerr := f.Close(); err == nil {
+			err = cerr
+		}
+		return l, err
+	}
+	return nil, nil
+}
+
+func readList(name string, r io.Reader) (*persist.List, error) {
+	l, err := persist.ReadAny(r)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", name, err)
+	}
+	return l, nil
+}
+
+func (o *convertOptions) run(ctx context.Context, opts convert.Options) error {
+	d := o.display()
+	defer d.Close()
+	opts.Progress = func(e convert.Event) { d.Update(e.Task, e.Done, e.Total, e.Finished) }
+	sum, err := convert.Run(ctx, opts)
+	d.Close()
+	if err != nil {
+		return err
+	}
+	for _, w := range sum.Warnings {
+		o.warn("%s", w)
+	}
+	o.describe(sum)
+	if o.output == "json" {
+		e := json.NewEncoder(o.out)
+		e.SetIndent("", "  ")
+		return e.Encode(sum)
+	}
+	_, err = fmt.Fprintln(o.out, sum.TargetDigest)
+	return err
+}
+
+func (o *convertOptions) describe(s convert.Summary) {
+	o.note("%s (%s) is now %s", s.Source, s.Platform, s.Target)
+	o.note("layers: %s in, %s out, of which bootstrap %s unpacked; %d blobs uploaded, %d were there",
+		progress.Bytes(s.SourceBytes), progress.Bytes(s.TargetBytes), progress.Bytes(s.BootstrapBytes), s.Uploaded, s.Existed)
+	if p := s.Prefetch; p.Listed > 0 {
+		o.note("prefetch blob: %s, %d chunks (%s) of %d files", progress.Bytes(p.Bytes), p.Chunks, progress.Bytes(p.RawBytes), p.Files)
+		if p.Missing > 0 {
+			o.warn("%d of %d listed paths are not in the image", p.Missing, p.Listed)
+		}
+	}
+	o.note("%d chunks were read back; took %s", s.VerifiedChunks, s.Elapsed.Round(10*time.Millisecond))
+}

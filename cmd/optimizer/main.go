@@ -1,0 +1,65 @@
+// Command optimizer is what a person types: it records what a workload reads, converts an
+// image around it, and checks, inspects and unpacks the result.
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/signal"
+	"syscall"
+
+	"github.com/headstart-oci/headstart/internal/runroot"
+)
+
+// Exit codes.
+const (
+	exitDone   = 0
+	exitFailed = 1
+	exitUsage  = 2
+)
+
+func main() {
+	if runroot.IsChild() {
+		os.Exit(runroot.Child())
+	}
+	os.Exit(mainCode())
+}
+
+// mainCode runs the command line of this process and returns its exit code.
+func mainCode() int {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	// A second signal ends the process at once.
+	defer context.AfterFunc(ctx, stop)()
+	return exitCode(os.Stderr, run(ctx, os.Args[1:], os.Stdin, os.Stdout, os.Stderr))
+}
+
+// run executes one command line.
+func run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.Writer) error {
+	root := newRoot(streams{in: stdin, out: stdout, err: stderr})
+	root.SetArgs(args)
+	err := root.ExecuteContext(ctx)
+	if err != nil && ctx.Err() != nil {
+		return fmt.Errorf("interrupted: %w", err)
+	}
+	return err
+}
+
+// exitCode says what went wrong, with a hint where there is one, and returns the exit code.
+func exitCode(stderr io.Writer, err error) int {
+	if err == nil {
+		return exitDone
+	}
+	fmt.Fprintf(stderr, "optimizer: %v\n", err)
+	if h := hint(err); h != "" {
+		fmt.Fprintf(stderr, "optimizer: %s\n", h)
+	}
+	if u, ok := errors.AsType[*usageError](err); ok {
+		fmt.Fprintf(stderr, "optimizer: run '%s --help' for what it takes\n", u.command)
+		return exitUsage
+	}
+	return exitFailed
+}

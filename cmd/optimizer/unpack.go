@@ -1,0 +1,115 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+
+	"github.com/spf13/cobra"
+
+	"github.com/headstart-oci/headstart/internal/atomicfile"
+	"github.com/headstart-oci/headstart/internal/unpack"
+)
+
+type unpackOptions struct {
+	*global
+	image  imageFlags
+	output string
+}
+
+func newUnpack(g *global) *cobra.Command {
+	o := &unpackOptions{global: g}
+	cmd := &cobra.Command{
+		Use:   "unpack IMAGE DIR",
+		Short: "Write the tree of a Nydus image to a directory or a tar archive",
+		Long: `unpack writes the tree of a Nydus image: types, modes, owners, times, extended attributes,
+hard links and devices as they are in the image, every chunk verified. A directory must
+be empty or missing, and takes root; an archive takes no privileges. When it fails,
+nothing is left.`,
+		Example: `  optimizer unpack oci:images:nginx-optimized rootfs
+  optimizer unpack registry.example/nginx:optimized --output nginx.tar
+  optimizer unpack --bootstrap image.boot --blob-dir blobs --output - | tar -tv`,
+		Args: atMost(2, "an image and a directory"),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			ref, rest, err := o.image.image(cmd, args)
+			switch {
+			case err != nil:
+				return err
+			case len(rest) > 1:
+				return usagef(cmd, "--bootstrap stands for an image, and there is one more: %q", rest)
+			case o.output == "" && len(rest) == 0:
+				return usagef(cmd, "want a directory, or --output FILE.tar")
+			case o.output != "" && len(rest) > 0:
+				return usagef(cmd, "want a directory or --output, got both")
+			case o.output == "-" && isTerminal(o.out):
+				return usagef(cmd, "an archive is not for a terminal: --output FILE.tar")
+			case o.image.bootstrap != "" && o.image.blobDir == "":
+				return usagef(cmd, "--bootstrap needs --blob-dir")
+			}
+			return o.run(cmd.Context(), ref, rest)
+		},
+	}
+	o.image.addFlags(cmd)
+	cmd.Flags().StringVarP(&o.output, "output", "o", "", "write a tar archive to this file, - for standard output")
+	return cmd
+}
+
+func (o *unpackOptions) run(ctx context.Context, ref string, dir []string) (err error) {
+	img, err := o.image.open(ctx, ref)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, img.Close()) }()
+	chunks := img.Chunks()
+	defer func() { err = errors.Join(err, chunks.Close()) }()
+	d := o.display()
+	defer d.Close()
+	total := unpack.Bytes(img.RAFS)
+	src := unpack.Source{
+		Image: img.RAFS, Read: chunks.Read,
+		Progress: func(done int64) { d.Update("unpack", done, total, done == total) },
+	}
+	if len(dir) > 0 {
+		err = unpack.Dir(ctx, src, dir[0])
+	} else {
+		err = o.archive(ctx, src)
+	}
+	if err != nil {
+		return fmt.Errorf("unpack %s: %w", img.Reference, err)
+	}
+	return nil
+}
+
+func (o *unpackOptions) archive(ctx context.Context, src unpack.Source) error {
+	var skipped int
+	fill := func(w io.Writer) (err error) {
+		skipped, err = unpack.Tar(ctx, src, w)
+		return err
+	}
+	var err error
+	if o.output == "-" {
+		err = fill(o.out)
+	} else {
+		err = writeFile(o.output, fill)
+	}
+	if err == nil && skipped > 0 {
+		o.warn("%d sockets were left out: tar archives have none", skipped)
+	}
+	return err
+}
+
+// writeFile puts a whole file in place, or nothing.
+func writeFile(name string, fill func(w io.Writer) error) error {
+	root, err := os.OpenRoot(filepath.Dir(name))
+	if err != nil {
+		return err
+	}
+	err = atomicfile.Clean(root, ".")
+	if err == nil {
+		err = atomicfile.Write(root, ".", filepath.Base(name), 0o644, fill)
+	}
+	return errors.Join(err, root.Close())
+}

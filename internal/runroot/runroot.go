@@ -1,0 +1,255 @@
+// Package runroot runs a command in a root directory, in mount, process and IPC namespaces of its
+// own, and holds it before its first instruction until it is told to go: so that a tracer
+// can be armed that misses nothing.
+//
+// By default the root is an overlay whose lower directory is the given one and whose upper
+// one is in memory: what the command writes is gone when it ends, and the root is a file system
+// of its own, which fanotify can mark as a whole. The command finds its own /proc, a small
+// /dev, the host's /sys (read-only) and network.
+//
+// The held process is this program again, started with [ChildName] as its name: main must call
+// [Child] for it.
+package runroot
+
+import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// ChildName is the program name, argument 0, of the held process.
+const ChildName = "headstart-runroot"
+
+// Options says what to run and where.
+type Options struct {
+	Root string   // directory that becomes /
+	Args []string // command and arguments; a command without a slash is looked for in PATH, inside Root
+	Env  []string // "KEY=value"; without PATH, the usual one is added
+	Dir  string   // working directory inside the root; empty: /
+	UID  int      // user and group the command runs as
+	GID  int
+	// InPlace runs on the directory itself instead of an overlay: writes stay.
+	InPlace bool
+
+	Stdin          io.Reader
+	Stdout, Stderr io.Writer
+}
+
+// Process is a command that was started. Release lets it run, and Wait must be called.
+// Safe for concurrent use.
+type Process struct {
+	cmd     *exec.Cmd
+	release io.WriteCloser
+	once    sync.Once
+	done    chan struct{}
+	err     error // of the end; read after done
+}
+
+// spec is what the held process is told.
+type spec struct {
+	Root, Upper, Dir string
+	Args, Env        []string
+	UID, GID         int
+}
+
+// Start starts the held process and returns when its root is in place and nothing but
+// the command is left to be executed. When it fails, nothing is left. Cancelling ctx
+// later does nothing: see [Process.End]. It needs root.
+func Start(ctx context.Context, o Options) (*Process, error) {
+	if err := ctx.Err(); err != nil {
+		return nil, err
+	}
+	s, err := o.spec()
+	if err != nil {
+		return nil, err
+	}
+	scratch := ""
+	if !o.InPlace {
+		if scratch, err = os.MkdirTemp("", "headstart-root-*"); err != nil {
+			return nil, err
+		}
+		s.Upper = scratch
+	}
+	p := &Process{done: make(chan struct{})}
+	ready := make(chan error, 1)
+	go p.run(o, s, scratch, ready)
+	if err := <-ready; err != nil {
+		<-p.done
+		return nil, fmt.Errorf("run in %s: %w", o.Root, err)
+	}
+	return p, nil
+}
+
+func (o Options) spec() (spec, error) {
+	s := spec{Dir: o.Dir, Args: o.Args, Env: o.Env, UID: o.UID, GID: o.GID}
+	if len(o.Args) == 0 || o.Args[0] == "" {
+		return s, errors.New("no command")
+	}
+	if s.Dir == "" {
+		s.Dir = "/"
+	}
+	if !strings.HasPrefix(s.Dir, "/") {
+		return s, fmt.Errorf("working directory %q is not absolute", s.Dir)
+	}
+	root, err := filepath.Abs(o.Root)
+	if err != nil {
+		return s, err
+	}
+	if s.Root, err = filepath.EvalSymlinks(root); err != nil {
+		return s, err
+	}
+	info, err := os.Stat(s.Root)
+	if err == nil && !info.IsDir() {
+		err = fmt.Errorf("%s is no directory", s.Root)
+	}
+	const path = "PATH="
+	for _, e := range o.Env {
+		if strings.HasPrefix(e, path) {
+			return s, err
+		}
+	}
+	s.Env = append(append([]string(nil), o.Env...), path+"/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
+	return s, err
+}
+
+// run owns the child from start to end, on a thread that lives as long: the kernel ends
+// the child when the thread that made it does.
+func (p *Process) run(o Options, s spec, scratch string, ready chan<- error) {
+	runtime.LockOSThread()
+	defer close(p.done)
+	cmd, talk, err := p.spawn(o, s)
+	if err == nil {
+		answer := listen(talk)
+		ready <- answer
+		err = cmd.Wait()
+		if answer != nil {
+			err = answer
+		}
+	} else {
+		ready <- err
+	}
+	if scratch != "" {
+		err = errors.Join(err, os.Remove(scratch)) // what was mounted on it went with the namespace
+	}
+	p.once.Do(func() {
+		if p.release != nil {
+			err = errors.Join(err, p.release.Close())
+		}
+	})
+	p.err = err
+}
+
+// spawn starts the child and sends it its orders. talk yields what it answers.
+func (p *Process) spawn(o Options, s spec) (cmd *exec.Cmd, talk *os.File, err error) {
+	orders, toChild, err := os.Pipe()
+	if err != nil {
+		return nil, nil, err
+	}
+	talk, fromChild, err := os.Pipe()
+	if err != nil {
+		return nil, nil, errors.Join(err, orders.Close(), toChild.Close())
+	}
+	cmd = exec.Command("/proc/self/exe")
+	cmd.Args = []string{ChildName}
+	cmd.Env = []string{"GOMAXPROCS=2"}
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = o.Stdin, o.Stdout, o.Stderr
+	cmd.ExtraFiles = []*os.File{orders, fromChild}
+	cmd.SysProcAttr = &syscall.SysProcAttr{
+		Cloneflags: unix.CLONE_NEWNS | unix.CLONE_NEWPID | unix.CLONE_NEWIPC,
+		Pdeathsig:  unix.SIGKILL,
+	}
+	// When a grandchild keeps a pipe open, the wait must end all the same.
+	cmd.WaitDelay = 2 * time.Second
+	err = cmd.Start()
+	closed := errors.Join(orders.Close(), fromChild.Close())
+	if err != nil {
+		return nil, nil, errors.Join(err, closed, toChild.Close(), talk.Close())
+	}
+	p.cmd, p.release = cmd, toChild
+	if err := json.NewEncoder(toChild).Encode(s); err != nil {
+		// The child is gone; its answer or its exit says why.
+		return cmd, talk, nil
+	}
+	return cmd, talk, nil
+}
+
+const answerReady = "ready"
+
+// listen waits for the child's one line: ready, or what went wrong.
+func listen(talk *os.File) error {
+	line, err := bufio.NewReader(io.LimitReader(talk, 4096)).ReadString('\n')
+	line = strings.TrimSuffix(line, "\n")
+	err = errors.Join(ignoreEOF(err), talk.Close())
+	switch {
+	case err != nil:
+		return err
+	case line == "":
+		return errors.New("the process ended before it was ready")
+	case line != answerReady:
+		return errors.New(line)
+	}
+	return nil
+}
+
+func ignoreEOF(err error) error {
+	if errors.Is(err, io.EOF) {
+		return nil
+	}
+	return err
+}
+
+// PID returns the process id of the held process, later the command's, on the host.
+func (p *Process) PID() int { return p.cmd.Process.Pid }
+
+// Release lets the command run.
+func (p *Process) Release() error {
+	var err error
+	p.once.Do(func() {
+		_, err = p.release.Write([]byte("\n"))
+		err = errors.Join(err, p.release.Close())
+	})
+	return err
+}
+
+// Done returns a channel that is closed when the command has ended.
+func (p *Process) Done() <-chan struct{} { return p.done }
+
+// Wait waits for the end and returns nil when the command ended with status 0, else an
+// *exec.ExitError or what kept it from running.
+func (p *Process) Wait() error {
+	<-p.done
+	return p.err
+}
+
+// End asks the command to end by SIGTERM and kills it, with everything it started, after
+// grace. One that was not released never runs. End returns when it is gone.
+func (p *Process) End(grace time.Duration) {
+	p.once.Do(func() { _ = p.release.Close() }) // a pipe's end; the held process sees it and ends
+	p.signal(unix.SIGTERM)
+	t := time.NewTimer(grace)
+	defer t.Stop()
+	select {
+	case <-p.done:
+		return
+	case <-t.C:
+	}
+	p.signal(unix.SIGKILL)
+	<-p.done
+}
+
+func (p *Process) signal(s os.Signal) {
+	_ = p.cmd.Process.Signal(s) // an error says that it is gone, which is what is wanted
+}
