@@ -1,0 +1,60 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+
+	"github.com/headstart-oci/headstart/internal/workload"
+	"github.com/headstart-oci/headstart/pkg/persist"
+)
+
+// benchBurst runs a static program that reads 60,000 small files as fast as it can, with
+// and without a tracer on its root, and counts what the list holds.
+func benchBurst(ctx context.Context, b *bench) (err error) {
+	img, err := workload.Build(ctx, workload.Burst, workload.Options{Log: b.log})
+	if err != nil {
+		return err
+	}
+	dir, err := os.MkdirTemp(b.dir, "burst-")
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
+	root := filepath.Join(dir, "root")
+	if err := os.Mkdir(root, 0o755); err != nil {
+		return err
+	}
+	for _, l := range img.Manifest.Layers {
+		blob := filepath.Join(img.Dir, "blobs", l.Digest.Algorithm().String(), l.Digest.Encoded())
+		if _, err := timed(ctx, []string{"tar", "-C", root, "-xzf", blob}); err != nil {
+			return err
+		}
+	}
+	list := filepath.Join(dir, "burst.list")
+	command := img.Command()
+	bare := side{lines: [][]string{append([]string{"chroot", root}, command...)}}
+	traced := side{lines: [][]string{append([]string{
+		b.bin + "optimizer", "record", "--quiet", "--server", b.bin + "optimizer-server", "--root", root, "-o", list, "--",
+	}, command...)}}
+	without, with, err := compare(ctx, b.runs, bare, traced)
+	if err != nil {
+		return err
+	}
+	f, err := os.Open(list)
+	if err != nil {
+		return err
+	}
+	l, err := persist.Read(f)
+	if err := errors.Join(err, f.Close()); err != nil {
+		return err
+	}
+	fmt.Fprintf(b.out, "\nburst of %d files by a static program; median of %d interleaved runs\n", workload.BurstFiles, b.runs)
+	fmt.Fprintf(b.out, "%-44s %9.2fs\n", "without a tracer", medianWall(without).Seconds())
+	fmt.Fprintf(b.out, "%-44s %9.2fs  (the recorder's own start and end included)\n", "optimizer record", medianWall(with).Seconds())
+	fmt.Fprintf(b.out, "%-44s %10.2f\n", "ratio", ratio(medianWall(with), medianWall(without)))
+	fmt.Fprintf(b.out, "%-44s %10d of %d, losses %v\n", "files listed", len(l.Accesses), workload.BurstFiles+1, l.Losses)
+	return nil
+}
