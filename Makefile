@@ -30,11 +30,11 @@ demo: ## IMAGE= and CMD= choose another workload
 test: ## everything, end to end too; what this machine lacks is skipped visibly
 	@[ "$$(id -u)" = 0 ] || echo "make test: not root: tests that trace, mount or run containers are skipped" >&2
 	-$(TOOLS) install test
-	go test -timeout 30m $(PKG)
+	go test -timeout 30m $(TESTFLAGS) $(PKG)
 
 test-race: ## under the race detector, which needs gcc
 	$(TOOLS) install gcc
-	CGO_ENABLED=1 go test -race -timeout 20m $(RACE_PKG)
+	CGO_ENABLED=1 go test -race -shuffle=on -timeout 20m $(TESTFLAGS) $(RACE_PKG)
 
 lint: ## golangci-lint, see .golangci.yml
 	"$$($(TOOLS) path golangci-lint)" run $(PKG)
