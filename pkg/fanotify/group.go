@@ -115,7 +115,7 @@ type Mark struct {
 	Kind Kind
 	Mask Mask
 	// Dir is a descriptor; Path is looked up relative to it. An empty Path means the
-	// object Dir itself refers to, which may be of any type.
+	// open file Dir itself refers to, which O_PATH descriptors do not.
 	Dir  int
 	Path string
 	// Ignore asks for the opposite: events in Mask are not reported for the object,

@@ -148,7 +148,7 @@ func (t *target) join(dir string) error {
 
 // mark marks the root and returns what kind of mark it took.
 func (t *target) mark(g *fanotify.Group) (fanotify.Kind, error) {
-	m := fanotify.Mark{Kind: fanotify.Mount, Mask: fanotify.Open | fanotify.Access | fanotify.OpenExec, Dir: t.root}
+	m := fanotify.Mark{Kind: fanotify.Mount, Mask: fanotify.Open | fanotify.Access | fanotify.OpenExec, Dir: t.root, Path: "."}
 	if t.ownSuperblock() {
 		m.Kind = fanotify.Filesystem
 		err := g.Mark(m)
