@@ -11,8 +11,11 @@ import (
 
 // bootstrapReader is what each version of the format can do with a bootstrap.
 type bootstrapReader interface {
-	// load reads the whole tree. Faults go to the list, which says when to stop.
-	load(faults *faultList) (*Image, error)
+	// checkTables looks at what opening does not refuse. Faults go to the list, which says when to stop.
+	checkTables(faults *faultList) error
+	// load reads the whole tree and the chunk table. Faults go to the list; where it lets it go
+	// on, the image has what could be read.
+	load(faults *faultList) (*Image, []Chunk, error)
 	// info describes the tables.
 	info() *Info
 }
@@ -48,8 +51,12 @@ func Open(r io.ReaderAt, size int64) (*Image, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open bootstrap: %w", err)
 	}
-	img, err := b.load(&faultList{limit: 1})
-	if err != nil {
+	faults := faultList{limit: 1}
+	img, _, err := b.load(&faults)
+	if err != nil && !errors.Is(err, errTooManyFaults) {
+		faults.faults = append(faults.faults, err)
+	}
+	if err := faults.err(); err != nil {
 		return nil, fmt.Errorf("open bootstrap: %w", err)
 	}
 	return img, nil
@@ -58,6 +65,7 @@ func Open(r io.ReaderAt, size int64) (*Image, error) {
 // faultList gathers faults up to a limit.
 type faultList struct {
 	limit  int
+	links  bool // compare link counts too
 	faults []error
 }
 
@@ -73,7 +81,12 @@ func (f *faultList) add(err error) error {
 	return nil
 }
 
-func (f *faultList) err() error { return errors.Join(f.faults...) }
+func (f *faultList) err() error {
+	if len(f.faults) == 1 {
+		return f.faults[0]
+	}
+	return errors.Join(f.faults...)
+}
 
 var errTooManyFaults = errors.New("rafs: too many faults")
 

@@ -77,22 +77,22 @@ type Dirent struct {
 
 // Blob describes one data blob as the bootstrap's blob table does.
 type Blob struct {
-	ID               string // 64 hex digits: sha256 of the blob file
-	ChunkSize        uint32
-	ChunkCount       uint32
-	Compressor       Compressor
-	Digester         Digester
-	Features         uint32 // blob feature flags
-	CompressedSize   uint64 // bytes of the blob file
-	UncompressedSize uint64 // bytes of the cache file, a multiple of 4096
-	TOCSize          uint32
-	TOCDigest        Digest
-	MetaCompressor   Compressor
-	MetaOffset       uint64
-	MetaCompressed   uint64
-	MetaUncompressed uint64
-	MetaBlobDigest   Digest // SEPARATE blobs
-	MetaBlobSize     uint64
+	ID               string     `json:"id"` // 64 hex digits: sha256 of the blob file
+	ChunkSize        uint32     `json:"chunk_size"`
+	ChunkCount       uint32     `json:"chunk_count"`
+	Compressor       Compressor `json:"compressor"`
+	Digester         Digester   `json:"digester"`
+	Features         uint32     `json:"features"`          // blob feature flags
+	CompressedSize   uint64     `json:"compressed_size"`   // bytes of the blob file
+	UncompressedSize uint64     `json:"uncompressed_size"` // bytes of the cache file, a multiple of 4096
+	TOCSize          uint32     `json:"toc_size"`
+	TOCDigest        Digest     `json:"toc_digest"`
+	MetaCompressor   Compressor `json:"ci_compressor"`
+	MetaOffset       uint64     `json:"ci_offset"`
+	MetaCompressed   uint64     `json:"ci_compressed_size"`
+	MetaUncompressed uint64     `json:"ci_uncompressed_size"`
+	MetaBlobDigest   Digest     `json:"meta_blob_digest"` // SEPARATE blobs
+	MetaBlobSize     uint64     `json:"meta_blob_size"`
 }
 
 // Image is everything a bootstrap says: the tree, the blobs and how they were made.

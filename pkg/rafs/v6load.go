@@ -2,7 +2,6 @@ package rafs
 
 import (
 	"encoding/binary"
-	"errors"
 	"fmt"
 	"strings"
 
@@ -76,19 +75,13 @@ func (h *v6Head) layout() uint16 {
 func chunkID(blob uint16, index uint32) uint32 { return uint32(blob)<<24 | index }
 
 // load implements bootstrapReader.
-func (t *v6Tables) load(faults *faultList) (*Image, error) {
+func (t *v6Tables) load(faults *faultList) (*Image, []Chunk, error) {
 	l := &v6Loader{
 		v6Tables: t, faults: faults, inodes: map[uint64]v6Loaded{}, budget: t.src.size,
 		img: &Image{Blobs: t.blobs, ChunkSize: t.ext.ChunkSize, Compressor: t.compressor(), Digester: t.digester()},
 	}
 	err := l.run()
-	if err != nil && !errors.Is(err, errTooManyFaults) {
-		faults.faults = append(faults.faults, err)
-	}
-	if err := faults.err(); err != nil {
-		return nil, err
-	}
-	return l.img, nil
+	return l.img, l.chunks, err
 }
 
 func (l *v6Loader) run() error {
@@ -212,7 +205,7 @@ func (l *v6Loader) keepChunk(c Chunk, i, offset uint64) error {
 
 // checkLinks compares stored link counts with the names found; only Check asks for it.
 func (l *v6Loader) checkLinks() error {
-	if l.faults.limit == 1 {
+	if !l.faults.links {
 		return nil
 	}
 	for nid, f := range l.inodes {

@@ -122,13 +122,15 @@ type v6Walk struct {
 // v6Frame is a directory whose subdirectories are being visited.
 type v6Frame struct {
 	node uint32
-	next int // child to look at
+	base uint32 // number of the first child
+	next int    // child to look at
 	name string
 }
 
 func (p *v6Plan) placeTree() error {
 	w := &v6Walk{plan: p, alloc: v6Allocator{off: disk.BlockSize}}
-	if err := w.dir(p.img.Root, 0, ""); err != nil {
+	p.names = 1
+	if err := w.dir(v6Node{inode: p.img.Root, ino: 1}, ""); err != nil {
 		return err
 	}
 	for len(w.stack) > 0 {
@@ -142,8 +144,9 @@ func (p *v6Plan) placeTree() error {
 			continue
 		}
 		c := children[f.next]
+		n := v6Node{inode: c.Inode, parent: f.node, ino: f.base + uint32(f.next)} //nolint:gosec // bounded by dir
 		f.next++
-		if err := w.dir(c.Inode, f.node, c.Name); err != nil {
+		if err := w.dir(n, c.Name); err != nil {
 			return err
 		}
 	}
@@ -170,26 +173,34 @@ func clip(path string) string {
 	return path
 }
 
-// dir places a directory and its children that are none, and pushes it.
-func (w *v6Walk) dir(ino *Inode, parent uint32, name string) error {
-	if _, ok := w.plan.index[ino]; ok {
+// dir places a directory and its children that are none, and pushes it. Inode numbers
+// go to all children when their directory is visited, one per name, as upstream has it.
+func (w *v6Walk) dir(n v6Node, name string) error {
+	p := w.plan
+	ino := n.inode
+	if _, ok := p.index[ino]; ok {
 		return invalid("inode "+w.path(name), -1, "directory", "in the tree twice", "one entry")
 	}
 	subdirs, err := w.checkChildren(ino, name)
 	if err != nil {
 		return err
 	}
-	n := v6Node{inode: ino, parent: parent, nlink: 2 + subdirs, size: dirSize(ino.Children)}
+	base := p.names + 1
+	p.names += uint64(len(ino.Children))
+	if p.names > math.MaxInt32 {
+		return invalid("image", -1, "number of directory entries", p.names, fmt.Sprintf("at most %d", math.MaxInt32))
+	}
+	n.nlink, n.size = 2+subdirs, dirSize(ino.Children)
 	node, err := w.add(n, name)
 	if err != nil {
 		return err
 	}
-	w.stack = append(w.stack, v6Frame{node: node, name: name})
-	for _, c := range ino.Children {
+	w.stack = append(w.stack, v6Frame{node: node, base: uint32(base), name: name}) //nolint:gosec // checked above
+	for i, c := range ino.Children {
 		if fileType(c.Inode.Mode) == modeDir {
 			continue
 		}
-		if err := w.file(c); err != nil {
+		if err := w.file(c, uint32(base)+uint32(i)); err != nil { //nolint:gosec // checked above
 			return err
 		}
 	}
@@ -197,14 +208,13 @@ func (w *v6Walk) dir(ino *Inode, parent uint32, name string) error {
 }
 
 // file places a child that is no directory, or counts one more name of it.
-func (w *v6Walk) file(c Dirent) error {
+func (w *v6Walk) file(c Dirent, number uint32) error {
 	p := w.plan
 	if i, ok := p.index[c.Inode]; ok {
 		p.nodes[i].nlink++
-		p.names++
 		return nil
 	}
-	n := v6Node{inode: c.Inode, nlink: 1}
+	n := v6Node{inode: c.Inode, ino: number, nlink: 1}
 	switch fileType(c.Inode.Mode) {
 	case modeRegular:
 		n.size = c.Inode.Size
@@ -215,25 +225,20 @@ func (w *v6Walk) file(c Dirent) error {
 	return err
 }
 
+// add checks one inode and gives it its place.
 func (w *v6Walk) add(n v6Node, name string) (uint32, error) {
 	p := w.plan
-	if err := checkInode(n.inode); err != nil {
-		return 0, fmt.Errorf("inode %q: %w", w.path(name), err)
+	err := checkInode(n.inode)
+	if err == nil {
+		n.xattrs, err = xattrSize(n.inode.Xattrs)
 	}
-	size, err := xattrSize(n.inode.Xattrs)
+	if err == nil {
+		err = p.checkChunks(n.inode)
+	}
 	if err != nil {
 		return 0, fmt.Errorf("inode %q: %w", w.path(name), err)
 	}
-	if err := p.checkChunks(n.inode); err != nil {
-		return 0, fmt.Errorf("inode %q: %w", w.path(name), err)
-	}
-	p.names++
-	if p.names > math.MaxInt32 {
-		return 0, invalid("image", -1, "number of directory entries", p.names, fmt.Sprintf("at most %d", math.MaxInt32))
-	}
-	n.ino = uint32(p.names) //nolint:gosec // checked above
-	n.xattrs = size
-	p.xattr = p.xattr || size > 0
+	p.xattr = p.xattr || n.xattrs > 0
 	w.alloc.place(&n, len(n.inode.Chunks))
 	at := uint32(len(p.nodes)) //nolint:gosec // at most p.names
 	p.nodes = append(p.nodes, n)

@@ -22,6 +22,7 @@ const (
 const (
 	SuperMagic        = 0xE0F5E1E2
 	CompatRafsV6      = 0x4000_0000 // private feature_compat bit
+	CompatChecksum    = 0x1         // EROFS_FEATURE_COMPAT_SB_CHKSUM
 	IncompatChunked   = 0x4         // EROFS_FEATURE_INCOMPAT_CHUNKED_FILE
 	IncompatDevTable  = 0x8         // EROFS_FEATURE_INCOMPAT_DEVICE_TABLE
 	IncompatRequired  = IncompatChunked | IncompatDevTable

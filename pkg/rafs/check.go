@@ -1,0 +1,260 @@
+package rafs
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"runtime"
+	"slices"
+	"sync"
+	"sync/atomic"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/headstart-oci/headstart/pkg/rafs/internal/disk"
+)
+
+// CheckOptions says how deep [Check] looks. The zero value checks structure only.
+type CheckOptions struct {
+	Data      bool // read every chunk of the tree and compare its digest; hash each blob file and its sections
+	Workers   int  // goroutines that read and decompress chunks; 0: GOMAXPROCS
+	MaxFaults int  // stop after so many faults; 0: 100
+}
+
+// Report is what [Check] saw.
+type Report struct {
+	Inodes       int   `json:"inodes"` // distinct ones
+	Files        int   `json:"files"`  // distinct regular files
+	Dirs         int   `json:"dirs"`
+	Symlinks     int   `json:"symlinks"`
+	Blobs        int   `json:"blobs"`
+	Chunks       int   `json:"chunks"`        // distinct ones that files use
+	FileBytes    int64 `json:"file_bytes"`    // of distinct regular files
+	CheckedBytes int64 `json:"checked_bytes"` // chunk bytes whose digest was compared
+}
+
+// Check verifies an image: the tables as the readers of the format do, the tree with its link counts, reserved
+// bytes, and for every blob its size, its blob.meta table against the chunk table, and its table of
+// contents; with o.Data every chunk's digest and every blob's id too.
+//
+// open gives the blob file of b and Check closes it if it is an io.Closer; with a nil open the
+// bootstrap is checked alone. Sizes are compared where the file tells its own (Size or Stat).
+// The error joins all faults found, at most o.MaxFaults, each a [*FormatError] or wrapping
+// one where it is about bytes; ctx.Err() when cancelled. Memory is that of [Open] plus a chunk per worker.
+func Check(ctx context.Context, bootstrap io.ReaderAt, size int64, open func(b Blob) (io.ReaderAt, error), o CheckOptions) (Report, error) {
+	if o.MaxFaults <= 1 {
+		o.MaxFaults = max(o.MaxFaults, 0)
+	}
+	if o.MaxFaults == 0 {
+		o.MaxFaults = 100
+	}
+	if o.Workers <= 0 {
+		o.Workers = runtime.GOMAXPROCS(0)
+	}
+	c := &checker{options: o, faults: faultList{limit: o.MaxFaults, links: true}}
+	err := c.run(ctx, bootstrap, size, open)
+	if err != nil && !errors.Is(err, errTooManyFaults) {
+		c.faults.faults = append(c.faults.faults, err)
+	}
+	c.report.CheckedBytes = c.checked.Load()
+	if err := c.faults.err(); err != nil {
+		return c.report, fmt.Errorf("check image: %w", err)
+	}
+	return c.report, nil
+}
+
+type checker struct {
+	options CheckOptions
+	report  Report
+	checked atomic.Int64
+
+	mu     sync.Mutex // guards faults
+	faults faultList
+}
+
+// add records a fault; the result is not nil when it is time to stop.
+func (c *checker) add(err error) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.faults.add(err)
+}
+
+func (c *checker) run(ctx context.Context, bootstrap io.ReaderAt, size int64, open func(b Blob) (io.ReaderAt, error)) error {
+	reader, err := openBootstrap(bootstrap, size)
+	if err != nil {
+		return err
+	}
+	if err := reader.checkTables(&c.faults); err != nil {
+		return err
+	}
+	img, table, err := reader.load(&c.faults)
+	if err != nil {
+		return err
+	}
+	c.count(img)
+	if open == nil {
+		return nil
+	}
+	byBlob := make([][]Chunk, len(img.Blobs))
+	for _, chunk := range table {
+		byBlob[chunk.Blob] = append(byBlob[chunk.Blob], chunk)
+	}
+	for i := range img.Blobs {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		slices.SortFunc(byBlob[i], func(a, b Chunk) int { return cmp.Compare(a.Index, b.Index) })
+		if err := c.openBlob(ctx, img.Blobs[i], byBlob[i], open); err != nil {
+			return err
+		}
+		byBlob[i] = nil
+	}
+	return nil
+}
+
+func (c *checker) count(img *Image) {
+	c.report.Blobs = len(img.Blobs)
+	used := map[uint32]struct{}{}
+	img.walkInodes(func(ino *Inode) {
+		c.report.Inodes++
+		switch fileType(ino.Mode) {
+		case modeDir:
+			c.report.Dirs++
+		case modeSymlink:
+			c.report.Symlinks++
+		case modeRegular:
+			c.report.Files++
+			c.report.FileBytes += clampOffset(ino.Size)
+			for i := range ino.Chunks {
+				used[chunkID(ino.Chunks[i].Blob, ino.Chunks[i].Index)] = struct{}{}
+			}
+		}
+	})
+	c.report.Chunks = len(used)
+}
+
+func (c *checker) openBlob(ctx context.Context, b Blob, chunks []Chunk, open func(b Blob) (io.ReaderAt, error)) error {
+	r, err := open(b)
+	if err != nil {
+		return c.add(fmt.Errorf("open blob %s: %w", short(b.ID), err))
+	}
+	err = c.blob(ctx, b, chunks, r)
+	if closer, ok := r.(io.Closer); ok {
+		err = errors.Join(err, closer.Close())
+	}
+	return err
+}
+
+// blob checks one blob file.
+func (c *checker) blob(ctx context.Context, b Blob, chunks []Chunk, r io.ReaderAt) error {
+	if size, ok := sizeOf(r); ok && size < b.CompressedSize {
+		return c.add(invalid("blob "+short(b.ID), -1, "file size", size, fmt.Sprintf("at least %d", b.CompressedSize)))
+	}
+	reader, err := OpenBlob(r, b)
+	if err != nil {
+		return c.add(err)
+	}
+	if b.Features&disk.FeatureSeparate == 0 {
+		if err := c.meta(reader, chunks); err != nil {
+			return err
+		}
+		if err := c.sections(ctx, b, r); err != nil {
+			return err
+		}
+	}
+	if !c.options.Data {
+		return nil
+	}
+	if err := c.add(checkBlobID(ctx, b, r)); err != nil {
+		return err
+	}
+	return c.data(ctx, reader, chunks)
+}
+
+// sizeOf returns the size of r if it tells it.
+func sizeOf(r io.ReaderAt) (uint64, bool) {
+	var size int64
+	switch s := r.(type) {
+	case interface{ Size() int64 }:
+		size = s.Size()
+	case interface{ Stat() (fs.FileInfo, error) }:
+		info, err := s.Stat()
+		if err != nil || !info.Mode().IsRegular() {
+			return 0, false
+		}
+		size = info.Size()
+	default:
+		return 0, false
+	}
+	return uint64(max(size, 0)), true //nolint:gosec // not negative
+}
+
+// meta compares every blob.meta record with the rules and with the chunk table.
+func (c *checker) meta(r *BlobReader, chunks []Chunk) error {
+	t, err := r.table()
+	if err != nil {
+		return c.add(err)
+	}
+	for i := range t.count {
+		if err := c.add(t.check(i)); err != nil {
+			return err
+		}
+	}
+	for _, chunk := range chunks {
+		if err := c.add(t.compare(chunk)); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// compare holds a record of the chunk table against that of blob.meta.
+func (t *metaTable) compare(c Chunk) error {
+	section := fmt.Sprintf("blob.meta record %d of %s", c.Index, short(t.blob.ID))
+	if c.Index >= t.count {
+		return invalid(section, -1, "index", c.Index, fmt.Sprintf("below %d", t.count))
+	}
+	at := int64(c.Index) * int64(t.size)
+	r := t.record(c.Index)
+	got := [4]uint64{r.uncompressedOffset, uint64(r.uncompressedSize), r.compressedOffset, uint64(r.compressedSize)}
+	want := [4]uint64{c.UncompressedOffset, uint64(c.UncompressedSize), c.CompressedOffset, uint64(c.CompressedSize)}
+	if r.batch { // the chunk table has no compressed place of batched chunks
+		got[2], got[3], want[2], want[3] = 0, 0, 0, 0
+	}
+	if got != want {
+		return invalid(section, at, "uncompressed offset and size, compressed offset and size", got, want)
+	}
+	if !r.batch && r.compressed != c.Compressed {
+		return invalid(section, at, "compressed", r.compressed, c.Compressed)
+	}
+	return nil
+}
+
+// data reads all chunks, in order of place, and compares their digests.
+func (c *checker) data(ctx context.Context, r *BlobReader, chunks []Chunk) error {
+	group, ctx := errgroup.WithContext(ctx)
+	group.SetLimit(c.options.Workers)
+	for _, chunk := range chunks {
+		if ctx.Err() != nil {
+			break
+		}
+		group.Go(func() error {
+			p, err := r.ReadChunk(ctx, chunk)
+			if err != nil {
+				if ctx.Err() != nil {
+					return ctx.Err()
+				}
+				return c.add(err)
+			}
+			c.checked.Add(int64(len(p)))
+			return nil
+		})
+	}
+	if err := group.Wait(); err != nil {
+		return err
+	}
+	return ctx.Err()
+}
