@@ -117,7 +117,7 @@ func (s containerdSource) Fetch(ctx context.Context, desc ocispec.Descriptor) (i
 	if err != nil {
 		return nil, err
 	}
-	return verify(rc, desc), nil
+	return verify(rc, desc, "containerd "+s.o.ContainerdAddress+": namespace "+s.namespace), nil
 }
 
 // FetchRange implements Source.

@@ -112,8 +112,8 @@ func clientUpdater(o settings, clear *atomic.Bool) config.UpdateClientFunc {
 	}
 }
 
-// dockerConfigPath returns the file that o names, and whether it must exist.
-func dockerConfigPath(o settings) (path string, must bool, err error) {
+// dockerConfigPath returns the file that o names, and whether it must exist; empty: none.
+func dockerConfigPath(o settings) (path string, must bool) {
 	path, must = o.DockerConfig, true
 	if path == "" {
 		path, must = os.Getenv("DOCKER_CONFIG"), false
@@ -121,14 +121,14 @@ func dockerConfigPath(o settings) (path string, must bool, err error) {
 	if path == "" {
 		home, err := os.UserHomeDir()
 		if err != nil {
-			return "", false, nil // a service without a home has no docker config
+			return "", false // a service without a home has no docker config
 		}
 		path = filepath.Join(home, ".docker")
 	}
 	if info, err := os.Stat(path); err == nil && info.IsDir() {
 		path = filepath.Join(path, "config.json")
 	}
-	return path, must, nil
+	return path, must
 }
 
 // credentialsFunc answers the library's question for the credentials of a host.
@@ -139,9 +139,9 @@ func credentialsFunc(ctx context.Context, o settings) func(string) (string, stri
 				return user, secret, err
 			}
 		}
-		path, must, err := dockerConfigPath(o)
-		if err != nil || path == "" {
-			return "", "", err
+		path, must := dockerConfigPath(o)
+		if path == "" {
+			return "", "", nil
 		}
 		if _, err := os.Stat(path); err != nil {
 			if errors.Is(err, fs.ErrNotExist) && !must {

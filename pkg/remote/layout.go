@@ -189,7 +189,7 @@ func (s *layoutSource) Fetch(_ context.Context, desc ocispec.Descriptor) (io.Rea
 	if err != nil {
 		return nil, err
 	}
-	return verify(rc, desc), nil
+	return verify(rc, desc, s.ref.Path), nil
 }
 
 // FetchRange implements Source.

@@ -245,7 +245,7 @@ func copyBlob(ctx context.Context, w io.Writer, b Blob) error {
 	if err != nil {
 		return err
 	}
-	v := verify(rc, b.Descriptor)
+	v := verify(rc, b.Descriptor, "")
 	_, err = io.CopyBuffer(struct{ io.Writer }{w}, untilDone{ctx.Err, v}, make([]byte, 256<<10))
 	return errors.Join(err, v.Close())
 }

@@ -92,7 +92,7 @@ var namespacePattern = regexp.MustCompile(`^[A-Za-z0-9]+([._-][A-Za-z0-9]+)*$`)
 //	oci:DIR[:TAG]               a layout; TAG is what follows the last colon that no slash follows
 //	oci-archive:FILE[:TAG]      an archive; the same
 //	containerd:[NAMESPACE/]REF  NAMESPACE is there when what follows the first slash begins
-//	                            with a registry host (a dot, a colon or "localhost") or is an image ID
+//	                            with a registry host (a dot, a colon, a capital or "localhost") or is an image ID
 //	anything else               a registry reference, normalised as docker does
 //
 // Every form may end in @DIGEST, as in oci:DIR@sha256:….
@@ -191,12 +191,13 @@ func parseContainerd(s, rest string) (Reference, error) {
 }
 
 // beginsFull reports whether s is an image ID or begins with a registry host.
+// Source: splitDockerDomain in github.com/distribution/reference.
 func beginsFull(s string) bool {
 	if imageID.MatchString(s) {
 		return true
 	}
 	host, _, ok := strings.Cut(s, "/")
-	return ok && (strings.ContainsAny(host, ".:") || host == "localhost")
+	return ok && (strings.ContainsAny(host, ".:") || host == "localhost" || strings.ToLower(host) != host)
 }
 
 // parseRegistry normalises a registry reference as docker does. whole is for messages.

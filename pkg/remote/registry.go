@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"net/url"
 	"path"
@@ -16,6 +17,7 @@ import (
 
 	"github.com/containerd/containerd/v2/core/remotes/docker"
 	remoteerrors "github.com/containerd/containerd/v2/core/remotes/errors"
+	"github.com/containerd/errdefs"
 )
 
 // RegistryError is a registry's refusal or silence.
@@ -27,6 +29,8 @@ type RegistryError struct {
 	Detail     string        // the registry's own words, shortened
 	RetryAfter time.Duration // how long the registry asked to wait; 0: it did not say
 	Err        error         // class ([ErrUnauthorized], …) or cause
+
+	credentials string // the docker config that is read
 }
 
 // Error names the host, the repository and what was wanted.
@@ -39,11 +43,11 @@ func (e *RegistryError) Error() string {
 			b.WriteString(": " + e.Detail)
 		}
 		if e.RetryAfter > 0 {
-			fmt.Fprintf(&b, " (asks to wait %s)", e.RetryAfter)
+			fmt.Fprintf(&b, " (asks to wait %s)", e.RetryAfter.Round(time.Second))
 		}
-		b.WriteString(": ")
+	} else {
+		b.WriteString(e.Err.Error())
 	}
-	b.WriteString(e.Err.Error())
 	if hint := e.hint(); hint != "" {
 		b.WriteString("; " + hint)
 	}
@@ -60,6 +64,8 @@ func (e *RegistryError) hint() string {
 		return "name its CA certificate in hosts.toml (ca = …)"
 	case strings.Contains(text, "server gave HTTP response to HTTPS client"):
 		return "it speaks plain http: configure it in hosts.toml or allow plain http"
+	case errors.Is(e.Err, ErrUnauthorized) && e.credentials != "":
+		return "credentials are read from " + e.credentials
 	case e.Status == http.StatusRequestEntityTooLarge:
 		return "a proxy limits the size of requests: set a smaller upload chunk"
 	}
@@ -213,7 +219,11 @@ func (r *repository) do(ctx context.Context, h docker.RegistryHost, c call) (*ht
 		answers = append(answers, resp)
 		if err := h.Authorizer.AddResponses(ctx, answers); err != nil {
 			failed := r.answer(h, c, resp)
-			failed.Detail = strings.TrimPrefix(failed.Detail+"; "+err.Error(), "; ")
+			text := err.Error()
+			if errdefs.IsNotImplemented(err) {
+				text = fmt.Sprintf("no way to log in that we know (WWW-Authenticate: %.100q)", resp.Header.Get("WWW-Authenticate"))
+			}
+			failed.Detail = strings.TrimPrefix(failed.Detail+"; "+text, "; ")
 			return nil, failed
 		}
 		drain(resp.Body)
@@ -312,13 +322,24 @@ func port(u *url.URL) string {
 	return "443"
 }
 
+func (r *repository) error(h docker.RegistryHost, c call) *RegistryError {
+	e := &RegistryError{Host: h.Host, Repository: r.ref.Repository, Want: c.want}
+	e.credentials, _ = dockerConfigPath(r.o)
+	return e
+}
+
 // fail makes an error of a request that got no answer.
 func (r *repository) fail(h docker.RegistryHost, c call, err error) *RegistryError {
 	var outer *url.Error
 	if errors.As(err, &outer) {
 		err = outer.Err // its text repeats method and URL, with what the query holds
 	}
-	e := &RegistryError{Host: h.Host, Repository: r.ref.Repository, Want: c.want, Err: err}
+	var op *net.OpError
+	if errors.As(err, &op) && op.Op == "readfrom" {
+		err = op.Err // the body's error, not the connection's
+	}
+	e := r.error(h, c)
+	e.Err = err
 	var token remoteerrors.ErrUnexpectedStatus
 	switch {
 	case errors.Is(err, context.Canceled), errors.Is(err, context.DeadlineExceeded):
@@ -339,7 +360,8 @@ func (r *repository) fail(h docker.RegistryHost, c call, err error) *RegistryErr
 func (r *repository) answer(h docker.RegistryHost, c call, resp *http.Response) *RegistryError {
 	body, _ := io.ReadAll(io.LimitReader(resp.Body, 8<<10)) // best effort: it only adds to the text
 	drain(resp.Body)
-	e := &RegistryError{Host: h.Host, Repository: r.ref.Repository, Want: c.want, Status: resp.StatusCode, Detail: detail(body)}
+	e := r.error(h, c)
+	e.Status, e.Detail = resp.StatusCode, detail(body)
 	if at := resp.Request.URL; at.Host != h.Host {
 		e.Detail = strings.TrimSuffix("from "+at.Host+": "+e.Detail, ": ")
 	}

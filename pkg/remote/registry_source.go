@@ -199,7 +199,7 @@ func (s registrySource) Fetch(ctx context.Context, desc ocispec.Descriptor) (io.
 	if err != nil {
 		return nil, err
 	}
-	return verify(rc, desc), nil
+	return verify(rc, desc, s.pulls(desc)), nil
 }
 
 // FetchRange implements Source.
@@ -217,6 +217,10 @@ func (s registrySource) FetchRange(ctx context.Context, desc ocispec.Descriptor,
 	return &exactly{rc: rc, left: n}, nil
 }
 
+func (s registrySource) pulls(desc ocispec.Descriptor) string {
+	return fmt.Sprintf("registry %s: repository %s: pull %s", s.ref.Host, s.ref.Repository, desc.Digest)
+}
+
 // stream opens the bytes [off, end) of desc's content and reopens them after a failure.
 func (s registrySource) stream(ctx context.Context, desc ocispec.Descriptor, off, end int64) (io.ReadCloser, error) {
 	open := func(off int64) (io.ReadCloser, error) {
@@ -230,11 +234,11 @@ func (s registrySource) stream(ctx context.Context, desc ocispec.Descriptor, off
 	}
 	return &resuming{
 		rc: rc, open: open, off: off, mark: off, end: end, retries: s.o.Retries,
-		wait: func(attempt int) error { return sleep(ctx, backoff(attempt)) },
+		wait: func(attempt int) error { return sleep(ctx, s.o.backoff(attempt)) },
 		note: func(off int64, err error) {
 			s.o.Log.Debug("resume download", zap.Stringer("digest", desc.Digest), zap.Int64("offset", off), zap.Error(err))
 		},
-		what: fmt.Sprintf("registry %s: repository %s: pull %s", s.ref.Host, s.ref.Repository, desc.Digest),
+		what: s.pulls(desc),
 	}, nil
 }
 

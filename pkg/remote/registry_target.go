@@ -93,7 +93,7 @@ func readBlob(ctx context.Context, b Blob) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	v := verify(rc, b.Descriptor)
+	v := verify(rc, b.Descriptor, "")
 	data, err := io.ReadAll(v)
 	if cerr := v.Close(); err == nil {
 		err = cerr

@@ -17,12 +17,6 @@ import (
 	"go.uber.org/zap"
 )
 
-// Backoff between attempts: 250 ms, doubled each time, within 10 %, at most 5 s.
-const (
-	backoffStart = 250 * time.Millisecond
-	backoffMax   = 5 * time.Second
-)
-
 // dialer returns a DialContext that gives up after timeout.
 func dialer(timeout time.Duration) func(context.Context, string, string) (net.Conn, error) {
 	return (&net.Dialer{Timeout: timeout, KeepAlive: 30 * time.Second}).DialContext
@@ -68,7 +62,7 @@ func (t *transport) RoundTrip(req *http.Request) (*http.Response, error) {
 		if attempt >= retries || stalls > 1 || !retryable(req.Context(), resp, err) {
 			return resp, err
 		}
-		wait := backoff(attempt)
+		wait := t.o.backoff(attempt)
 		if resp != nil {
 			if after, ok := retryAfter(resp.Header); ok {
 				if after > t.o.Timeouts.RetryAfter {
@@ -133,10 +127,11 @@ func sleep(ctx context.Context, d time.Duration) error {
 	}
 }
 
-// backoff returns how long to wait after the attempt, counted from 0.
-func backoff(attempt int) time.Duration {
-	d := min(backoffStart<<min(attempt, 10), backoffMax)
-	return d - d/10 + rand.N(d/5)
+// backoff returns how long to wait after the attempt, counted from 0: doubled each time,
+// within 10 %, at most 20 times the first.
+func (o settings) backoff(attempt int) time.Duration {
+	d := min(o.Timeouts.Backoff<<min(attempt, 10), 20*o.Timeouts.Backoff)
+	return d - d/10 + rand.N(d/5+1)
 }
 
 // retryAfter reads a Retry-After header, in seconds or as a date.

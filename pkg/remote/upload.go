@@ -44,7 +44,7 @@ func (u *upload) run(ctx context.Context) (PushResult, error) {
 			return 0, err
 		}
 		u.t.o.Log.Debug("resume upload", zap.Stringer("digest", u.b.Descriptor.Digest), zap.Int("attempt", attempt+1), zap.Error(err))
-		wait := backoff(attempt)
+		wait := u.t.o.backoff(attempt)
 		var answer *RegistryError
 		if errors.As(err, &answer) {
 			if answer.RetryAfter > u.t.o.Timeouts.RetryAfter {
@@ -239,7 +239,7 @@ func (u *upload) open(ctx context.Context, off, n int64) (io.ReadCloser, error) 
 	if err != nil {
 		return nil, fmt.Errorf("%w: %s: %w", errSource, u.b.Descriptor.Digest, err)
 	}
-	v := verify(rc, u.b.Descriptor)
+	v := verify(rc, u.b.Descriptor, "")
 	if _, err := io.CopyN(io.Discard, v, off); err != nil {
 		_ = v.Close() // only read
 		return nil, fmt.Errorf("%w: %s: %w", errSource, u.b.Descriptor.Digest, err)

@@ -33,15 +33,25 @@ func short(d digest.Digest) string {
 // digest and nothing follows. The last bytes are held back until that is known: who got all
 // of them got the right ones.
 type verifier struct {
-	rc   io.ReadCloser
-	v    digest.Verifier
-	desc ocispec.Descriptor
-	off  int64
-	err  error // sticky: io.EOF or what went wrong
+	rc    io.ReadCloser
+	v     digest.Verifier
+	desc  ocispec.Descriptor
+	where string
+	off   int64
+	err   error // sticky: io.EOF or what went wrong
 }
 
-func verify(rc io.ReadCloser, desc ocispec.Descriptor) io.ReadCloser {
-	return &verifier{rc: rc, v: desc.Digest.Verifier(), desc: desc}
+// verify returns a verifier; where, which may be empty, begins its errors.
+func verify(rc io.ReadCloser, desc ocispec.Descriptor, where string) io.ReadCloser {
+	return &verifier{rc: rc, v: desc.Digest.Verifier(), desc: desc, where: where}
+}
+
+func (r *verifier) mismatch(format string, args ...any) error {
+	err := fmt.Errorf("%w: %s: %s", ErrDigest, r.desc.Digest, fmt.Sprintf(format, args...))
+	if r.where != "" {
+		err = fmt.Errorf("%s: %w", r.where, err)
+	}
+	return err
 }
 
 func (r *verifier) Read(p []byte) (int, error) {
@@ -65,7 +75,7 @@ func (r *verifier) Read(p []byte) (int, error) {
 		}
 		return n, r.err
 	case errors.Is(err, io.EOF):
-		r.err = fmt.Errorf("%w: %s: got %d bytes, want %d", ErrDigest, r.desc.Digest, r.off, r.desc.Size)
+		r.err = r.mismatch("got %d bytes, want %d", r.off, r.desc.Size)
 		return n, r.err
 	case err != nil:
 		r.err = err
@@ -83,7 +93,7 @@ func (r *verifier) end(err error) error {
 		var one [1]byte
 		var n int
 		if n, err = r.rc.Read(one[:]); n > 0 {
-			return fmt.Errorf("%w: %s: more than the %d bytes of its descriptor", ErrDigest, r.desc.Digest, r.desc.Size)
+			return r.mismatch("more than the %d bytes of its descriptor", r.desc.Size)
 		}
 		if tries > 100 {
 			return io.ErrNoProgress
@@ -93,7 +103,7 @@ func (r *verifier) end(err error) error {
 		return err
 	}
 	if !r.v.Verified() {
-		return fmt.Errorf("%w: content of %d bytes is not %s", ErrDigest, r.desc.Size, r.desc.Digest)
+		return r.mismatch("%d bytes of other content", r.desc.Size)
 	}
 	return io.EOF
 }
