@@ -6,6 +6,7 @@ import (
 	"io"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
@@ -129,6 +130,8 @@ type remoteFlags struct {
 	dockerConfig string
 	address      string
 	namespace    string
+	retries      int
+	stall        time.Duration
 }
 
 func (f *remoteFlags) addFlags(cmd *cobra.Command) {
@@ -136,6 +139,8 @@ func (f *remoteFlags) addFlags(cmd *cobra.Command) {
 	fl.BoolVar(&f.plainHTTP, "plain-http", false, "speak http to registries that hosts.toml does not configure")
 	fl.StringVar(&f.hostsDir, "hosts-dir", "", "containerd's directory of HOST/hosts.toml (default /etc/containerd/certs.d)")
 	fl.StringVar(&f.dockerConfig, "docker-config", "", "docker's config.json with credentials, or its directory (default $DOCKER_CONFIG, ~/.docker)")
+	fl.IntVar(&f.retries, "retries", 4, "how often a request is repeated that a registry failed to answer")
+	fl.DurationVar(&f.stall, "stall-timeout", 30*time.Second, "how long a registry that is silent is waited for")
 	f.addContainerdFlags(cmd)
 }
 
@@ -146,7 +151,12 @@ func (f *remoteFlags) addContainerdFlags(cmd *cobra.Command) {
 }
 
 func (f *remoteFlags) options() remote.Options {
+	retries := f.retries
+	if retries <= 0 {
+		retries = -1 // none: zero means the default there
+	}
 	return remote.Options{
+		Retries: retries, Timeouts: remote.Timeouts{Header: f.stall, Stall: f.stall},
 		PlainHTTP: f.plainHTTP, HostsDir: f.hostsDir, DockerConfig: f.dockerConfig,
 		ContainerdAddress: f.address, Namespace: f.namespace, RegistryFallback: true,
 	}

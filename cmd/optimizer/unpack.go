@@ -101,8 +101,17 @@ func (o *unpackOptions) archive(ctx context.Context, src unpack.Source) error {
 	return err
 }
 
-// writeFile puts a whole file in place, or nothing.
+// writeFile puts a whole file in place, or nothing. What is no regular file (a pipe,
+// /dev/stdout) is written to as it is; a link is followed.
 func writeFile(name string, fill func(w io.Writer) error) error {
+	if info, err := os.Stat(name); err == nil {
+		if !info.Mode().IsRegular() {
+			return writeTo(name, fill)
+		}
+		if name, err = filepath.EvalSymlinks(name); err != nil {
+			return err
+		}
+	}
 	root, err := os.OpenRoot(filepath.Dir(name))
 	if err != nil {
 		return err
@@ -112,4 +121,12 @@ func writeFile(name string, fill func(w io.Writer) error) error {
 		err = atomicfile.Write(root, ".", filepath.Base(name), 0o644, fill)
 	}
 	return errors.Join(err, root.Close())
+}
+
+func writeTo(name string, fill func(w io.Writer) error) error {
+	f, err := os.OpenFile(name, os.O_WRONLY, 0)
+	if err != nil {
+		return err
+	}
+	return errors.Join(fill(f), f.Close())
 }

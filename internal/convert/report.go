@@ -15,7 +15,8 @@ type reporter struct {
 	layers int
 
 	mu   sync.Mutex
-	open []Event // tasks that were begun and not finished; guarded by mu
+	open []Event         // tasks that were begun and not finished; guarded by mu
+	past map[string]bool // tasks that were finished; guarded by mu
 }
 
 func (r *reporter) build(e builder.Event) {
@@ -61,8 +62,14 @@ func (r *reporter) finishAll(but string) {
 }
 
 func (r *reporter) send(e Event) {
-	if r.to == nil {
+	if r.to == nil || r.past[e.Task] {
 		return
+	}
+	if e.Finished {
+		if r.past == nil {
+			r.past = map[string]bool{}
+		}
+		r.past[e.Task] = true
 	}
 	at := -1
 	for i := range r.open {

@@ -136,20 +136,23 @@ func furnish(root string, ours bool) error {
 		data              string
 	}
 	const safe = unix.MS_NOSUID | unix.MS_NOEXEC | unix.MS_NODEV
+	mounted := map[string]bool{}
 	for _, m := range []mount{
 		{"proc", "proc", "proc", safe, ""},
+		{"/sys", "sys", "", unix.MS_BIND, ""},
 		{"tmpfs", "dev", "tmpfs", unix.MS_NOSUID, "mode=0755,size=64k"},
 		{"devpts", "dev/pts", "devpts", unix.MS_NOSUID | unix.MS_NOEXEC, "newinstance,ptmxmode=0666,mode=0620"},
 		{"tmpfs", "dev/shm", "tmpfs", safe, "mode=1777"},
-		{"/sys", "sys", "", unix.MS_BIND | unix.MS_REC, ""},
 	} {
 		at := filepath.Join(root, m.dir)
-		if !directory(at, ours || strings.HasPrefix(m.dir, "dev/")) {
+		inside := filepath.Dir(m.dir) != "."
+		if inside && !mounted[filepath.Dir(m.dir)] || !directory(at, ours || inside) {
 			continue
 		}
 		if err := unix.Mount(m.source, at, m.kind, m.flags, m.data); err != nil {
 			return fmt.Errorf("mount /%s: %w", m.dir, err)
 		}
+		mounted[m.dir] = true
 		if m.source == "/sys" {
 			// The flags of a bind mount are set by a remount; a refusal leaves it writable to root only.
 			_ = unix.Mount("", at, "", unix.MS_BIND|unix.MS_REMOUNT|unix.MS_RDONLY|safe, "")
@@ -159,6 +162,9 @@ func furnish(root string, ours bool) error {
 		if err := hostFiles(root); err != nil {
 			return err
 		}
+	}
+	if !mounted["dev"] {
+		return nil
 	}
 	return devices(filepath.Join(root, "dev"))
 }
@@ -204,10 +210,6 @@ func hostFiles(root string) error {
 
 // devices fills the tmpfs on /dev.
 func devices(dev string) error {
-	var fs unix.Statfs_t
-	if err := unix.Statfs(dev, &fs); err != nil || fs.Type != unix.TMPFS_MAGIC {
-		return nil // an in-place root without /dev
-	}
 	for _, name := range []string{"null", "zero", "full", "random", "urandom", "tty"} {
 		at := filepath.Join(dev, name)
 		f, err := os.OpenFile(at, os.O_CREATE|os.O_WRONLY, 0o666)

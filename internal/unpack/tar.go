@@ -2,6 +2,7 @@ package unpack
 
 import (
 	"archive/tar"
+	"bufio"
 	"context"
 	"fmt"
 	"io"
@@ -18,14 +19,18 @@ const paxXattr = "SCHILY.xattr."
 // order of the tree, parents first, later names of a file as hard links. The archive
 // format has no sockets: they are left out and counted in skipped.
 func Tar(ctx context.Context, src Source, w io.Writer) (skipped int, err error) {
-	t := &tarWriter{copier: copier{src: src}, tw: tar.NewWriter(w), first: map[*rafs.Inode]string{}, above: map[*rafs.Inode]bool{}}
+	b := bufio.NewWriterSize(w, 1<<18)
+	t := &tarWriter{copier: copier{src: src}, tw: tar.NewWriter(b), first: map[*rafs.Inode]string{}, above: map[*rafs.Inode]bool{}}
 	if err := t.header(&tar.Header{Typeflag: tar.TypeDir, Name: "./"}, src.Image.Root); err != nil {
 		return 0, fmt.Errorf("/: %w", err)
 	}
 	if err := t.fill(ctx, "", src.Image.Root); err != nil {
 		return 0, err
 	}
-	return t.skipped, t.tw.Close()
+	if err := t.tw.Close(); err != nil {
+		return 0, err
+	}
+	return t.skipped, b.Flush()
 }
 
 type tarWriter struct {
