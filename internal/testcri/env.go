@@ -239,7 +239,7 @@ func waitReady(ctx context.Context, conn *grpc.ClientConn, d *daemon) error {
 	defer tick.Stop()
 	client := runtimeapi.NewRuntimeServiceClient(conn)
 	for {
-		_, err := client.Status(ctx, &runtimeapi.StatusRequest{}, grpc.WaitForReady(true))
+		_, err := client.Status(ctx, &runtimeapi.StatusRequest{})
 		if err == nil {
 			return nil
 		}

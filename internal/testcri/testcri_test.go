@@ -198,3 +198,30 @@ func TestPullFromRegistry(t *testing.T) {
 		t.Error("Pull of a tag that is not there succeeded")
 	}
 }
+
+// TestFailedStart gives containerd a configuration that it refuses.
+func TestFailedStart(t *testing.T) {
+	testenv.Root(t)
+	testenv.Tool(t, "containerd")
+	testenv.Tool(t, "runc")
+	dir := t.TempDir()
+	_, err := testcri.Start(t.Context(), testcri.Options{Dir: dir, Config: "root = [this is no TOML"})
+	if err == nil || !strings.Contains(err.Error(), "ended before it was ready") || !strings.Contains(err.Error(), "toml") {
+		t.Errorf("Start = %v, want that containerd ended, and its log", err)
+	}
+	if left, err := os.ReadDir(dir); err != nil || len(left) > 0 {
+		t.Errorf("Start left %v, %v, want nothing", left, err)
+	}
+}
+
+func TestStartRegistryFails(t *testing.T) {
+	testenv.Tool(t, "registry")
+	dir := t.TempDir()
+	_, err := testcri.StartRegistry(t.Context(), testcri.RegistryOptions{Dir: dir, Auth: "  nosuch: {}"})
+	if err == nil || !strings.Contains(err.Error(), "nosuch") {
+		t.Errorf("StartRegistry with an unknown auth = %v, want its log", err)
+	}
+	if left, err := os.ReadDir(dir); err != nil || len(left) > 0 {
+		t.Errorf("StartRegistry left %v, %v, want nothing", left, err)
+	}
+}
