@@ -182,9 +182,7 @@ func (q *Queue) Add(ctx context.Context, r Request) (Decision, error) {
 	if err := q.writeJSON(filepath.Join(dirJobs, image+".json"), &job); err != nil {
 		return Decision{}, fmt.Errorf("queue rebuild: %w", errors.Join(err, q.remove(filepath.Join(dirLists, d.Key+".list"))))
 	}
-	if d.Verdict == Replaced {
-		q.warn("remove replaced list", q.remove(filepath.Join(dirLists, old.Key+".list")))
-	}
+	// The list of a replaced job stays: its build may be going on. See dropLists.
 	select {
 	case q.wake <- struct{}{}:
 	default:

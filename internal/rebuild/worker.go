@@ -90,7 +90,7 @@ func (q *Queue) work(ctx context.Context, name string, lock *os.File) error {
 	if job.Attempts >= q.o.MaxAttempts {
 		return q.fail(ctx, job, failure{Error: died(job.LastError)})
 	}
-	if err := q.cleanWork(); err != nil {
+	if err := errors.Join(q.cleanWork(), q.dropLists(ctx)); err != nil {
 		return err
 	}
 	// Counted before it runs: what kills the build may kill us too.
@@ -227,6 +227,35 @@ func (q *Queue) cleanWork() error {
 	var errs []error
 	for _, e := range entries {
 		errs = append(errs, q.root.RemoveAll(filepath.Join(dirWork, e.Name())))
+	}
+	return errors.Join(errs...)
+}
+
+// dropLists removes the lists of jobs that were replaced; the build lock is held, so
+// none of them is being read.
+func (q *Queue) dropLists(ctx context.Context) error {
+	unlock, err := q.lockState(ctx)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	jobs, err := q.Jobs()
+	if err != nil {
+		return err
+	}
+	wanted := map[string]bool{}
+	for _, j := range jobs {
+		wanted[j.Key+".list"] = true
+	}
+	entries, err := fs.ReadDir(q.root.FS(), dirLists)
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for _, e := range entries {
+		if !wanted[e.Name()] {
+			errs = append(errs, q.remove(filepath.Join(dirLists, e.Name())))
+		}
 	}
 	return errors.Join(errs...)
 }
