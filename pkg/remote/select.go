@@ -250,11 +250,16 @@ func choose(entries []ocispec.Descriptor, root ocispec.Descriptor, want ocispec.
 	nydus := false
 	for i := range entries {
 		d := &entries[i]
-		if isAttestation(*d) || !images.IsManifestType(d.MediaType) || d.Platform == nil || !match.Match(*d.Platform) {
+		if isAttestation(*d) || !images.IsManifestType(d.MediaType) || d.Platform == nil {
 			continue
 		}
 		if isNydusEntry(*d) {
-			nydus = true
+			plain := *d.Platform
+			plain.OSFeatures = nil
+			nydus = nydus || match.Match(plain)
+			continue
+		}
+		if !match.Match(*d.Platform) {
 			continue
 		}
 		if best == nil || match.Less(*d.Platform, *best.Platform) {
