@@ -66,7 +66,11 @@ func copyProgram(t *testing.T, from, to string) {
 
 func lastLines(s string, n int) string {
 	lines := strings.Split(strings.TrimSpace(s), "\n")
-	return strings.Join(lines[max(0, len(lines)-n):], "\n")
+	lines = lines[max(0, len(lines)-n):]
+	for i, l := range lines {
+		lines[i] = l[:min(len(l), 300)]
+	}
+	return strings.Join(lines, "\n")
 }
 
 // image makes the image called name and imports it.
@@ -124,7 +128,7 @@ func (h *host) newSetup(t *testing.T, s settings) *setup {
 	u.config = b.String()
 	t.Cleanup(func() {
 		if data, err := os.ReadFile(u.log); err == nil && t.Failed() {
-			t.Logf("the end of the plugin's log:\n%s", lastLines(string(data), 60))
+			t.Logf("the end of the plugin's log:\n%s", lastLines(string(data), 25))
 		}
 	})
 	return u

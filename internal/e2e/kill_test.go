@@ -23,13 +23,12 @@ import (
 
 // TestKill ends each of our processes, and containerd, by SIGKILL at several moments.
 // The workload must not notice, and nobody may ever see half a list or half an image.
-// HEADSTART_SOAK, a duration, repeats the drills at random moments for so long.
+// TestSoakKill does the same at random moments.
 func TestKill(t *testing.T) {
 	if testing.Short() {
 		t.Skip("runs containerd")
 	}
-	h := newHost(t)
-	d := &drill{host: h, static: h.image(t, workload.Static), large: h.image(t, workload.GoTool)}
+	d := newDrill(t)
 	moments := []time.Duration{0, 30 * time.Millisecond, 400 * time.Millisecond}
 	for _, after := range moments {
 		t.Run(fmt.Sprintf("tracer after %v", after), func(t *testing.T) { d.tracer(t, after) })
@@ -41,17 +40,15 @@ func TestKill(t *testing.T) {
 	}
 	t.Run("plugin while its rebuild runs", func(t *testing.T) { d.pluginKeepsRebuild(t, 300*time.Millisecond) })
 	t.Run("containerd", func(t *testing.T) { d.containerd(t, 300*time.Millisecond) })
-	d.soak(t)
 }
 
-func (d *drill) soak(t *testing.T) {
-	length, err := time.ParseDuration(os.Getenv("HEADSTART_SOAK"))
+// TestSoakKill repeats the drills at random moments for the duration in SOAK.
+func TestSoakKill(t *testing.T) {
+	length, err := time.ParseDuration(os.Getenv("SOAK"))
 	if err != nil {
-		if os.Getenv("HEADSTART_SOAK") == "" {
-			return
-		}
-		length = 10 * time.Minute
+		t.Skip("SOAK says no duration")
 	}
+	d := newDrill(t)
 	drills := map[string]func(*testing.T, time.Duration){
 		"tracer": d.tracer, "plugin": d.plugin, "hook": d.pluginInHook, "rebuild": d.rebuild,
 		"orphan": d.pluginKeepsRebuild, "containerd": d.containerd,
@@ -62,6 +59,12 @@ func (d *drill) soak(t *testing.T) {
 			t.Run(fmt.Sprintf("soak %s after %v", name, after), func(t *testing.T) { run(t, after) })
 		}
 	}
+}
+
+func newDrill(t *testing.T) *drill {
+	t.Helper()
+	h := newHost(t)
+	return &drill{host: h, static: h.image(t, workload.Static), large: h.image(t, workload.GoTool)}
 }
 
 // drill has what the drills share.

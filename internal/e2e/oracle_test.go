@@ -11,9 +11,11 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	containerd "github.com/containerd/containerd/v2/client"
 	"github.com/containerd/containerd/v2/core/mount"
+	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/opencontainers/image-spec/identity"
 	"golang.org/x/sys/unix"
@@ -41,7 +43,9 @@ func rootMounts(t *testing.T, client *containerd.Client, img *workload.Image, wr
 	if writable {
 		prepare = service.Prepare
 	}
-	mounts, err := prepare(ctx, key, parent)
+	// A root of its own, or containerd's next garbage collection takes it.
+	root := snapshots.WithLabels(map[string]string{"containerd.io/gc.root": time.Now().UTC().Format(time.RFC3339)})
+	mounts, err := prepare(ctx, key, parent, root)
 	must(t, err)
 	t.Cleanup(func() {
 		if err := service.Remove(context.WithoutCancel(ctx), key); err != nil {
@@ -84,7 +88,8 @@ func straceRun(t *testing.T, client *containerd.Client, img *workload.Image, arg
 		}
 		args := []string{"-f", "-y", "-s", "0", "-e", straceCalls, "-e", "signal=none", "-o", log, "env", "-i"}
 		args = append(args, img.Config.Config.Env...)
-		args = append(args, "/usr/sbin/chroot", root)
+		// runc sets HOME where the image does not.
+		args = append(args, "HOME=/root", "/usr/sbin/chroot", root)
 		cmd := exec.CommandContext(t.Context(), strace, append(args, argv...)...)
 		var out bytes.Buffer
 		cmd.Stdout, cmd.Stderr = &out, &out

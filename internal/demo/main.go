@@ -1,0 +1,110 @@
+// Command demo shows the main job from end to end on this machine, as root: it starts a
+// private containerd, runs a workload without and with the plugin, waits for the access
+// list and the rebuilt image, checks that image and prints what changed.
+//
+//	go run ./internal/demo
+//	IMAGE=docker.io/library/nginx:latest go run ./internal/demo
+//	IMAGE=oci:/path/to/layout CMD="/usr/bin/app --version" go run ./internal/demo
+//
+// Without IMAGE the workload is made from the Go toolchain. CMD replaces the image's
+// command, split at blanks. A workload that does not end by itself is stopped after
+// some seconds. Nothing is left running or mounted; the list and the image stay in a
+// directory that the demo names. Exit status: 0 done, 1 a step or a check failed.
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+const (
+	runs      = 5                // of the workload, without and with the plugin
+	runLimit  = 20 * time.Second // a workload that goes on is a server: it is stopped
+	keepDemos = 24 * time.Hour   // results of earlier demos are removed after this
+)
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGINT, unix.SIGTERM, unix.SIGHUP)
+	defer stop()
+	if err := run(ctx, os.Getenv("IMAGE"), strings.Fields(os.Getenv("CMD")), os.Stdout, os.Stderr); err != nil {
+		fmt.Fprintln(os.Stderr, "demo:", err)
+		stop()
+		os.Exit(1) //nolint:gocritic // stop was called
+	}
+}
+
+// run is the demo; stdout gets the steps and the table, stderr the progress of long steps.
+func run(ctx context.Context, image string, cmd []string, stdout, stderr io.Writer) (err error) {
+	if os.Geteuid() != 0 {
+		return errors.New("needs root: containerd, runc and fanotify do")
+	}
+	dir, err := resultDir()
+	if err != nil {
+		return fmt.Errorf("make the directory of the results: %w", err)
+	}
+	d := &demo{dir: dir, out: stdout, log: stderr}
+	defer func() {
+		err = errors.Join(err, d.close())
+		if err != nil && ctx.Err() != nil {
+			err = fmt.Errorf("interrupted; everything was taken down: %w", err)
+		}
+	}()
+	if err := d.start(ctx); err != nil {
+		return err
+	}
+	if err := d.prepare(ctx, image, cmd); err != nil {
+		return err
+	}
+	before, err := d.runs(ctx, "without the plugin")
+	if err != nil {
+		return err
+	}
+	if err := d.dropPlugin(ctx); err != nil {
+		return err
+	}
+	with, err := d.runs(ctx, "with the plugin")
+	if err != nil {
+		return err
+	}
+	built, err := d.rebuilt(ctx, with)
+	if err != nil {
+		return err
+	}
+	if err := d.check(ctx, built); err != nil {
+		return err
+	}
+	return d.table(ctx, before, with, built)
+}
+
+// resultDir makes a directory that outlives the demo and removes those of earlier ones.
+func resultDir() (string, error) {
+	cache, err := os.UserCacheDir()
+	if err != nil {
+		return "", err
+	}
+	parent := filepath.Join(cache, "headstart", "demo")
+	if err := os.MkdirAll(parent, 0o755); err != nil {
+		return "", err
+	}
+	old, err := os.ReadDir(parent)
+	if err != nil {
+		return "", err
+	}
+	for _, e := range old {
+		if info, err := e.Info(); err == nil && time.Since(info.ModTime()) > keepDemos {
+			if err := os.RemoveAll(filepath.Join(parent, e.Name())); err != nil {
+				return "", err
+			}
+		}
+	}
+	return os.MkdirTemp(parent, "run-")
+}
