@@ -235,18 +235,18 @@ func (t *metaTable) compare(c Chunk) error {
 
 // data reads all chunks, in order of place, and compares their digests.
 func (c *checker) data(ctx context.Context, r *BlobReader, chunks []Chunk) error {
-	group, ctx := errgroup.WithContext(ctx)
+	group, groupCtx := errgroup.WithContext(ctx)
 	group.SetLimit(c.options.Workers)
 	for _, chunk := range chunks {
-		if ctx.Err() != nil {
+		if groupCtx.Err() != nil {
 			break
 		}
 		group.Go(func() error {
-			p, err := r.ReadChunk(ctx, chunk)
-			if err != nil {
-				if ctx.Err() != nil {
-					return ctx.Err()
-				}
+			p, err := r.ReadChunk(groupCtx, chunk)
+			switch {
+			case groupCtx.Err() != nil:
+				return groupCtx.Err()
+			case err != nil:
 				return c.add(err)
 			}
 			c.checked.Add(int64(len(p)))
