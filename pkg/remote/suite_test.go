@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"io"
+	"log"
 	"net/http/httptest"
 	"path/filepath"
 	"strings"
@@ -56,7 +57,7 @@ func places(t *testing.T) map[string]func(*testing.T) place {
 
 func ggcrHost(t testing.TB) string {
 	t.Helper()
-	s := httptest.NewServer(ggcrregistry.New())
+	s := httptest.NewServer(ggcrregistry.New(ggcrregistry.Logger(log.New(io.Discard, "", 0))))
 	t.Cleanup(s.Close)
 	return strings.TrimPrefix(s.URL, "http://")
 }
