@@ -276,10 +276,10 @@ func TestNoTracer(t *testing.T) {
 	}{
 		"process gone":   {pid: gone.Process.Pid, err: tracer.ErrLate, text: "no such process"},
 		"exits":          {script: "echo oops >&2; exit 3", pid: 1, err: tracer.ErrKilled, text: `exit status 3), it said "oops"`},
-		"other program":  {script: `echo '{"path":"/x"}'; sleep 600`, pid: 1, err: tracer.ErrKilled, text: "not a trace stream"},
+		"other program":  {script: `echo '{"path":"/x"}'; exec sleep 600`, pid: 1, err: tracer.ErrKilled, text: "not a trace stream"},
 		"upstream style": {script: `echo '{"path":"/bin/sh","size":1,"elapsed":2}'`, pid: 1, err: tracer.ErrKilled, text: "not a trace stream"},
-		"bad frame":      {script: `printf 'HSTRACE\001\001\000\000\000X'; sleep 600`, pid: 1, err: tracer.ErrKilled, text: "invalid trace frame"},
-		"huge frame":     {script: `printf 'HSTRACE\001\377\377\377\377X'; sleep 600`, pid: 1, err: tracer.ErrKilled, text: "invalid trace frame"},
+		"bad frame":      {script: `sleep 2 & printf 'HSTRACE\001\001\000\000\000X'; wait`, pid: 1, err: tracer.ErrKilled, text: "invalid trace frame"},
+		"huge frame":     {script: `printf 'HSTRACE\001\377\377\377\377X'; exec sleep 600`, pid: 1, err: tracer.ErrKilled, text: "invalid trace frame"},
 	}
 	for name, tt := range tests {
 		t.Run(name, func(t *testing.T) {
@@ -420,5 +420,47 @@ func TestPlainRoot(t *testing.T) {
 	}
 	if want := []string{"ore /program", "or- /s/f"}; !slices.Equal(got, want) {
 		t.Errorf("accesses %q, want %q (mark: %s)", got, want, r.Mark)
+	}
+}
+
+// TestOutsiders holds that what the host reads of the container's files, through its own
+// mount of them, is not what the container read.
+func TestOutsiders(t *testing.T) {
+	b := newBox(t, "mkdir s; echo x > s/f; echo x > s/host")
+	c := b.create(t, pivot, "cat", "/s/f")
+	s := start(t, c, tracer.Options{})
+	if _, err := os.ReadFile(b.merged + "/s/host"); err != nil {
+		t.Fatal(err)
+	}
+	c.run(t)
+	r := result(t, s)
+	if _, ok := find(r, "/s/host"); ok {
+		t.Error("what the host read is listed")
+	}
+	if _, ok := find(r, "/s/f"); !ok {
+		t.Error("what the container read is not listed")
+	}
+}
+
+// TestRootGone holds that a root directory that was removed is no reason to fail.
+func TestRootGone(t *testing.T) {
+	needKernel(t)
+	dir := t.TempDir()
+	mount(t, "tmpfs", dir, "tmpfs", "mode=755")
+	if err := os.MkdirAll(dir+"/root", 0o755); err != nil {
+		t.Fatal(err)
+	}
+	b := &box{merged: dir + "/root"}
+	c := b.create(t, chroot, "/program")
+	if err := os.Remove(dir + "/root"); err != nil {
+		t.Fatal(err)
+	}
+	s := start(t, c, tracer.Options{})
+	c.letGo(t)
+	if err := c.wait(t); err == nil {
+		t.Error("container ran a program that does not exist")
+	}
+	if r := result(t, s); r.Err != nil || len(r.Trace.Accesses) != 0 {
+		t.Errorf("error %v, accesses %+v; want neither", r.Err, r.Trace.Accesses)
 	}
 }

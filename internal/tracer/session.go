@@ -16,11 +16,11 @@ import (
 )
 
 // run owns the process: it reads until the stream ends, then waits for it, once.
-func (s *Session) run(ctx context.Context, stdout io.Reader) {
+func (s *Session) run(ctx context.Context, stdout io.ReadCloser) {
 	watched, ended := make(chan struct{}), make(chan struct{})
 	go func() {
 		defer close(watched)
-		s.watch(ctx, ended)
+		s.watch(ctx, stdout, ended)
 	}()
 	in := receiver{s: s}
 	err := in.read(stream.NewReader(bufio.NewReaderSize(stdout, 64<<10)))
@@ -36,7 +36,7 @@ func (s *Session) run(ctx context.Context, stdout io.Reader) {
 }
 
 // watch asks the process to end when it is time to, and kills it when it does not.
-func (s *Session) watch(ctx context.Context, ended <-chan struct{}) {
+func (s *Session) watch(ctx context.Context, stdout io.Closer, ended <-chan struct{}) {
 	timeout, idle, grace := newAlarm(), newAlarm(), newAlarm()
 	defer timeout.stop()
 	defer idle.stop()
@@ -74,6 +74,7 @@ func (s *Session) watch(ctx context.Context, ended <-chan struct{}) {
 		case <-grace.C:
 			s.log.Warn("tracer does not end; killing it", zap.Duration("grace", s.o.Grace))
 			_ = s.cmd.Process.Kill() // it may have ended already
+			_ = stdout.Close()       // a child of it may live on; nothing more is read
 		}
 	}
 }

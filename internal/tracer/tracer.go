@@ -56,6 +56,9 @@ var (
 // anything before it is killed.
 const DefaultGrace = 10 * time.Second
 
+// waitDelay is how long the standard error of a process that ended is still read.
+const waitDelay = time.Second
+
 // Options says what to trace and for how long.
 type Options struct {
 	Server  string        // path of the optimizer-server binary
@@ -131,11 +134,13 @@ func Start(ctx context.Context, o Options) (*Session, error) {
 
 // spawn starts the process. Its standard input is a pipe that carries nothing: its end
 // asks the server to finish, and comes by itself when this process dies.
-func (s *Session) spawn() (io.Reader, error) {
+func (s *Session) spawn() (io.ReadCloser, error) {
 	cmd := exec.Command(s.o.Server, "--pid", strconv.Itoa(s.o.PID)) //nolint:gosec // the operator names the binary
 	cmd.Env = []string{"GOMAXPROCS=2", "GOTRACEBACK=single"}
 	cmd.Dir = "/"
 	cmd.Stderr = &s.err
+	// The binary may be a script whose children outlive it and keep its output open.
+	cmd.WaitDelay = waitDelay
 	// A group of its own: ^C at a terminal is for the parent, which then asks for the end.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	stdin, err := cmd.StdinPipe()

@@ -12,6 +12,9 @@ const (
 	// commFresh is how long a command name is believed without asking again; a process
 	// may change it, and its id may be reused.
 	commFresh = 100 * time.Millisecond
+	// maxComm is more than a command name and its newline take, in bytes: the kernel's
+	// TASK_COMM_LEN is 16, and kernel threads' names may be longer.
+	maxComm = 64
 	// maxComms bounds the cache; it is emptied when full.
 	maxComms = 4096
 )

@@ -27,6 +27,7 @@ func (s *session) handle(e *fanotify.Event) {
 		return
 	}
 	if e.FD < 0 {
+		s.unopened(unix.EPERM) // its negative is FAN_NOFD
 		return
 	}
 	var st unix.Statx_t
@@ -37,6 +38,9 @@ func (s *session) handle(e *fanotify.Event) {
 		return
 	}
 	if st.Mode&unix.S_IFMT != unix.S_IFREG {
+		return
+	}
+	if s.others.has(mountOf(&st)) {
 		return
 	}
 	how := ways(e.Mask)
@@ -163,6 +167,17 @@ func (s *session) name(e *entry, a trace.Access, raw string, st *unix.Statx_t, w
 // entryIndex is the index of the entry that is added next; Config bounds it.
 func (s *session) entryIndex() uint32 {
 	return uint32(len(s.entries)) //nolint:gosec // at most Config.MaxFiles, which fits
+}
+
+// noMount is the mount id of a file whose mount is unknown, before Linux 5.8.
+const noMount = ^uint64(0)
+
+// mountOf is the id of the mount through which a file was opened.
+func mountOf(st *unix.Statx_t) uint64 {
+	if st.Mask&unix.STATX_MNT_ID == 0 {
+		return noMount
+	}
+	return st.Mnt_id
 }
 
 func inodeOf(st *unix.Statx_t) inode {

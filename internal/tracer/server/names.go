@@ -72,7 +72,9 @@ func (n *namer) path(raw string, pid int32, st *unix.Statx_t, whence whence) (st
 	if raw == "" || raw[0] != '/' {
 		return "", false
 	}
-	if n.is(raw, st) {
+	base, deleted := strings.CutSuffix(raw, deletedSuffix)
+	// Through the traced root's own mount the kernel's name is the image's path.
+	if (n.own(mountOf(st)) && !deleted) || n.is(raw, st) {
 		return raw, true
 	}
 	if n.guess.to != "" {
@@ -80,23 +82,27 @@ func (n *namer) path(raw string, pid int32, st *unix.Statx_t, whence whence) (st
 			return p, true
 		}
 	}
-	for r := range n.rewrites(raw, pid, st.Mnt_id) {
+	for r := range n.rewrites(raw, pid, mountOf(st)) {
 		if p, ok := r.apply(raw); ok && n.is(p, st) {
 			n.remember(r)
 			return p, true
 		}
 	}
-	base, ok := strings.CutSuffix(raw, deletedSuffix)
-	if !ok || whence == made {
+	if !deleted || whence == made {
 		return "", false
 	}
-	return n.gone(base, pid, st.Mnt_id)
+	return n.gone(base, pid, mountOf(st))
+}
+
+// own reports whether mount is the one whose top is the traced root.
+func (n *namer) own(mount uint64) bool {
+	return mount == n.t.stat.Mnt_id && mount != noMount && n.t.whole()
 }
 
 // gone returns the path of a name that no longer exists: the first candidate whose
 // directory does. Nothing can prove it.
 func (n *namer) gone(base string, pid int32, mount uint64) (string, bool) {
-	if mount == n.t.stat.Mnt_id && n.t.whole() {
+	if n.own(mount) {
 		return base, true
 	}
 	for r := range n.rewrites(base, pid, mount) {
@@ -148,9 +154,6 @@ func (n *namer) remember(r rewrite) {
 // mountRoot returns what mount shows, relative to the traced root, as process pid or the
 // container's first process sees it.
 func (n *namer) mountRoot(pid int32, mount uint64) (string, bool) {
-	if mount == n.t.stat.Mnt_id {
-		return "/", true
-	}
 	if m, ok := n.roots[mount]; ok && (m.found || m.pid == pid) {
 		return m.root, m.found
 	}

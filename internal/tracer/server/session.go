@@ -33,6 +33,7 @@ type session struct {
 	out     *output
 	names   *namer
 	origin  *origin
+	others  *outsiders
 	comms   *comms
 	self    int32
 	armed   time.Time
@@ -85,6 +86,7 @@ func newSession(c Config, t *target, g *fanotify.Group, out *output) *session {
 	s := &session{
 		c: c, t: t, group: g, out: out,
 		names:   newNamer(t),
+		others:  newOutsiders(t),
 		comms:   newComms(t.proc),
 		self:    int32(os.Getpid()), //nolint:gosec // process ids fit: the kernel's limit is 2^22
 		armed:   time.Now(),

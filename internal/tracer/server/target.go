@@ -1,10 +1,8 @@
 package server
 
 import (
-	"bytes"
 	"errors"
 	"fmt"
-	"io"
 	"os"
 	"strconv"
 	"strings"
@@ -28,6 +26,7 @@ type target struct {
 	root  int // the container's root, later the directory that is traced
 	view  int // the same directory without whatever is mounted below it
 	upper int // the overlay's writable layer, -1 when there is none or it is not visible
+	host  int // the host's mountinfo: whatever reads it sees the namespace it was opened in
 
 	hostDev string            // "major:minor" of the server's own root
 	mounts  []*mountinfo.Info // of the process, before the join
@@ -35,16 +34,10 @@ type target struct {
 	stat    unix.Statx_t      // of root
 }
 
-// Bounds in bytes on what is read of /proc.
-const (
-	maxMountinfo = 8 << 20
-	maxComm      = 64
-)
-
 // openTarget opens what is needed of process pid while still outside the container. A
 // process id that is reused meanwhile is noticed: the pidfd is opened first and asked last.
 func openTarget(pid int) (*target, error) {
-	t := &target{pid: pid, pidfd: -1, proc: -1, fds: -1, home: -1, ns: -1, root: -1, view: -1, upper: -1}
+	t := &target{pid: pid, pidfd: -1, proc: -1, fds: -1, home: -1, ns: -1, root: -1, view: -1, upper: -1, host: -1}
 	if err := t.open(); err != nil {
 		return nil, errors.Join(err, t.close())
 	}
@@ -78,6 +71,9 @@ func (t *target) open() (err error) {
 	if t.home, err = unix.Openat(t.proc, "self/ns/mnt", unix.O_RDONLY|unix.O_CLOEXEC, 0); err != nil {
 		return fmt.Errorf("open own mount namespace: %w", err)
 	}
+	if t.host, err = unix.Openat(t.proc, "self/mountinfo", unix.O_RDONLY|unix.O_CLOEXEC, 0); err != nil {
+		return fmt.Errorf("open own mountinfo: %w", err)
+	}
 	if t.fds, err = unix.Openat(t.proc, "self/fd", dir, 0); err != nil {
 		return fmt.Errorf("open own descriptors: %w", err)
 	}
@@ -93,6 +89,9 @@ func (t *target) open() (err error) {
 func (t *target) locate() error {
 	if err := unix.Statx(t.root, "", unix.AT_EMPTY_PATH, unix.STATX_BASIC_STATS|unix.STATX_MNT_ID, &t.stat); err != nil {
 		return fmt.Errorf("stat root: %w", err)
+	}
+	if t.stat.Mask&unix.STATX_MNT_ID == 0 { // before Linux 5.8
+		t.stat.Mnt_id = noMount
 	}
 	t.mount = findMount(t.mounts, t.stat.Mnt_id)
 	if t.mount == nil || t.mount.FSType != "overlay" {
@@ -183,65 +182,6 @@ func (t *target) ended() bool {
 	return err == nil && n > 0
 }
 
-// mountinfo returns the mounts that process pid sees.
-func (t *target) mountinfo(pid int) ([]*mountinfo.Info, error) {
-	fd, err := unix.Openat(t.proc, strconv.Itoa(pid)+"/mountinfo", unix.O_RDONLY|unix.O_CLOEXEC, 0)
-	if err != nil {
-		return nil, err
-	}
-	f := os.NewFile(uintptr(fd), "mountinfo")
-	b, err := io.ReadAll(io.LimitReader(f, maxMountinfo))
-	if err = errors.Join(err, f.Close()); err != nil {
-		return nil, err
-	}
-	return parseMountinfo(b)
-}
-
-// parseMountinfo parses what /proc/PID/mountinfo holds. The library's optional-field and
-// escape rules apply; a line it cannot parse is an error.
-func parseMountinfo(b []byte) ([]*mountinfo.Info, error) {
-	return mountinfo.GetMountsFromReader(bytes.NewReader(b), nil)
-}
-
-func findMount(mounts []*mountinfo.Info, id uint64) *mountinfo.Info {
-	for _, m := range mounts {
-		if m.ID >= 0 && uint64(m.ID) == id {
-			return m
-		}
-	}
-	return nil
-}
-
-// upperDir returns the writable layer's path from an overlay's options, "" without one.
-func upperDir(options string) string {
-	for o := range strings.SplitSeq(options, ",") {
-		if dir, ok := strings.CutPrefix(o, "upperdir="); ok {
-			return unescapeOctal(dir)
-		}
-	}
-	return ""
-}
-
-// unescapeOctal undoes seq_file's escapes (\040 and the like).
-// Source: fs/seq_file.c mangle_path, lib/string_helpers.c string_escape_mem.
-func unescapeOctal(s string) string {
-	if !strings.Contains(s, `\`) {
-		return s
-	}
-	b := make([]byte, 0, len(s))
-	for i := 0; i < len(s); i++ {
-		if s[i] == '\\' && i+3 < len(s) {
-			if v, err := strconv.ParseUint(s[i+1:i+4], 8, 8); err == nil {
-				b = append(b, byte(v))
-				i += 3
-				continue
-			}
-		}
-		b = append(b, s[i])
-	}
-	return string(b)
-}
-
 // leave gives up everything that would keep the container's namespace or root busy and
 // moves the thread back to where it came from. The pidfd stays.
 func (t *target) leave() error {
@@ -249,7 +189,7 @@ func (t *target) leave() error {
 	if t.home >= 0 {
 		err = unix.Setns(t.home, unix.CLONE_NEWNS)
 	}
-	for _, fd := range []*int{&t.ns, &t.root, &t.view, &t.upper} {
+	for _, fd := range []*int{&t.ns, &t.root, &t.view, &t.upper, &t.host} {
 		err = errors.Join(err, replace(fd, -1))
 	}
 	return err
@@ -257,7 +197,7 @@ func (t *target) leave() error {
 
 func (t *target) close() error {
 	var err error
-	for _, fd := range []*int{&t.pidfd, &t.proc, &t.fds, &t.home, &t.ns, &t.root, &t.view, &t.upper} {
+	for _, fd := range []*int{&t.pidfd, &t.proc, &t.fds, &t.home, &t.ns, &t.root, &t.view, &t.upper, &t.host} {
 		err = errors.Join(err, replace(fd, -1))
 	}
 	return err
