@@ -3,7 +3,7 @@ PREFIX     ?= /usr/local
 FUZZTIME   ?= 20s
 SOAK       ?= 10m
 PKG        ?= ./...
-RACE_PKG   ?= ./pkg/... ./cmd/... ./internal/convert/... ./internal/nriplugin/... ./internal/progress/... ./internal/rebuild/... ./internal/tracer/...
+RACE_PKG    = $(shell go list ./pkg/... ./cmd/... ./internal/... | grep -vE "/(bench|demo|e2e|pins|test[a-z]+|tools|workload)(/|$$)")
 TOOLS      := go run ./internal/tools/cmd/tools
 SUDO       ?= $(if $(DESTDIR),,$(shell [ "$$(id -u)" = 0 ] || command -v sudo))
 PLUGIN      = $(DESTDIR)/opt/nri/plugins/02-optimizer-nri-plugin
