@@ -95,9 +95,11 @@ func TestBadLayers(t *testing.T) {
 		"encrypted layer": {
 			with(func(l *builder.Layer) { l.Descriptor.MediaType = ocispec.MediaTypeImageLayerGzip + "+encrypted" }), builder.ErrUnsupported, "the layer is encrypted",
 		},
-		"Nydus layer":        {with(func(l *builder.Layer) { l.Descriptor.MediaType = builder.MediaTypeBlob }), builder.ErrUnsupported, "a Nydus image already"},
-		"no layer":           {with(func(l *builder.Layer) { l.Descriptor.MediaType = "text/plain" }), builder.ErrUnsupported, `media type "text/plain" is no image layer`},
-		"source fails":       {with(func(l *builder.Layer) { l.Open = func(context.Context) (io.ReadCloser, error) { return nil, errors.New("gone") } }), nil, "open: gone"},
+		"Nydus layer": {with(func(l *builder.Layer) { l.Descriptor.MediaType = builder.MediaTypeBlob }), builder.ErrUnsupported, "a Nydus image already"},
+		"no layer":    {with(func(l *builder.Layer) { l.Descriptor.MediaType = "text/plain" }), builder.ErrUnsupported, `media type "text/plain" is no image layer`},
+		"source fails": {with(func(l *builder.Layer) {
+			l.Open = func(context.Context) (io.ReadCloser, error) { return nil, errors.New("gone") }
+		}), nil, "open: gone"},
 		"broken header":      {raw("name"), builder.ErrInvalid, "tar header of entry 0: invalid image: broken tar"},
 		"path escapes":       {of(reg("../x", "1")), builder.ErrInvalid, `entry "../x": invalid image: the path escapes the root`},
 		"path escapes later": {of(reg("a/../../x", "1")), builder.ErrInvalid, `entry "a/../../x": invalid image: the path escapes the root`},

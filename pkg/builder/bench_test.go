@@ -15,7 +15,6 @@ import (
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
-	"github.com/headstart-oci/headstart/internal/testenv"
 	"github.com/headstart-oci/headstart/pkg/builder"
 	"github.com/headstart-oci/headstart/pkg/rafs"
 )
@@ -31,12 +30,11 @@ func benchLayers(b *testing.B) []string {
 	if err != nil {
 		b.Skipf("skipped: no Go toolchain: %v", err)
 	}
-	tarTool := testenv.Tool(b, "tar")
 	root := strings.TrimSpace(string(out))
 	var layers []string
 	for _, part := range []string{"src", "pkg"} {
 		name := filepath.Join(b.TempDir(), part+".tar.gz")
-		if out, err := exec.Command(tarTool, "-C", root, "-czf", name, part).CombinedOutput(); err != nil {
+		if out, err := exec.Command("tar", "-C", root, "-czf", name, part).CombinedOutput(); err != nil {
 			b.Fatalf("tar: %v: %s", err, out)
 		}
 		layers = append(layers, name)

@@ -225,6 +225,8 @@ func (l *layerReader) put(ctx context.Context, parent *dir, base string, hdr *ta
 		if old.dir == nil {
 			old = newDir(ino)
 			l.lastDir = nil // a symlink that paths went through may be gone
+		} else {
+			ino.Xattrs = mergeXattrs(old.ino.Xattrs, ino.Xattrs)
 		}
 		old.ino = ino
 		old.dir.explicit = true

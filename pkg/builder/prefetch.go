@@ -20,7 +20,7 @@ type prefetchPlan struct {
 }
 
 // planPrefetch resolves the accesses of list in the merged tree. Symlinks are followed
-// inside the root, also the last one: opening the path would.
+// inside the root, also the last one: opening the path would. Relative paths name nothing.
 func planPrefetch(t *tree, list *persist.List, chunkSize uint32) prefetchPlan {
 	var p prefetchPlan
 	if list == nil {
@@ -31,7 +31,11 @@ func planPrefetch(t *tree, list *persist.List, chunkSize uint32) prefetchPlan {
 	p.stats.Listed = len(list.Accesses)
 	for i := range list.Accesses {
 		a := &list.Accesses[i]
-		_, e, err := t.locate(path.Clean("/" + a.Path)[1:], true)
+		if !path.IsAbs(a.Path) {
+			p.stats.Missing++
+			continue
+		}
+		_, e, err := t.locate(path.Clean(a.Path)[1:], true)
 		switch {
 		case err != nil || !e.exists():
 			p.stats.Missing++
