@@ -136,8 +136,9 @@ func Decode(b []byte) (Event, int, error) {
 		PID:  signed(order.Uint32(b[offPID:])),
 	}
 	if e.FD < 0 {
-		// FAN_REPORT_FD_ERROR puts a negated errno there; -1 stays "no descriptor".
-		if e.FD < NoFD {
+		// FAN_REPORT_FD_ERROR puts a negated errno there; -1 stays "no descriptor", and
+		// an overflow, which has no file, carries -EBADF.
+		if e.FD < NoFD && e.Mask&Overflow == 0 {
 			e.Err = syscall.Errno(-int64(e.FD))
 		}
 		e.FD = NoFD
