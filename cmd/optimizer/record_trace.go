@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"runtime"
 	"time"
 
@@ -104,6 +105,14 @@ func (o *recordOptions) attach(ctx context.Context, l *persist.List) (err error)
 	if namespace == "" {
 		namespace = remote.DefaultNamespace
 	}
+	// The client would try for 10 s to reach a socket that is not there.
+	probe, err := (&net.Dialer{}).DialContext(ctx, "unix", address)
+	if err == nil {
+		err = probe.Close()
+	}
+	if err != nil {
+		return fmt.Errorf("containerd at %s: %w", address, err)
+	}
 	client, err := containerd.New(address, containerd.WithDefaultNamespace(namespace), containerd.WithTimeout(10*time.Second))
 	if err != nil {
 		return fmt.Errorf("containerd at %s: %w", address, err)
@@ -126,10 +135,14 @@ func (o *recordOptions) attach(ctx context.Context, l *persist.List) (err error)
 		return fmt.Errorf("container %s: %w", c.ID(), err)
 	}
 	l.Container, l.Platform = c.ID(), hostPlatform()
-	l.Name = info.Labels["io.kubernetes.container.name"]
-	l.Pod, l.Namespace = info.Labels["io.kubernetes.pod.name"], info.Labels["io.kubernetes.pod.namespace"]
-	if spec, err := c.Spec(ctx); err == nil && spec.Process != nil {
-		l.Command = spec.Process.Args
+	if spec, err := c.Spec(ctx); err == nil {
+		// containerd's CRI plugin writes these; internal/cri/annotations in its source.
+		const prefix = "io.kubernetes.cri."
+		l.Name = spec.Annotations[prefix+"container-name"]
+		l.Pod, l.Namespace = spec.Annotations[prefix+"sandbox-name"], spec.Annotations[prefix+"sandbox-namespace"]
+		if spec.Process != nil {
+			l.Command = spec.Process.Args
+		}
 	}
 	if l.Reference == "" {
 		l.Reference = info.Image

@@ -79,7 +79,7 @@ Exit status: 0 done, 1 failed, 2 the command line was wrong.`,
 		Example: `  optimizer record --root rootfs -o app.list -- /usr/bin/app --selftest
   optimizer convert registry.example/app:v1 registry.example/app:v1-optimized --profile app.list
   optimizer check registry.example/app:v1-optimized`,
-		SilenceErrors: true, SilenceUsage: true,
+		SilenceErrors: true, SilenceUsage: true, SuggestionsMinimumDistance: 2,
 		Args: func(cmd *cobra.Command, args []string) error {
 			if len(args) == 0 {
 				return nil
@@ -156,7 +156,7 @@ func (f *remoteFlags) options() remote.Options {
 		retries = -1 // none: zero means the default there
 	}
 	return remote.Options{
-		Retries: retries, Timeouts: remote.Timeouts{Header: f.stall, Stall: f.stall},
+		Retries: retries, Timeouts: remote.Timeouts{Connect: min(f.stall, 15*time.Second), Header: f.stall, Stall: f.stall},
 		PlainHTTP: f.plainHTTP, HostsDir: f.hostsDir, DockerConfig: f.dockerConfig,
 		ContainerdAddress: f.address, Namespace: f.namespace, RegistryFallback: true,
 	}
