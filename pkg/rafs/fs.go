@@ -324,6 +324,12 @@ func (f *File) ReadAt(p []byte, offset int64) (int, error) {
 	if !f.info.inode.IsRegular() || offset < 0 {
 		return 0, fail(fs.ErrInvalid)
 	}
+	f.mu.Lock()
+	closed := f.closed
+	f.mu.Unlock()
+	if closed {
+		return 0, fail(fs.ErrClosed)
+	}
 	size, unit := f.info.Size(), int64(f.fs.img.ChunkSize)
 	var n int
 	for n < len(p) {

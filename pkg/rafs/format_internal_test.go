@@ -1,0 +1,272 @@
+package rafs
+
+import (
+	"archive/tar"
+	"bytes"
+	"encoding/binary"
+	"encoding/hex"
+	"math/rand/v2"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/headstart-oci/headstart/pkg/rafs/internal/disk"
+)
+
+func unhex(t *testing.T, s string) []byte {
+	t.Helper()
+	p, err := hex.DecodeString(strings.ReplaceAll(s, " ", ""))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return p
+}
+
+// TestMetaRecordVectors uses records of real blobs. Source: rafs-format, test vectors.
+func TestMetaRecordVectors(t *testing.T) {
+	t.Parallel()
+	for _, c := range []struct {
+		hex  string
+		want metaRecord
+	}{
+		{"0000000000202204 0000000000b02d01", metaRecord{uncompressedSize: 16931, compressedSize: 4828, compressed: true}},
+		{"0050000000704503 dc12000000d0b900", metaRecord{uncompressedOffset: 20480, uncompressedSize: 13400, compressedOffset: 4828, compressedSize: 2974, compressed: true}},
+	} {
+		var m disk.MetaV1
+		p := unhex(t, c.hex)
+		if _, err := binary.Decode(p, binary.LittleEndian, &m); err != nil {
+			t.Fatal(err)
+		}
+		if got := decodeV1(m); got != c.want {
+			t.Errorf("decodeV1(%s) = %+v, want %+v", c.hex, got, c.want)
+		}
+		chunk := Chunk{
+			UncompressedOffset: c.want.uncompressedOffset, UncompressedSize: c.want.uncompressedSize,
+			CompressedOffset: c.want.compressedOffset, CompressedSize: c.want.compressedSize,
+		}
+		if got := appendRecord(nil, encodeV1(chunk)); !bytes.Equal(got, p) {
+			t.Errorf("encodeV1(%+v) = %x, want %x", chunk, got, p)
+		}
+	}
+	var m disk.MetaV2
+	if _, err := binary.Decode(unhex(t, "02000000de8e0003 6504000000852300 0016000000000000"), binary.LittleEndian, &m); err != nil {
+		t.Fatal(err)
+	}
+	want := metaRecord{uncompressedOffset: 8192, uncompressedSize: 36575, compressedOffset: 1125, compressedSize: 9093, compressed: true, zran: true, batchOffset: 0x1600}
+	if got := decodeV2(m); got != want {
+		t.Errorf("decodeV2 = %+v, want %+v", got, want)
+	}
+}
+
+func TestMetaV1RoundTrip(t *testing.T) {
+	t.Parallel()
+	r := rand.New(rand.NewPCG(1, 2))
+	for range 10000 {
+		c := Chunk{
+			UncompressedOffset: r.Uint64N(disk.MaxBlobExpanded) &^ (disk.BlockSize - 1),
+			UncompressedSize:   1 + r.Uint32N(MaxChunkSize),
+			CompressedOffset:   r.Uint64N(disk.MaxBlobStored),
+			CompressedSize:     1 + r.Uint32N(MaxChunkSize),
+		}
+		got := decodeV1(encodeV1(c))
+		want := metaRecord{
+			uncompressedOffset: c.UncompressedOffset, uncompressedSize: c.UncompressedSize,
+			compressedOffset: c.CompressedOffset, compressedSize: c.CompressedSize, compressed: c.CompressedSize != c.UncompressedSize,
+		}
+		if got != want {
+			t.Fatalf("decodeV1(encodeV1(%+v)) = %+v", c, got)
+		}
+	}
+}
+
+func TestChunkIndexEncoding(t *testing.T) {
+	t.Parallel()
+	c := Chunk{Blob: 253, Index: 0xabcdef, UncompressedOffset: 0x12345678 << 12}
+	want := disk.ChunkIndex{IndexLow: 0xcdef, Device: 0xab00 | 254, Block: 0x12345678}
+	p := appendChunkIndex(nil, &c)
+	if !bytes.Equal(p, appendRecord(nil, want)) {
+		t.Errorf("appendChunkIndex = %x, want %x", p, appendRecord(nil, want))
+	}
+	if got := parseChunkIndex(p); got != want {
+		t.Errorf("parseChunkIndex = %+v, want %+v", got, want)
+	}
+	first := appendChunkIndex(nil, &Chunk{Index: 1, UncompressedOffset: 5 * disk.BlockSize})
+	if hex.EncodeToString(first) != "0100010005000000" { // rafs-format, test vectors
+		t.Errorf("chunk 1 of blob 0, block 5 = %x", first)
+	}
+}
+
+func TestSectionHeader(t *testing.T) {
+	t.Parallel()
+	h := sectionHeader("rafs.blob.toc", 512)
+	if got := string(h[148:156]); got != "0006255\x00" { // rafs-format, test vectors
+		t.Errorf("checksum %q, want 0006255", got)
+	}
+	for _, size := range []uint64{0, 1, 512, tarSizeLimit, tarSizeLimit + 1, disk.MaxBlobStored} {
+		h := sectionHeader("blob.meta", size)
+		if len(h) != disk.TarHeaderSize {
+			t.Fatalf("%d bytes", len(h))
+		}
+		std, err := tar.NewReader(bytes.NewReader(h)).Next()
+		if err != nil || std.Name != "blob.meta" || uint64(std.Size) != size {
+			t.Errorf("archive/tar reads %+v, %v, want blob.meta of %d", std, err, size)
+		}
+		name, got, err := parseSectionHeader(h)
+		if name != "blob.meta" || got != size || err != nil {
+			t.Errorf("parseSectionHeader = %q, %d, %v, want blob.meta, %d", name, got, err, size)
+		}
+	}
+}
+
+func TestDirSize(t *testing.T) {
+	t.Parallel()
+	// "." and ".." take 13 and 14 bytes.
+	name := func(i int) string { return string([]byte{'a' + byte(i/26/26), 'a' + byte(i/26%26), 'a' + byte(i%26)}) }
+	list := func(n, length int) []Dirent {
+		var l []Dirent
+		for i := range n {
+			l = append(l, Dirent{Name: name(i) + strings.Repeat("x", length-3)})
+		}
+		return l
+	}
+	for _, c := range []struct {
+		children []Dirent
+		want     uint64
+	}{
+		{nil, 27},
+		{list(1, 3), 27 + 15},
+		{list(15, 255), 27 + 15*267},
+		{list(16, 255), 4096 + 267},      // 27+15*267 = 4032: the next does not fit
+		{list(41, 255), 2*4096 + 11*267}, // 15 in the first block, 15 in the second
+		{append(list(15, 255), Dirent{Name: strings.Repeat("z", 52)}), 4096},
+		{append(list(15, 255), Dirent{Name: strings.Repeat("z", 53)}), 4096 + 65},
+	} {
+		if got := dirSize(c.children); got != c.want {
+			t.Errorf("dirSize(%d children) = %d, want %d", len(c.children), got, c.want)
+		}
+	}
+}
+
+func TestWalkSorted(t *testing.T) {
+	t.Parallel()
+	children := []Dirent{{Name: "!"}, {Name: "-"}, {Name: ".!"}, {Name: ".-"}, {Name: "..."}, {Name: ".a"}, {Name: "0"}}
+	var got []string
+	walkSorted(children, func(n string) { got = append(got, n) }, func(i int) { got = append(got, children[i].Name) })
+	if want := []string{"!", "-", ".", ".!", ".-", "..", "...", ".a", "0"}; !slices.Equal(got, want) {
+		t.Errorf("order %q, want %q", got, want)
+	}
+}
+
+func TestXattrRoundTrip(t *testing.T) {
+	t.Parallel()
+	in := []Xattr{
+		{"user.b", []byte("1")}, {"user.a", nil}, {"trusted.overlay.opaque", []byte("y")},
+		{"security.capability", bytes.Repeat([]byte{7}, 20)}, {"system.posix_acl_access", []byte{2, 0, 0, 0}},
+		{"system.posix_acl_default", []byte{2}}, {"user." + strings.Repeat("n", 250), bytes.Repeat([]byte("v"), MaxXattrValue)},
+	}
+	size, err := xattrSize(in)
+	if err != nil {
+		t.Fatal(err)
+	}
+	p := appendXattrs(nil, in)
+	if len(p) != int(size) {
+		t.Errorf("%d bytes, want %d", len(p), size)
+	}
+	got, _, err := parseXattrs(p)
+	if err != nil {
+		t.Fatal(err)
+	}
+	slices.SortFunc(in, func(a, b Xattr) int { return strings.Compare(a.Name, b.Name) })
+	in[slices.IndexFunc(in, func(x Xattr) bool { return x.Name == "user.a" })].Value = []byte{}
+	if d := cmp.Diff(in, got); d != "" {
+		t.Errorf("xattrs differ:\n%.500s", d)
+	}
+	for i := range p { // no cut is taken for the whole
+		if _, _, err := parseXattrs(p[:i]); err == nil && i%4 != 0 {
+			t.Errorf("parseXattrs of %d of %d bytes succeeded", i, len(p))
+		}
+	}
+}
+
+// TestAllocatorKeepsApart places many inodes and looks for overlaps and for data crossing blocks.
+func TestAllocatorKeepsApart(t *testing.T) {
+	t.Parallel()
+	r := rand.New(rand.NewPCG(3, 4))
+	a := v6Allocator{off: disk.BlockSize}
+	type span struct{ from, to uint64 }
+	var spans []span
+	for range 20000 {
+		n := v6Node{inode: &Inode{Mode: []uint32{modeRegular, modeDir, modeSymlink, modeFifo}[r.IntN(4)]}}
+		if r.IntN(4) == 0 {
+			n.xattrs = 4 * r.Uint32N(2000)
+		}
+		chunks := 0
+		s := uint64(disk.SizeInodeExtended + n.xattrs)
+		switch n.inode.Mode {
+		case modeRegular:
+			chunks = r.IntN(30) * r.IntN(30)
+			s = alignUp(s, 8) + uint64(chunks)*8
+		case modeDir, modeSymlink:
+			n.size = 1 + r.Uint64N(1<<r.UintN(15))
+		}
+		a.place(&n, chunks)
+		if n.offset%disk.NidSize != 0 {
+			t.Fatalf("offset %d", n.offset)
+		}
+		tail := n.size % disk.BlockSize
+		if n.inline {
+			s += tail
+			if n.offset/disk.BlockSize != (n.offset+s-1)/disk.BlockSize {
+				t.Fatalf("inline inode of %d bytes at %d crosses a block", s, n.offset)
+			}
+		}
+		spans = append(spans, span{n.offset, n.offset + s})
+		if hasBlocks(&n) {
+			end := n.data + n.size
+			if n.inline {
+				end -= tail
+			}
+			if n.data%disk.BlockSize != 0 {
+				t.Fatalf("data at %d", n.data)
+			}
+			spans = append(spans, span{n.data, end})
+		}
+	}
+	slices.SortFunc(spans, func(a, b span) int { return int(int64(a.from) - int64(b.from)) })
+	for i := 1; i < len(spans); i++ {
+		if spans[i].from < spans[i-1].to {
+			t.Fatalf("%v overlaps %v", spans[i], spans[i-1])
+		}
+	}
+	if last := spans[len(spans)-1]; last.to > a.off {
+		t.Errorf("end %d, want at least %d", a.off, last.to)
+	}
+}
+
+func TestReadDirBlockRefuses(t *testing.T) {
+	t.Parallel()
+	good := appendDirBlock(nil, []v6Entry{{".", 128, 2}, {"..", 128, 2}, {"abc", 130, 1}})
+	count := 0
+	if err := readDirBlock(good, func(disk.Dirent, string) error { count++; return nil }); err != nil || count != 3 {
+		t.Fatalf("good block: %d entries, %v", count, err)
+	}
+	for name, change := range map[string]func(p []byte) []byte{
+		"empty":            func(p []byte) []byte { return nil },
+		"short":            func(p []byte) []byte { return p[:11] },
+		"no name":          func(p []byte) []byte { return p[:36] },
+		"first 0":          func(p []byte) []byte { p[8] = 0; return p },
+		"first odd":        func(p []byte) []byte { p[8] = 37; return p },
+		"first beyond":     func(p []byte) []byte { p[9] = 0xff; return p },
+		"descending":       func(p []byte) []byte { p[12+8] = 36; return p },
+		"second beyond":    func(p []byte) []byte { p[12+9] = 0x10; return p },
+		"last beyond":      func(p []byte) []byte { p[24+8] = 200; return p },
+		"into the dirents": func(p []byte) []byte { p[24+8] = 12; return p },
+	} {
+		p := change(bytes.Clone(good))
+		if err := readDirBlock(p, func(disk.Dirent, string) error { return nil }); err == nil {
+			t.Errorf("%s: accepted", name)
+		}
+	}
+}
