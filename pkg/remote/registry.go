@@ -185,7 +185,8 @@ type call struct {
 }
 
 // do sends c to h and returns the response, whatever its status; the caller closes its body.
-// Answers 401 are tried again with authorization. Errors are *RegistryError.
+// Answers 401 are tried again with authorization, and once more with a new token when the
+// token that was at hand is refused. Errors are *RegistryError.
 func (r *repository) do(ctx context.Context, h docker.RegistryHost, c call) (*http.Response, error) {
 	actions := "pull"
 	if c.push {
@@ -195,39 +196,76 @@ func (r *repository) do(ctx context.Context, h docker.RegistryHost, c call) (*ht
 	if c.from != "" {
 		ctx = docker.ContextWithAppendPullRepositoryScope(ctx, c.from)
 	}
-	var answers []*http.Response
-	for {
-		req, err := r.request(ctx, h, c)
+	for attempt := 0; ; attempt++ {
+		req, resp, err := r.send(ctx, h, c)
 		if err != nil {
-			return nil, r.fail(h, c, err)
+			return nil, err
 		}
-		authorize := h.Authorizer != nil && sameOrigin(req.URL, &url.URL{Scheme: h.Scheme, Host: h.Host})
-		if authorize {
-			if err := h.Authorizer.Authorize(ctx, req); err != nil {
-				r.forget()
-				return nil, r.fail(h, c, fmt.Errorf("get a token: %w", err))
-			}
-		}
-		resp, err := redirecting(h.Client, req).Do(req)
-		if err != nil {
-			return nil, r.fail(h, c, err)
-		}
-		if resp.StatusCode != http.StatusUnauthorized || !authorize || len(answers) >= 2 ||
-			!sameOrigin(resp.Request.URL, req.URL) {
+		if resp.StatusCode != http.StatusUnauthorized || attempt >= 4 || h.Authorizer == nil ||
+			!sameOrigin(resp.Request.URL, &url.URL{Scheme: h.Scheme, Host: h.Host}) {
 			return resp, nil
 		}
-		answers = append(answers, resp)
-		if err := h.Authorizer.AddResponses(ctx, answers); err != nil {
-			failed := r.answer(h, c, resp)
-			text := err.Error()
-			if errdefs.IsNotImplemented(err) {
-				text = fmt.Sprintf("no way to log in that we know (WWW-Authenticate: %.100q)", resp.Header.Get("WWW-Authenticate"))
+		switch sent := req.Header.Get("Authorization"); {
+		case sent == "":
+			if err := h.Authorizer.AddResponses(ctx, []*http.Response{resp}); err != nil {
+				return nil, r.refused(h, c, resp, err)
 			}
-			failed.Detail = strings.TrimPrefix(failed.Detail+"; "+text, "; ")
-			return nil, failed
+		case attempt < 2 && strings.HasPrefix(sent, "Bearer ") && !strings.Contains(resp.Header.Get("WWW-Authenticate"), "insufficient_scope"):
+			r.forget()
+			if h, err = r.again(ctx, h); err != nil {
+				drain(resp.Body)
+				return nil, err
+			}
+		default:
+			return resp, nil
 		}
 		drain(resp.Body)
 	}
+}
+
+// send makes one attempt of c.
+func (r *repository) send(ctx context.Context, h docker.RegistryHost, c call) (*http.Request, *http.Response, error) {
+	req, err := r.request(ctx, h, c)
+	if err != nil {
+		return nil, nil, r.fail(h, c, err)
+	}
+	if h.Authorizer != nil && sameOrigin(req.URL, &url.URL{Scheme: h.Scheme, Host: h.Host}) {
+		if err := h.Authorizer.Authorize(ctx, req); err != nil {
+			closeBody(req)
+			r.forget()
+			return nil, nil, r.fail(h, c, fmt.Errorf("get a token: %w", err))
+		}
+	}
+	resp, err := redirecting(h.Client, req).Do(req)
+	if err != nil {
+		return nil, nil, r.fail(h, c, err)
+	}
+	return req, resp, nil
+}
+
+// again returns the endpoint that h was, configured anew.
+func (r *repository) again(ctx context.Context, h docker.RegistryHost) (docker.RegistryHost, error) {
+	hosts, err := r.configured(ctx)
+	if err != nil {
+		return h, err
+	}
+	for _, n := range hosts {
+		if n.Host == h.Host && n.Path == h.Path {
+			return n, nil
+		}
+	}
+	return h, nil // no longer configured
+}
+
+// refused makes an error of an answer 401 that there are no credentials for.
+func (r *repository) refused(h docker.RegistryHost, c call, resp *http.Response, err error) *RegistryError {
+	e := r.answer(h, c, resp)
+	text := err.Error()
+	if errdefs.IsNotImplemented(err) {
+		text = fmt.Sprintf("no way to log in that we know (WWW-Authenticate: %.100q)", resp.Header.Get("WWW-Authenticate"))
+	}
+	e.Detail = strings.TrimPrefix(e.Detail+"; "+text, "; ")
+	return e
 }
 
 func (r *repository) request(ctx context.Context, h docker.RegistryHost, c call) (*http.Request, error) {

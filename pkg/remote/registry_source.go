@@ -98,10 +98,10 @@ func (s registrySource) resolveAt(ctx context.Context, h docker.RegistryHost) (o
 		if isManifest(desc.MediaType) && desc.Digest.Validate() == nil && desc.Size > 0 {
 			return s.checkResolved(h, c, desc)
 		}
-	} else if resp.StatusCode != http.StatusMethodNotAllowed && resp.StatusCode != http.StatusForbidden {
+	} else if code := resp.StatusCode; code < 400 || code >= 500 || code == 401 || code == 404 || retryableStatus(code) {
 		return ocispec.Descriptor{}, s.answer(h, c, resp)
 	} else {
-		drain(resp.Body) // 405: no HEAD here; 403: its GET says why
+		drain(resp.Body) // 405: no HEAD here; others: GET says why
 	}
 	return s.resolveByGet(ctx, h, c)
 }
