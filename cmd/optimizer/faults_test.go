@@ -401,3 +401,57 @@ func noise(n int) []byte {
 	_, _ = rand.NewChaCha8([32]byte{1}).Read(b) // never fails
 	return b
 }
+
+// One flipped bit, anywhere in an image, is found by check.
+func TestCheckFindsFlippedBits(t *testing.T) {
+	t.Parallel()
+	l, _ := newImage(t, tarOf(t, tar.Header{Name: "app", Typeflag: tar.TypeReg, Size: 9000}, tar.Header{Name: "d/", Typeflag: tar.TypeDir}))
+	out := filepath.Join(t.TempDir(), "out")
+	list := filepath.Join(t.TempDir(), "list")
+	if err := os.WriteFile(list, []byte("/app\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if code, _, errs := invoke(t, "convert", "-q", "oci:"+l.dir+":v1", "oci:"+out+":v2", "--chunk-size", "4KiB", "--profile", list); code != 0 {
+		t.Fatal(errs)
+	}
+	check := func() (int, string) {
+		code, _, errs := invoke(t, "check", "-q", "oci:"+out+":v2")
+		return code, errs
+	}
+	if code, errs := check(); code != 0 {
+		t.Fatal(errs)
+	}
+	flips := 0
+	for _, name := range files(t, filepath.Join(out, "blobs")) {
+		good, err := os.ReadFile(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for i := range 150 {
+			bad := bytes.Clone(good)
+			at := i * len(bad) / 150
+			bad[at] ^= 1 << (i % 8)
+			if err := os.WriteFile(name, bad, 0o600); err != nil {
+				t.Fatal(err)
+			}
+			if code, errs := check(); code != exitFailed {
+				t.Errorf("bit %d of byte %d of %s flipped: status %d, %s", i%8, at, filepath.Base(name), code, errs)
+			}
+			flips++
+		}
+		for _, bad := range [][]byte{good[:len(good)-1], append(bytes.Clone(good), 0), nil} {
+			if err := os.WriteFile(name, bad, 0o600); err != nil {
+				t.Fatal(err)
+			}
+			if code, errs := check(); code != exitFailed {
+				t.Errorf("%s of %d bytes instead of %d: status %d, %s", filepath.Base(name), len(bad), len(good), code, errs)
+			}
+		}
+		if err := os.WriteFile(name, good, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if code, errs := check(); code != 0 || flips < 4*150 {
+		t.Errorf("%d flips; whole again: %d, %s", flips, code, errs)
+	}
+}

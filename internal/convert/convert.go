@@ -138,6 +138,11 @@ func convert(ctx context.Context, o Options, source, target remote.Reference, sr
 	if nydusimage.Is(img.Manifest) {
 		return Summary{}, fmt.Errorf("source %s: %w: it is a Nydus image already", source, ErrUnsupported)
 	}
+	if target.Kind == remote.KindRegistry {
+		if err := reach(ctx, target, o.TargetRemote, img.Descriptor); err != nil {
+			return Summary{}, fmt.Errorf("target %s: %w", target, err)
+		}
+	}
 	report := &reporter{to: o.Progress, layers: len(img.Layers)}
 	o.Build.List, o.Build.Progress = o.List, report.build
 	res, err := builder.Convert(ctx, builderSource(src, img), o.Build)
@@ -155,6 +160,17 @@ func convert(ctx context.Context, o Options, source, target remote.Reference, sr
 	sum.Source, sum.Target = source.String(), target.String()
 	sum.Warnings = warnings(o.List, img)
 	return sum, nil
+}
+
+// reach asks a registry something, so that one that is not there or refuses us is found out
+// about before the work and not after it.
+func reach(ctx context.Context, ref remote.Reference, o remote.Options, desc ocispec.Descriptor) error {
+	target, err := remote.OpenTarget(ctx, ref, o)
+	if err != nil {
+		return err
+	}
+	_, err = target.Exists(ctx, desc)
+	return errors.Join(err, target.Close())
 }
 
 func builderSource(src remote.Source, img remote.Image) builder.Source {
