@@ -119,7 +119,9 @@ func (b *box) create(t *testing.T, mode string, argv ...string) *container {
 	t.Cleanup(func() {
 		_ = c.start.Close()
 		_ = c.cmd.Process.Kill()
-		<-c.ended
+		if err := <-c.ended; err != nil {
+			t.Logf("container: %v", err)
+		}
 	})
 	_, _ = goR.Close(), byW.Close()
 	if n, err := byR.Read(make([]byte, 1)); n != 1 {

@@ -200,8 +200,11 @@ func TestParentDies(t *testing.T) {
 	}
 	// What a parent that was killed does: both ends close at once.
 	_, _ = in.Close(), out.Close()
-	ended := make(chan error, 1)
-	go func() { ended <- cmd.Wait() }()
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		_ = cmd.Wait() // it could not write; nobody reads
+	}()
 	select {
 	case <-ended:
 	case <-time.After(limit):
@@ -462,5 +465,41 @@ func TestRootGone(t *testing.T) {
 	}
 	if r := result(t, s); r.Err != nil || len(r.Trace.Accesses) != 0 {
 		t.Errorf("error %v, accesses %+v; want neither", r.Err, r.Trace.Accesses)
+	}
+}
+
+// TestLateNames holds that a tracer which reads its events only after the processes and
+// their mounts are gone still finds the image's paths.
+func TestLateNames(t *testing.T) {
+	for _, mode := range []string{pivotProc, chroot} {
+		t.Run(mode, func(t *testing.T) {
+			b := newBox(t, "mkdir -p s/dir s/deep/er mnt; for f in a dir/b deep/er/c dir/gone; do echo x > s/$f; done")
+			c := b.create(t, mode, "bash", "-euc", `
+				unshare -m bash -euc 'mkdir -p /mnt/x; mount --bind /s/dir /mnt/x; cat /mnt/x/b /mnt/x/gone'
+				unshare -m bash -euc 'mount --bind /s/deep /mnt/x; chroot / cat /mnt/x/er/c'
+				cat /s/a; rm /s/dir/gone`)
+			s := start(t, c, tracer.Options{})
+			server := childOf(t, os.Getpid(), "optimizer-server")
+			signal(t, server, unix.SIGSTOP)
+			c.run(t)
+			signal(t, server, unix.SIGCONT)
+			r := result(t, s)
+			for _, p := range []string{"/s/a", "/s/dir/b", "/s/deep/er/c"} {
+				if a, ok := find(r, p); !ok || howString(a.How) != "or-" {
+					t.Errorf("%s: %+v, found %v", p, a, ok)
+				}
+			}
+			for _, a := range r.Trace.Accesses {
+				if _, err := stat(b.lower, a.Path); err != nil {
+					if _, err := stat("/", a.Path); err != nil {
+						t.Errorf("%s is listed and not in the image", a.Path)
+					}
+				}
+			}
+			// The one that was deleted may have no path any more; then it is lost.
+			if _, ok := find(r, "/s/dir/gone"); !ok && lossOf(r) != "unresolved 1" {
+				t.Errorf("/s/dir/gone is neither listed nor lost: losses %q", lossOf(r))
+			}
+		})
 	}
 }

@@ -33,8 +33,12 @@ func (m Mask) String() string {
 		bit  Mask
 		name string
 	}{
-		{Access, "access"}, {Open, "open"}, {OpenExec, "open-exec"},
-		{PreAccess, "pre-access"}, {Overflow, "overflow"}, {OnDir, "on-dir"},
+		{Access, "access"},
+		{Open, "open"},
+		{OpenExec, "open-exec"},
+		{PreAccess, "pre-access"},
+		{Overflow, "overflow"},
+		{OnDir, "on-dir"},
 	}
 	var parts []string
 	for _, n := range names {

@@ -72,15 +72,18 @@ func TestDecode(t *testing.T) {
 		"more after":                  {bytesOf(t, record{size, v, 0, size, unix.FAN_OPEN, 7, 42}, []byte("rest")), fanotify.Event{Mask: fanotify.Open, FD: 7, PID: 42}, size},
 		"range": {
 			bytesOf(t, record{size + 24, v, 0, size, unix.FAN_PRE_ACCESS, 7, 42}, rangeInfo{unix.FAN_EVENT_INFO_TYPE_RANGE, 0, 24, 0, 4096, 8192}),
-			fanotify.Event{Mask: fanotify.PreAccess, FD: 7, PID: 42, Offset: 4096, Count: 8192, HasRange: true}, size + 24,
+			fanotify.Event{Mask: fanotify.PreAccess, FD: 7, PID: 42, Offset: 4096, Count: 8192, HasRange: true},
+			size + 24,
 		},
 		"unknown info": {
 			bytesOf(t, record{size + 8, v, 0, size, unix.FAN_OPEN, 7, 42}, []byte{0xee, 0}, uint16(8), uint32(1)),
-			fanotify.Event{Mask: fanotify.Open, FD: 7, PID: 42}, size + 8,
+			fanotify.Event{Mask: fanotify.Open, FD: 7, PID: 42},
+			size + 8,
 		},
 		"longer metadata": {
 			bytesOf(t, record{size + 8, v, 0, size + 8, unix.FAN_OPEN, 7, 42}, uint64(0xffff)),
-			fanotify.Event{Mask: fanotify.Open, FD: 7, PID: 42}, size + 8,
+			fanotify.Event{Mask: fanotify.Open, FD: 7, PID: 42},
+			size + 8,
 		},
 	}
 	for name, tt := range tests {

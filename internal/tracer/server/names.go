@@ -3,6 +3,7 @@ package server
 import (
 	"iter"
 	"path"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -15,6 +16,9 @@ const deletedSuffix = " (deleted)"
 
 // maxMountRoots bounds the cache of mounts; it is emptied when full.
 const maxMountRoots = 1024
+
+// maxLearned bounds the mounts that are tried for a file of an unknown one.
+const maxLearned = 16
 
 // namer finds the path in the image of a file that was opened through any mount, in any
 // root, in any mount namespace.
@@ -99,19 +103,44 @@ func (n *namer) own(mount uint64) bool {
 	return mount == n.t.stat.Mnt_id && mount != noMount && n.t.whole()
 }
 
-// gone returns the path of a name that no longer exists: the first candidate whose
-// directory does. Nothing can prove it.
+// gone returns the path of a name that no longer exists: the first candidate that the
+// writable layer hides, or, where the mount is known, whose directory exists.
 func (n *namer) gone(base string, pid int32, mount uint64) (string, bool) {
 	if n.own(mount) {
 		return base, true
 	}
 	for r := range n.rewrites(base, pid, mount) {
-		p, ok := r.apply(base)
-		if ok && p != "/" && n.isDir(path.Dir(p)) {
+		if p, ok := r.apply(base); ok && n.hidden(p) {
+			return p, true
+		}
+	}
+	root, known := n.mountRoot(pid, mount)
+	for r := range n.rewrites(base, pid, mount) {
+		if !known || r.to != root {
+			break
+		}
+		if p, ok := r.apply(base); ok && p != "/" && n.isDir(path.Dir(p)) {
 			return p, true
 		}
 	}
 	return "", false
+}
+
+// hidden reports whether the overlay's writable layer hides what the image has at p: by a
+// whiteout there or above, or by another file.
+func (n *namer) hidden(p string) bool {
+	if n.t.upper < 0 {
+		return false
+	}
+	for q := p; len(q) > 1; q = path.Dir(q) {
+		var st unix.Stat_t
+		if err := unix.Fstatat(n.t.upper, q[1:], &st, unix.AT_SYMLINK_NOFOLLOW); err != nil {
+			continue // nothing there; perhaps its directory is hidden
+		}
+		whiteout := st.Mode&unix.S_IFMT == unix.S_IFCHR && st.Rdev == 0
+		return whiteout || (q == p && st.Mode&unix.S_IFMT == unix.S_IFREG)
+	}
+	return false
 }
 
 // rewrites yields the ways in which p may have to be read: below the root of the mount,
@@ -140,15 +169,9 @@ func (n *namer) rewrites(p string, pid int32, mount uint64) iter.Seq[rewrite] {
 // remember keeps a rewrite that was right.
 func (n *namer) remember(r rewrite) {
 	n.guess = r
-	if r.to == "/" || len(n.learn) >= 16 {
-		return
+	if r.to != "/" && len(n.learn) < maxLearned && !slices.Contains(n.learn, r.to) {
+		n.learn = append(n.learn, r.to)
 	}
-	for _, l := range n.learn {
-		if l == r.to {
-			return
-		}
-	}
-	n.learn = append(n.learn, r.to)
 }
 
 // mountRoot returns what mount shows, relative to the traced root, as process pid or the

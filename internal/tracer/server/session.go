@@ -130,7 +130,7 @@ func (s *session) loop(ctx context.Context, stdin *os.File) error {
 		if err := s.wait(wake, in); err != nil {
 			return err
 		}
-		if _, err := s.drain(burst); err != nil {
+		if err := s.drain(burst); err != nil {
 			return err
 		}
 	}
@@ -186,21 +186,20 @@ func isStream(f *os.File) bool {
 	return err == nil && st.Mode()&(os.ModeNamedPipe|os.ModeSocket) != 0
 }
 
-// drain handles up to limit events, or all when limit is 0, and reports whether the
-// queue was empty afterwards.
-func (s *session) drain(limit int) (bool, error) {
+// drain handles events until the queue is empty or, if limit is not 0, limit were handled.
+func (s *session) drain(limit int) error {
 	for n := 0; limit == 0 || n < limit; {
 		got, err := s.group.Read(s.events)
 		if errors.Is(err, fanotify.ErrEmpty) {
-			return true, nil
+			return nil
 		}
 		if err != nil {
-			return false, err
+			return err
 		}
 		for i := range s.events[:got] {
 			s.handle(&s.events[i])
 			if err := s.events[i].Close(); err != nil {
-				return false, err
+				return err
 			}
 		}
 		n += got
@@ -208,7 +207,7 @@ func (s *session) drain(limit int) (bool, error) {
 			s.out.flush()
 		}
 	}
-	return false, nil
+	return nil
 }
 
 // finish takes what is still queued and looks for the paths that are missing.
@@ -218,7 +217,7 @@ func (s *session) finish() error {
 	if err != nil {
 		return err
 	}
-	if _, err := s.drain(0); err != nil {
+	if err := s.drain(0); err != nil {
 		return err
 	}
 	s.resolvePending()

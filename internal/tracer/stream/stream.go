@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"time"
 
 	"github.com/headstart-oci/headstart/pkg/trace"
@@ -132,8 +133,8 @@ func put64(b []byte, v int64) []byte {
 
 // putString writes a length byte and at most 255 bytes of s.
 func putString(b []byte, s string) []byte {
-	s = clip(s, 255)
-	return append(append(b, byte(len(s))), s...)
+	s = clip(s, math.MaxUint8)
+	return append(append(b, byte(len(s))), s...) //nolint:gosec // clipped above
 }
 
 func clip(s string, n int) string { return s[:min(len(s), n)] }
