@@ -53,11 +53,16 @@ func serve(t *testing.T, c Config, do func()) []stream.Frame {
 	if err != nil {
 		t.Fatal(err)
 	}
-	out, err := cmd.StdoutPipe()
+	out, w, err := os.Pipe()
 	if err != nil {
 		t.Fatal(err)
 	}
+	defer func() { _ = out.Close() }()
+	cmd.Stdout = w
 	wait := testenv.Start(t, cmd)
+	if err := w.Close(); err != nil {
+		t.Fatal(err)
+	}
 	head := make([]byte, len(stream.Magic)+4+1)
 	if _, err := io.ReadFull(out, head); err != nil {
 		t.Fatal(err)
