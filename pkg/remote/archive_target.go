@@ -11,11 +11,13 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 	"time"
 
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"golang.org/x/sys/unix"
 )
 
 // archiveTarget writes an OCI archive to a temporary file beside the wanted one, which
@@ -34,10 +36,19 @@ type archiveTarget struct {
 var errClosed = errors.New("archive is finished or closed")
 
 func openArchiveTarget(ref Reference) (_ Target, err error) {
-	dir, base := filepath.Split(ref.Path)
-	f, err := os.CreateTemp(filepath.Clean(dir+"."), tempPrefix+base+"-*")
+	dir, base := filepath.Dir(ref.Path), filepath.Base(ref.Path)
+	if info, err := os.Stat(ref.Path); err == nil && !info.Mode().IsRegular() {
+		return nil, fmt.Errorf("%w: oci archive %s: there is something else than a file", ErrInvalid, ref.Path)
+	}
+	if err := sweepArchive(dir, tempPrefix+base+"-"); err != nil {
+		return nil, fmt.Errorf("oci archive: %w", err)
+	}
+	f, err := os.CreateTemp(dir, tempPrefix+base+"-*")
 	if err != nil {
 		return nil, fmt.Errorf("oci archive: %w", err)
+	}
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		return nil, errors.Join(fmt.Errorf("oci archive: lock: %w", err), f.Close(), os.Remove(f.Name()))
 	}
 	t := &archiveTarget{ref: ref, f: f, tw: tar.NewWriter(f), have: make(map[digest.Digest]bool)}
 	layout, err := json.Marshal(ocispec.ImageLayout{Version: layoutVersion})
@@ -51,6 +62,35 @@ func openArchiveTarget(ref Reference) (_ Target, err error) {
 		return nil, errors.Join(fmt.Errorf("oci archive %s: %w", ref.Path, err), t.Close())
 	}
 	return t, nil
+}
+
+// staleAge is how old a temporary file without a lock must be: a writer has made it and will
+// lock it at once, or it is dead.
+const staleAge = time.Minute
+
+// sweepArchive removes temporary files that writers which died have left in dir.
+func sweepArchive(dir, prefix string) error {
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return err
+	}
+	for _, e := range entries {
+		info, err := e.Info()
+		if !strings.HasPrefix(e.Name(), prefix) || err != nil || !info.Mode().IsRegular() || time.Since(info.ModTime()) < staleAge {
+			continue
+		}
+		f, err := os.Open(filepath.Join(dir, e.Name()))
+		if err != nil {
+			continue // another sweeper was here, or it is another user's
+		}
+		if unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB) == nil {
+			err = ignore(os.Remove(f.Name()), fs.ErrNotExist)
+		}
+		if err = errors.Join(err, f.Close()); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // add appends one file; when that fails the archive ends again where it ended before.

@@ -12,6 +12,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/opencontainers/image-spec/specs-go"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -239,4 +240,39 @@ func TestArchiveRecovers(t *testing.T) {
 	checkImage(t, openSource(t, "oci-archive:"+dir+"/a.tar", remote.Options{}), img)
 	_, err := dst.Push(t.Context(), remote.NewDocument("x/y", []byte("late")).Blob())
 	wantError(t, "Push after Tag", err, nil, "finished")
+}
+
+// TestArchiveSweeps removes what a writer that died has left, and nobody else's files.
+func TestArchiveSweeps(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	alive := openTarget(t, "oci-archive:"+dir+"/a.tar:v", remote.Options{})
+	for _, name := range []string{".headstart-a.tar-1", ".headstart-a.tar-2", ".headstart-b.tar-1"} {
+		if err := os.WriteFile(filepath.Join(dir, name), []byte("x"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, e := range entries {
+		if old := time.Now().Add(-time.Hour); e.Name() != ".headstart-a.tar-2" {
+			if err := os.Chtimes(filepath.Join(dir, e.Name()), old, old); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	img := newImage(t, 1, "amd64", 10)
+	publish(t, "oci-archive:"+dir+"/a.tar:v", img, remote.Options{})
+	for name, want := range map[string]bool{".headstart-a.tar-1": false, ".headstart-a.tar-2": true, ".headstart-b.tar-1": true} {
+		if _, err := os.Stat(filepath.Join(dir, name)); (err == nil) != want {
+			t.Errorf("%s: %v, want it there: %v", name, err, want)
+		}
+	}
+	if _, err := remote.Publish(t.Context(), alive, img.blobs, img.config, img.manifest, remote.PublishOptions{}); err != nil {
+		t.Errorf("the writer that was alive: %v", err)
+	}
+	_, err = remote.OpenTarget(t.Context(), parse(t, "oci-archive:"+dir), remote.Options{})
+	wantError(t, "a directory as target", err, remote.ErrInvalid, dir)
 }

@@ -6,6 +6,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
+	"strings"
 
 	containerd "github.com/containerd/containerd/v2/client"
 	"github.com/containerd/containerd/v2/core/content"
@@ -15,6 +17,7 @@ import (
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"go.uber.org/zap"
+	"google.golang.org/grpc"
 )
 
 // defaultContainerd is where containerd listens unless it is configured otherwise.
@@ -34,7 +37,12 @@ type contentStore struct {
 
 // openContainerd makes a client; containerd is contacted by the first call.
 func openContainerd(ref Reference, o settings) (*contentStore, error) {
-	client, err := containerd.New(o.ContainerdAddress, containerd.WithTimeout(o.Timeouts.Connect))
+	socket := strings.TrimPrefix(o.ContainerdAddress, "unix://")
+	// The library's own dialer waits for a socket that is not there.
+	dial := grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) {
+		return (&net.Dialer{Timeout: o.Timeouts.Connect}).DialContext(ctx, "unix", socket)
+	})
+	client, err := containerd.New(socket, containerd.WithTimeout(o.Timeouts.Connect), containerd.WithExtraDialOpts([]grpc.DialOption{dial}))
 	if err != nil {
 		return nil, fmt.Errorf("containerd %s: %w", o.ContainerdAddress, err)
 	}

@@ -136,8 +136,12 @@ func openTarget(t testing.TB, ref string, o remote.Options) remote.Target {
 
 func publish(t testing.TB, ref string, img testImage, o remote.Options) remote.Published {
 	t.Helper()
-	p, err := remote.Publish(t.Context(), openTarget(t, ref, o), img.blobs, img.config, img.manifest, remote.PublishOptions{})
+	dst, err := remote.OpenTarget(t.Context(), parse(t, ref), o)
 	if err != nil {
+		t.Fatal(err)
+	}
+	p, err := remote.Publish(t.Context(), dst, img.blobs, img.config, img.manifest, remote.PublishOptions{})
+	if err := errors.Join(err, dst.Close()); err != nil {
 		t.Fatalf("Publish(%s): %v", ref, err)
 	}
 	return p
@@ -216,3 +220,5 @@ func hostsDir(t testing.TB, host, toml string, files ...string) string {
 	}
 	return dir
 }
+
+func readerOf(data []byte) io.Reader { return bytes.NewReader(data) }
