@@ -150,8 +150,8 @@ in its NRI configuration directory. By hand, next to a running containerd:
 
     optimizer-nri-plugin --config /etc/nri/conf.d/02-optimizer-nri-plugin.conf --name optimizer-nri-plugin --idx 02
 
-Flags win over the file of --config. Without --config, containerd's configuration
-for this name and index, if it has one, wins over the flags.
+Flags win over the file of --config. containerd sends its configuration only to plugins
+that it launches.
 
 `
 

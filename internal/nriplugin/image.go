@@ -4,7 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"slices"
+	"net"
+	"strings"
 
 	"github.com/containerd/containerd/v2/client"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
@@ -13,13 +14,6 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/headstart-oci/headstart/pkg/remote"
-)
-
-// What marks a layer of an image that is in a Nydus format already.
-// Source: nydus-snapshotter pkg/label, pkg/converter/constant.
-const (
-	nydusBootstrapAnnotation = "containerd.io/snapshot/nydus-bootstrap"
-	nydusBlobMediaType       = "application/vnd.oci.image.layer.nydus.blob.v1"
 )
 
 // containerdResolver asks containerd's image store. The zero connections are made for each
@@ -32,6 +26,9 @@ type containerdResolver struct {
 // Resolve implements [Resolver].
 func (r *containerdResolver) Resolve(ctx context.Context, container, name string) (Image, error) {
 	img := Image{Reference: name}
+	if err := r.reachable(ctx); err != nil {
+		return img, err
+	}
 	if name == "" || isID(name) {
 		found, err := r.nameOf(ctx, container, name)
 		if err != nil {
@@ -58,10 +55,18 @@ func (r *containerdResolver) Resolve(ctx context.Context, container, name string
 	if p := sel.Descriptor.Platform; p != nil {
 		img.Platform = platformString(p)
 	}
-	img.Optimized = slices.ContainsFunc(sel.Manifest.Layers, func(l ocispec.Descriptor) bool {
-		return l.MediaType == nydusBlobMediaType || l.Annotations[nydusBootstrapAnnotation] != ""
-	})
+	img.Optimized = sel.Nydus()
 	return img, nil
+}
+
+// reachable returns at once when containerd is down: its client would wait for it.
+func (r *containerdResolver) reachable(ctx context.Context) error {
+	var d net.Dialer
+	c, err := d.DialContext(ctx, "unix", strings.TrimPrefix(r.address, "unix://"))
+	if err != nil {
+		return fmt.Errorf("ask containerd: %w", err)
+	}
+	return c.Close()
 }
 
 func platformString(p *ocispec.Platform) string {

@@ -96,6 +96,9 @@ type Plugin struct {
 	watch watchdog
 	// finishing bounds how many runs save their lists at once.
 	finishing chan struct{}
+	// hurry is closed when nobody is to be asked for images any more: lists are to be saved at once.
+	hurry     chan struct{}
+	hurryOnce sync.Once
 	// work counts goroutines of runs and of log lines that hooks leave behind.
 	work sync.WaitGroup
 
@@ -125,6 +128,7 @@ func New(o Options) (*Plugin, error) {
 		o:         o,
 		watch:     watchdog{limit: o.HookLimit, expire: o.Expired, kill: o.Kill},
 		finishing: make(chan struct{}, parallelSaves),
+		hurry:     make(chan struct{}),
 		runs:      map[string]*run{},
 		all:       map[*run]bool{},
 	}
@@ -388,6 +392,7 @@ func (p *Plugin) Close(ctx context.Context, o CloseOptions) error {
 		close(idle)
 	}()
 	if !waitFor(ctx, idle, o.Drain) {
+		p.hurryOnce.Do(func() { close(p.hurry) })
 		p.mu.Lock()
 		for r := range p.all {
 			r.cut()

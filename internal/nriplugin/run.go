@@ -231,6 +231,13 @@ func (r *run) ask() (res resolution) {
 	}()
 	ctx, cancel := context.WithTimeout(context.Background(), resolveLimit)
 	defer cancel()
+	go func() {
+		select {
+		case <-r.plugin.hurry:
+			cancel()
+		case <-ctx.Done():
+		}
+	}()
 	res.image, res.err = r.settings.backend.Resolver.Resolve(ctx, r.id, r.image)
 	return res
 }
