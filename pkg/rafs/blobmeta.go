@@ -147,6 +147,9 @@ func (t *metaTable) check(i uint32) error {
 	r := t.record(i)
 	section := fmt.Sprintf("blob.meta record %d of %s", i, short(t.blob.ID))
 	at := int64(i) * int64(t.size)
+	if reserved := t.records[at] & disk.V1UncompReservedMask; t.size == disk.SizeMetaV1 && reserved != 0 {
+		return invalid(section, at, "reserved bits", reserved, 0)
+	}
 	if end := r.uncompressedOffset + uint64(r.uncompressedSize); end > alignUp(t.blob.UncompressedSize, disk.BlockSize) {
 		return invalid(section, at, "uncompressed end", end, fmt.Sprintf("at most %d", t.blob.UncompressedSize))
 	}

@@ -327,7 +327,7 @@ func (s *v6DirState) entry(e disk.Dirent, name string) error {
 	if err == nil {
 		return nil
 	}
-	return s.loader.faults.add(fmt.Errorf("entry %.300q: %w", name, err))
+	return s.loader.faults.add(fmt.Errorf("file %q: %w", &v6Path{s.dir.path, name}, err))
 }
 
 // child adds the inode of one entry to the directory d.

@@ -2,6 +2,7 @@ package rafs
 
 import (
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"strings"
 
@@ -94,7 +95,11 @@ func (l *v6Loader) run() error {
 	for len(l.stack) > 0 {
 		d := l.stack[len(l.stack)-1]
 		l.stack = l.stack[:len(l.stack)-1]
-		if err := l.readDir(&d); err != nil {
+		err := l.readDir(&d)
+		if errors.Is(err, errTooManyFaults) {
+			return err
+		}
+		if err != nil {
 			if err := l.faults.add(fmt.Errorf("directory %q: %w", d.path, err)); err != nil {
 				return err
 			}
