@@ -78,7 +78,7 @@ func (o *checkOptions) run(ctx context.Context, ref string) (err error) {
 	var open func(rafs.Blob) (io.ReaderAt, error)
 	if !o.noData {
 		open = func(b rafs.Blob) (io.ReaderAt, error) {
-			o.note("reading blob %s (%s)", b.ID, progress.Bytes(int64(b.CompressedSize)))
+			o.note("reading blob %s (%s)", b.ID, progress.Bytes(b.CompressedSize))
 			return openBlob(ctx, img, b)
 		}
 	}

@@ -308,7 +308,11 @@ func TestRegistryRoundTrip(t *testing.T) {
 func TestInterrupt(t *testing.T) {
 	t.Parallel()
 	asked := make(chan struct{}, 16)
-	host, _ := badRegistry(t, func(_ http.ResponseWriter, r *http.Request) {
+	host, _ := badRegistry(t, func(w http.ResponseWriter, r *http.Request) {
+		if r.Method != http.MethodPost {
+			w.WriteHeader(http.StatusNotFound) // whether it has the image or a blob
+			return
+		}
 		asked <- struct{}{}
 		<-r.Context().Done()
 	})
@@ -375,7 +379,7 @@ func TestFullDisk(t *testing.T) {
 			err := cmd.Run()
 			if exit, ok := errors.AsType[*exec.ExitError](err); !ok || exit.ExitCode() != exitFailed ||
 				!strings.Contains(errs.String(), "no space left on device") || !strings.Contains(errs.String(), "make room, or choose another place") {
-				return fmt.Errorf("%v = %v, stderr %s", args, err, errs.String())
+				return fmt.Errorf("%v = %w, stderr %s", args, err, errs.String())
 			}
 			t.Logf("%s: %s", args[0], strings.SplitN(errs.String(), "\n", 2)[0])
 			for _, f := range files(t, full) {

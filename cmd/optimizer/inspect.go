@@ -217,7 +217,7 @@ func (out *inspected) print(to io.Writer) error {
 		if x.Prefetch {
 			role = "prefetch"
 		}
-		fmt.Fprintf(w, "%s\t%d\t%d\t%s\t%s\t%s\t%s\n", x.ID, x.Chunks, x.Files, progress.Bytes(int64(x.Compressed)), progress.Bytes(int64(x.Uncompressed)), x.Features, role)
+		fmt.Fprintf(w, "%s\t%d\t%d\t%s\t%s\t%s\t%s\n", x.ID, x.Chunks, x.Files, progress.Bytes(x.Compressed), progress.Bytes(x.Uncompressed), x.Features, role)
 	}
 	if err := w.Flush(); err != nil {
 		return err

@@ -82,7 +82,9 @@ func Clean(root *os.Root, temp string) error {
 	var errs []error
 	for _, e := range entries {
 		if strings.HasPrefix(e.Name(), TempPrefix) {
-			errs = append(errs, ignoreMissing(removeStale(root, path.Join(temp, e.Name()))))
+			if err := removeStale(root, path.Join(temp, e.Name())); !errors.Is(err, fs.ErrNotExist) {
+				errs = append(errs, err)
+			}
 		}
 	}
 	return errors.Join(errs...)
@@ -100,15 +102,13 @@ func removeStale(root *os.Root, name string) error {
 	if err != nil {
 		return err
 	}
-	defer f.Close()
 	err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
-	if errors.Is(err, unix.EWOULDBLOCK) {
-		return nil // its writer lives
+	if err == nil {
+		err = root.Remove(name)
+	} else if errors.Is(err, unix.EWOULDBLOCK) {
+		err = nil // its writer lives
 	}
-	if err != nil {
-		return err
-	}
-	return root.Remove(name)
+	return errors.Join(err, f.Close())
 }
 
 // SyncDir makes the names in the directory name below root durable.

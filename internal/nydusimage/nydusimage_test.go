@@ -160,7 +160,7 @@ func TestOpenByOthers(t *testing.T) {
 func TestContradictions(t *testing.T) {
 	t.Parallel()
 	for want, change := range map[string]func(z *zoo){
-		"has 3 layers, its config 2 diff IDs":             func(z *zoo) { z.config.RootFS.DiffIDs = z.config.RootFS.DiffIDs[1:] },
+		"has 3 layers, its config 2 diff IDs":                      func(z *zoo) { z.config.RootFS.DiffIDs = z.config.RootFS.DiffIDs[1:] },
 		"layer 0: diff ID is sha256:0000":                          func(z *zoo) { z.config.RootFS.DiffIDs[0] = digest.Digest("sha256:" + strings.Repeat("0", 64)) },
 		"media type is \"application/vnd.oci.image.layer.v1.tar\"": func(z *zoo) { z.manifest.Layers[0].MediaType = ocispec.MediaTypeImageLayer },
 		"annotation " + blobKey + " is \"\"":                       func(z *zoo) { delete(z.manifest.Layers[1].Annotations, blobKey) },

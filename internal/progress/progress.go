@@ -135,7 +135,7 @@ func (d *Display) part(task string, done, total int64) {
 }
 
 // Bytes gives n as a person reads it: "512 B", "1.5 KiB", "20.3 MiB".
-func Bytes(n int64) string {
+func Bytes[T int64 | uint64](n T) string {
 	if n < 1024 {
 		return fmt.Sprintf("%d B", n)
 	}

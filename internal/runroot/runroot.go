@@ -179,10 +179,8 @@ func (p *Process) spawn(o Options, s spec) (cmd *exec.Cmd, talk *os.File, err er
 		return nil, nil, errors.Join(err, closed, toChild.Close(), talk.Close())
 	}
 	p.cmd, p.release = cmd, toChild
-	if err := json.NewEncoder(toChild).Encode(s); err != nil {
-		// The child is gone; its answer or its exit says why.
-		return cmd, talk, nil
-	}
+	// When this fails the child is gone; its answer or its exit says why.
+	_ = json.NewEncoder(toChild).Encode(s)
 	return cmd, talk, nil
 }
 

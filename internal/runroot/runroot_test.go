@@ -50,7 +50,7 @@ func copyProgram(t *testing.T, root, at string) {
 		t.Skipf("skipped: ldd %s: %v", at, err)
 	}
 	files := map[string]string{at: "/bin/" + filepath.Base(at)}
-	for _, f := range strings.Fields(string(out)) {
+	for f := range strings.FieldsSeq(string(out)) {
 		if strings.HasPrefix(f, "/") {
 			files[f] = f
 		}

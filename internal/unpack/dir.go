@@ -153,25 +153,24 @@ func (d *dirWriter) directory(ctx context.Context, at *os.File, where string, e 
 }
 
 func (d *dirWriter) file(ctx context.Context, at *os.File, e rafs.Dirent) error {
+	size, err := fileSize(e.Inode)
+	if err != nil {
+		return err
+	}
 	fd, err := unix.Openat(int(at.Fd()), e.Name, unix.O_WRONLY|unix.O_CREAT|unix.O_EXCL|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0o600)
 	if err != nil {
 		return err
 	}
 	f := os.NewFile(uintptr(fd), e.Name)
-	if e.Inode.Size > 1<<62 {
-		err = fmt.Errorf("%w: size %d", ErrInvalid, e.Inode.Size)
-	}
+	err = d.copy(ctx, e.Inode, func(p []byte, at int64) error {
+		if isZero(p) {
+			return nil // stays a hole
+		}
+		_, err := f.WriteAt(p, at)
+		return err
+	})
 	if err == nil {
-		err = d.copy(ctx, e.Inode, func(p []byte, at int64) error {
-			if isZero(p) {
-				return nil // stays a hole
-			}
-			_, err := f.WriteAt(p, at)
-			return err
-		})
-	}
-	if err == nil {
-		err = f.Truncate(int64(e.Inode.Size))
+		err = f.Truncate(size)
 	}
 	return errors.Join(err, f.Close())
 }

@@ -83,7 +83,11 @@ func (t *tarWriter) entry(ctx context.Context, name string, ino *rafs.Inode) err
 	case typeDir:
 		h.Typeflag, h.Name = tar.TypeDir, name+"/"
 	case typeFile:
-		h.Typeflag, h.Size = tar.TypeReg, int64(ino.Size)
+		h.Typeflag = tar.TypeReg
+		var err error
+		if h.Size, err = fileSize(ino); err != nil {
+			return err
+		}
 	case typeLink:
 		h.Typeflag, h.Linkname = tar.TypeSymlink, ino.Target
 	case typeChar:
@@ -97,9 +101,6 @@ func (t *tarWriter) entry(ctx context.Context, name string, ino *rafs.Inode) err
 		return nil
 	default:
 		return fmt.Errorf("%w: type %#o", ErrInvalid, ino.Mode&typeMask)
-	}
-	if h.Size < 0 {
-		return fmt.Errorf("%w: size %d", ErrInvalid, ino.Size)
 	}
 	if h.Typeflag != tar.TypeDir {
 		t.first[ino] = name

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"iter"
+	"math"
 	"slices"
 	"strings"
 
@@ -69,6 +70,14 @@ func checkName(name string) error {
 // device splits the kernel's 32-bit encoding (new_encode_dev in linux/kdev_t.h).
 func device(rdev uint32) (major, minor uint32) {
 	return rdev >> 8 & 0xfff, rdev&0xff | rdev>>12&0xfff00
+}
+
+// fileSize returns the size of a file as the system has it.
+func fileSize(ino *rafs.Inode) (int64, error) {
+	if ino.Size > math.MaxInt64 {
+		return 0, fmt.Errorf("%w: size %d", ErrInvalid, ino.Size)
+	}
+	return int64(ino.Size), nil
 }
 
 // copier streams file data and counts it.

@@ -12,7 +12,6 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
-	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -225,7 +224,7 @@ func TestAttributes(t *testing.T) {
 	root := dirOf(
 		rafs.Dirent{Name: "a", Inode: shared},
 		rafs.Dirent{Name: "b", Inode: dirOf(rafs.Dirent{Name: "hard", Inode: shared})},
-		rafs.Dirent{Name: "dev", Inode: &rafs.Inode{Mode: 0o020620, Rdev: 0x12300<<12 | 0x45<<8 | 0x67}},
+		rafs.Dirent{Name: "dev", Inode: &rafs.Inode{Mode: 0o020620, Rdev: 0x12300000 | 0x45<<8 | 0x67}},
 		rafs.Dirent{Name: "link", Inode: &rafs.Inode{Mode: 0o120777, Target: strings.Repeat("y/", 2000), UID: 5, Mtime: 1 << 33}},
 		rafs.Dirent{Name: "sock", Inode: leaf(0o140600)},
 		rafs.Dirent{Name: "sticky", Inode: &rafs.Inode{Mode: 0o041777, Mtime: 7}},
@@ -245,7 +244,7 @@ func TestAttributes(t *testing.T) {
 	if a.Ino != hard.Ino || a.Nlink != 2 || a.Mode != 0o106755 || a.Uid != 70000 || a.Gid != 4294967294 || a.Mtim.Sec != -1 || a.Mtim.Nsec != 999999999 {
 		t.Errorf("a: %+v", a)
 	}
-	if unix.Major(dev.Rdev) != 0x45 || unix.Minor(dev.Rdev) != 0x12300000>>8&0xfff00|0x67 || dev.Mode != 0o020620 {
+	if unix.Major(dev.Rdev) != 0x45 || unix.Minor(dev.Rdev) != 0x12367 || dev.Mode != 0o020620 {
 		t.Errorf("dev: %d:%d %#o", unix.Major(dev.Rdev), unix.Minor(dev.Rdev), dev.Mode)
 	}
 	if link.Uid != 5 || link.Mtim.Sec != 1<<33 || link.Size != 4000 || stat("sock").Mode != 0o140600 || stat("sticky").Mode != 0o041777 || stat("sticky").Mtim.Sec != 7 {
@@ -262,11 +261,11 @@ func TestAttributes(t *testing.T) {
 		if err != nil {
 			break
 		}
-		got = append(got, fmt.Sprintf("%c %s %#o %d:%d %d:%d %d", h.Typeflag, h.Name, h.Mode, h.Uid, h.Gid, h.Devmajor, h.Devminor, h.ModTime.UnixNano()/int64(time.Millisecond)))
+		got = append(got, fmt.Sprintf("%c %s %#o %d:%d %d:%d %d", h.Typeflag, h.Name, h.Mode, h.Uid, h.Gid, h.Devmajor, h.Devminor, h.ModTime.UnixNano()))
 	}
 	want := "5 ./ 0755 0:0 0:0 0|0 a 06755 70000:4294967294 0:0 -1|5 b/ 0755 0:0 0:0 0|1 b/hard 06755 70000:4294967294 0:0 -1|" +
 		fmt.Sprintf("3 dev 0620 0:0 %d:%d 0|", unix.Major(dev.Rdev), unix.Minor(dev.Rdev)) +
-		"2 link 0777 5:0 0:0 8589934592000|5 sticky/ 01777 0:0 0:0 7000"
+		"2 link 0777 5:0 0:0 8589934592000000000|5 sticky/ 01777 0:0 0:0 7000000000"
 	if s := strings.Join(got, "|"); s != want {
 		t.Errorf("archive\n%s\nwant\n%s", s, want)
 	}

@@ -84,7 +84,7 @@ func unescapeOne(s string, space bool) (c byte, n int, ok bool) {
 	if hi < 0 || lo < 0 {
 		return 0, 0, false
 	}
-	c = byte(hi<<4 | lo)
+	c = byte(hi<<4 | lo) //nolint:gosec // hi and lo are indexes into 16 digits
 	switch {
 	case c == '\\' || c == '\n' || c == '\t' || c == '\r':
 		return 0, 0, false // these have a shorter spelling

@@ -123,8 +123,10 @@ func TestWriteJSONForPython(t *testing.T) {
 		t.Fatal(err)
 	}
 	want := []any{
-		"v1", []any{"/", nil},
-		[]any{"/docker-entrypoint.sh", nil}, []any{"/usr/lib/with space\tand\nnewline\\n", nil},
+		"v1",
+		[]any{"/", nil},
+		[]any{"/docker-entrypoint.sh", nil},
+		[]any{"/usr/lib/with space\tand\nnewline\\n", nil},
 		[]any{"/ümlaut/日本\u2028\u0085", []any{[]any{0., 4096.}, []any{float64(1 << 62), float64(1<<62 - 1)}}},
 		[]any{"/cr\r\nlf", []any{[]any{7., 1.}}},
 	}

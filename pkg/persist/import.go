@@ -139,8 +139,8 @@ var (
 
 // parseMeasure parses a whole number of plain units, or a number with one of the suffixes.
 func parseMeasure(what, s string, units []unit, plain int64) (int64, error) {
-	if n, err := strconv.ParseUint(s, 10, 63); err == nil && n <= uint64(math.MaxInt64/plain) {
-		return int64(n) * plain, nil
+	if n, err := strconv.ParseInt(s, 10, 64); err == nil && n >= 0 && n <= math.MaxInt64/plain {
+		return n * plain, nil
 	}
 	for _, u := range units {
 		digits, ok := strings.CutSuffix(s, u.suffix)

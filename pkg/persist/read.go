@@ -253,7 +253,7 @@ func parseAccess(line string) (trace.Access, error) {
 	if err != nil {
 		return a, err
 	}
-	a.PID = int32(pid)
+	a.PID = int32(pid) //nolint:gosec // parsed with 32 bits
 	if a.Command, err = unescape(f[4], false); err != nil {
 		return a, fmt.Errorf("command: %w", err)
 	}
