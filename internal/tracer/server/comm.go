@@ -2,6 +2,7 @@ package server
 
 import (
 	"bytes"
+	"path"
 	"strconv"
 	"time"
 
@@ -15,6 +16,8 @@ const (
 	// maxComm is more than a command name and its newline take, in bytes: the kernel's
 	// TASK_COMM_LEN is 16, and kernel threads' names may be longer.
 	maxComm = 64
+	// taskComm is how many bytes of a name the kernel keeps: TASK_COMM_LEN less the end.
+	taskComm = 15
 	// maxComms bounds the cache; it is emptied when full.
 	maxComms = 4096
 )
@@ -28,7 +31,8 @@ type comms struct {
 type comm struct {
 	name  string
 	at    time.Time
-	stale bool // the process was about to execute something else
+	stale bool   // the process was about to execute something else
+	next  string // what it will be called then, as far as the file's name tells
 }
 
 func newComms(proc int) *comms { return &comms{proc: proc, cache: make(map[int32]comm)} }
@@ -49,14 +53,37 @@ func (c *comms) of(pid int32, exec bool) string {
 		return have.name
 	}
 	name, alive := c.read(pid)
-	if !alive {
-		return have.name // what it was called when it was last seen
+	switch {
+	case !alive && have.stale:
+		name = have.next
+	case !alive:
+		name = have.name // what it was called when it was last seen
 	}
 	if len(c.cache) >= maxComms {
 		clear(c.cache)
 	}
 	c.cache[pid] = comm{name: name, at: now, stale: exec}
 	return name
+}
+
+// changes notes that process pid is about to execute a file that is known already.
+func (c *comms) changes(pid int32) {
+	if have, ok := c.cache[pid]; ok {
+		have.stale, have.next = true, ""
+		c.cache[pid] = have
+	}
+}
+
+// executes notes the file that process pid, of which c was asked, is about to execute. The
+// first one counts: interpreters follow. Source: fs/exec.c begin_new_exec.
+func (c *comms) executes(pid int32, file string) {
+	have, ok := c.cache[pid]
+	if !ok || !have.stale || have.next != "" {
+		return
+	}
+	have.next = path.Base(file)
+	have.next = have.next[:min(len(have.next), taskComm)]
+	c.cache[pid] = have
 }
 
 func (c *comms) read(pid int32) (string, bool) {

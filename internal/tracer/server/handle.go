@@ -51,6 +51,9 @@ func (s *session) handle(e *fanotify.Event) {
 		f.name = maphash.String(s.seed, name) | 1
 	}
 	if i, ok := s.known[f]; ok {
+		if how&trace.Executed != 0 {
+			s.comms.changes(e.PID)
+		}
 		s.again(i, fd, how, st.Nlink)
 		return
 	}
@@ -153,6 +156,9 @@ func (s *session) name(e *entry, a trace.Access, raw string, st *unix.Statx_t, w
 		e.state = left
 	case ok:
 		a.Path = p
+		if a.How&trace.Executed != 0 {
+			s.comms.executes(a.PID, p)
+		}
 		s.out.send(stream.Touch{ID: e.id, Access: a})
 	case !s.t.whole():
 		e.state = left // a file of the same mount that lies outside the root

@@ -2,7 +2,9 @@ package server
 
 import (
 	"errors"
+	"syscall"
 	"time"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
@@ -20,6 +22,31 @@ const (
 type origin struct {
 	t       *target
 	handles bool // overlay file handles tell the layer
+	handle  fileHandle
+}
+
+// fileHandle is struct file_handle with room for the largest handle. unix.NameToHandleAt
+// asks twice and allocates, which counts here: it is done for every file.
+// Source: include/linux/fs.h struct file_handle; MAX_HANDLE_SZ in fcntl.h.
+type fileHandle struct {
+	size  uint32 // handle_bytes
+	kind  int32  // handle_type
+	bytes [maxHandleSize]byte
+}
+
+const maxHandleSize = 128
+
+// of returns the handle of an open file; the bytes are valid until the next call.
+func (h *fileHandle) of(fd int) (int32, []byte, syscall.Errno) {
+	h.size = maxHandleSize
+	var mount int32
+	empty := [1]byte{}
+	_, _, errno := unix.Syscall6(unix.SYS_NAME_TO_HANDLE_AT, uintptr(fd), uintptr(unsafe.Pointer(&empty)),
+		uintptr(unsafe.Pointer(h)), uintptr(unsafe.Pointer(&mount)), unix.AT_EMPTY_PATH|atHandleFID, 0)
+	if errno != 0 {
+		return 0, nil, errno
+	}
+	return h.kind, h.bytes[:min(h.size, maxHandleSize)], 0
 }
 
 func newOrigin(t *target) *origin { return &origin{t: t, handles: t.overlay()} }
@@ -45,14 +72,14 @@ func (o *origin) of(fd int, st *unix.Statx_t, armed time.Time) whence {
 // every file and says whether the file has a lower layer behind it, deleted or not,
 // copied up or not. Source: fs/overlayfs/export.c ovl_check_encode_origin.
 func (o *origin) ofHandle(fd int) whence {
-	h, _, err := unix.NameToHandleAt(fd, "", unix.AT_EMPTY_PATH|atHandleFID)
-	if err != nil {
-		if errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.EINVAL) {
+	kind, b, errno := o.handle.of(fd)
+	if errno != 0 {
+		if errno == unix.EOPNOTSUPP || errno == unix.EINVAL {
 			o.handles = false
 		}
 		return unknown
 	}
-	upper, ok := overlayUpper(h.Type(), h.Bytes())
+	upper, ok := overlayUpper(kind, b)
 	switch {
 	case !ok:
 		return unknown
