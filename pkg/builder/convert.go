@@ -257,7 +257,7 @@ func (c *conversion) buildLayer(ctx context.Context, p *pool, i int) (_ builtLay
 	g, gctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return ck.commit(gctx) })
 	g.Go(func() error {
-		if err := reader.read(gctx, bufio.NewReaderSize(stream, tarBuffer)); err != nil {
+		if err := reader.read(gctx, stream); err != nil {
 			if errors.Is(err, errTarSyntax) {
 				// Bytes that were damaged on their way are the better explanation.
 				if deeper := stream.finish(); deeper != nil {

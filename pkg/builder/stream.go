@@ -15,15 +15,16 @@ import (
 	_ "crypto/sha256"
 	_ "crypto/sha512"
 
-	"github.com/klauspost/compress/gzip"
 	"github.com/klauspost/compress/zstd"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/headstart-oci/headstart/pkg/builder/internal/gunzip"
 )
 
 const (
-	storedBuffer = 128 << 10 // bytes read ahead of the stored layer
-	tarBuffer    = 64 << 10  // bytes read ahead of the uncompressed tar
+	storedBuffer = 64 << 10  // bytes read ahead of the stored layer
+	plainBuffer  = 256 << 10 // bytes of tar hashed at once
 
 	// maxWindow bounds the memory a zstd layer may ask for: 128 MiB is what `zstd --long`
 	// uses and what every decoder accepts by default.
@@ -38,14 +39,16 @@ const (
 // Not safe for concurrent use, but Close may overlap Read.
 type layerStream struct {
 	stored *storedReader
-	plain  io.Reader // decompressed bytes
-	free   func()    // releases the decompressor
+	next   func() ([]byte, error) // more of the tar, valid until the next call
+	free   func()                 // releases the decompressor
 	close  func() error
+
+	buf []byte // of the tar, not read yet
 
 	diffHash hash.Hash
 	diffWant digest.Digest
-	size     int64 // bytes of tar read
-	done     bool  // plain has ended well
+	size     int64 // bytes of tar hashed
+	done     bool  // the tar has ended well
 }
 
 // openLayer opens l and finds out how it is compressed, by its first bytes.
@@ -117,7 +120,7 @@ func checkMediaType(mt string) error {
 	return fmt.Errorf("%w: media type %q is no image layer", ErrUnsupported, mt)
 }
 
-// detect sets s.plain. The bytes decide, not the media type: registries hold both kinds of mistake,
+// detect sets s.next. The bytes decide, not the media type: registries hold both kinds of mistake,
 // and the diff ID proves the outcome.
 func (s *layerStream) detect(br *bufio.Reader) error {
 	head, err := br.Peek(tarMagicOffset + 5)
@@ -126,24 +129,19 @@ func (s *layerStream) detect(br *bufio.Reader) error {
 	}
 	switch {
 	case bytes.HasPrefix(head, []byte("\x1f\x8b")):
-		z, err := gzip.NewReader(br)
-		if err != nil {
-			return fmt.Errorf("%w: gzip header: %w", ErrInvalid, err)
-		}
-		// Hide WriteTo: only Read is used.
-		s.plain = struct{ io.Reader }{z}
+		s.next = gunzip.NewReader(br).Next
 	case bytes.HasPrefix(head, []byte("\x28\xb5\x2f\xfd")), isSkippableFrame(head):
 		z, err := zstd.NewReader(br, zstd.WithDecoderConcurrency(1), zstd.WithDecoderMaxWindow(maxWindow))
 		if err != nil {
 			return fmt.Errorf("%w: zstd header: %w", ErrInvalid, err)
 		}
-		s.plain, s.free = z, z.Close
+		s.next, s.free = readBlocks(z), z.Close
 	case bytes.HasPrefix(head, []byte("BZh")):
 		return fmt.Errorf("%w: bzip2 compression; want tar, gzip or zstd", ErrUnsupported)
 	case bytes.HasPrefix(head, []byte("\xfd7zXZ\x00")):
 		return fmt.Errorf("%w: xz compression; want tar, gzip or zstd", ErrUnsupported)
 	case len(head) == 0, looksLikeTar(head):
-		s.plain = br
+		s.next = readBlocks(br)
 	default:
 		return fmt.Errorf("%w: unknown compression: layer begins with %x; want tar, gzip or zstd", ErrUnsupported, head[:min(8, len(head))])
 	}
@@ -172,20 +170,54 @@ func looksLikeTar(head []byte) bool {
 	return len(digits) > 0 && len(bytes.Trim(digits, "01234567")) == 0 && head[0] != 0
 }
 
+// readBlocks returns r's bytes in blocks; an error comes after the bytes before it.
+func readBlocks(r io.Reader) func() ([]byte, error) {
+	buf := make([]byte, plainBuffer)
+	var err error
+	return func() ([]byte, error) {
+		n := 0
+		for n < len(buf) && err == nil {
+			var m int
+			m, err = r.Read(buf[n:])
+			n += m
+		}
+		if n > 0 {
+			return buf[:n], nil
+		}
+		return nil, err
+	}
+}
+
 // Read returns bytes of the tar. Its last error says what was wrong with the stored bytes
 // when they are at fault, whatever the decompressor made of them.
 func (s *layerStream) Read(p []byte) (int, error) {
-	n, err := s.plain.Read(p)
-	s.diffHash.Write(p[:n]) // never fails
-	s.size += int64(n)
-	if err == nil {
-		return n, nil
+	if len(s.buf) == 0 {
+		if err := s.more(); err != nil {
+			return 0, err
+		}
 	}
-	if errors.Is(err, io.EOF) {
+	n := copy(p, s.buf)
+	s.buf = s.buf[n:]
+	return n, nil
+}
+
+// more decompresses and hashes the next bytes of the tar.
+func (s *layerStream) more() error {
+	if s.done {
+		return io.EOF
+	}
+	var err error
+	s.buf, err = s.next()
+	switch {
+	case err == nil:
+		s.diffHash.Write(s.buf) // never fails
+		s.size += int64(len(s.buf))
+		return nil
+	case errors.Is(err, io.EOF):
 		s.done = true
-		return n, io.EOF
+		return io.EOF
 	}
-	return n, s.blame(err)
+	return s.blame(err)
 }
 
 // blame finds the deeper reason of a failed decompression: bytes that are not those of the
@@ -203,11 +235,13 @@ func (s *layerStream) blame(err error) error {
 	switch {
 	case errors.Is(err, ErrInvalid), errors.Is(err, ErrUnsupported):
 		return err
+	case s.size == 0 && errors.Is(err, gunzip.ErrHeader):
+		return fmt.Errorf("%w: decompress: broken gzip header", ErrInvalid)
 	case errors.Is(err, zstd.ErrWindowSizeExceeded), errors.Is(err, zstd.ErrDecoderSizeExceeded):
 		return fmt.Errorf("%w: decompress: %w; at most %d bytes of window", ErrUnsupported, err, maxWindow)
 	case errors.Is(err, io.ErrUnexpectedEOF):
 		return fmt.Errorf("%w: decompress: the compressed stream is cut off after %d bytes of tar", ErrInvalid, s.size)
-	case s.size > 0 && (errors.Is(err, gzip.ErrHeader) || errors.Is(err, zstd.ErrMagicMismatch)):
+	case s.size > 0 && (errors.Is(err, gunzip.ErrHeader) || errors.Is(err, zstd.ErrMagicMismatch)):
 		return fmt.Errorf("%w: decompress: garbage behind the compressed stream, after %d bytes of tar: %w", ErrInvalid, s.size, err)
 	}
 	return fmt.Errorf("%w: decompress: %w", ErrInvalid, err)
@@ -215,9 +249,8 @@ func (s *layerStream) blame(err error) error {
 
 // finish reads what follows the end of the archive and compares size and digests.
 func (s *layerStream) finish() error {
-	var buf [4096]byte
 	for !s.done {
-		if _, err := s.Read(buf[:]); err != nil && !errors.Is(err, io.EOF) {
+		if err := s.more(); err != nil && !errors.Is(err, io.EOF) {
 			return err
 		}
 	}
