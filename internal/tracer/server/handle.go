@@ -3,6 +3,7 @@ package server
 import (
 	"fmt"
 	"hash/maphash"
+	"strings"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -166,7 +167,10 @@ func (s *session) name(e *entry, a trace.Access, raw string, st *unix.Statx_t, w
 		e.state = waiting
 		s.out.send(stream.Pending{})
 		i := inodeOf(st)
-		s.pending[i] = append(s.pending[i], pending{s.entryIndex(), a, whence == image})
+		s.pending[i] = append(s.pending[i], pending{
+			entry: s.entryIndex(), access: a,
+			image: whence == image, gone: strings.HasSuffix(raw, deletedSuffix),
+		})
 	}
 }
 

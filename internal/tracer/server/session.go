@@ -80,6 +80,7 @@ type pending struct {
 	entry  uint32
 	access trace.Access
 	image  bool // known to be content of the image
+	gone   bool // the kernel says that its name was deleted; not worth a search
 }
 
 func newSession(c Config, t *target, g *fanotify.Group, out *output) *session {

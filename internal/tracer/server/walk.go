@@ -26,7 +26,7 @@ func (s *session) resolvePending() {
 		return
 	}
 	w := walk{view: s.t.view, deadline: time.Now().Add(walkTime), found: s.found, buf: make([]byte, 32<<10)}
-	err := w.run(func() bool { return len(s.pending) > 0 })
+	err := w.run(s.worthSearching)
 	detail := "no path of the image leads to a file that was touched"
 	if err != nil {
 		detail += fmt.Sprintf(" (search ended early: %v)", err)
@@ -41,6 +41,16 @@ func (s *session) resolvePending() {
 			}
 		}
 	}
+}
+
+// worthSearching reports whether a file is missing that a search may find.
+func (s *session) worthSearching() bool {
+	for _, waiters := range s.pending {
+		if !waiters[0].gone {
+			return true
+		}
+	}
+	return false
 }
 
 // found sends what waited for the file that is at p.
