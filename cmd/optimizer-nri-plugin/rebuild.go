@@ -124,8 +124,12 @@ func convertOptions(j rebuild.Job, list *persist.List, o buildOptions) (convert.
 	}, nil
 }
 
-// hopeless reports whether another attempt must fail as well: the image is what it is.
+// hopeless reports whether another attempt must fail as well: the image is what it is,
+// unless what was read of it was cut off or damaged on its way.
 func hopeless(err error) bool {
+	if errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, remote.ErrDigest) || errors.Is(err, remote.ErrStalled) {
+		return false
+	}
 	for _, e := range []error{
 		convert.ErrUnsupported, builder.ErrInvalid, builder.ErrUnsupported,
 		remote.ErrInvalid, remote.ErrUnsupported, remote.ErrPlatform, remote.ErrTooLarge,

@@ -119,8 +119,8 @@ type Result struct {
 	Target        string        `json:"target"`   // where the image is, as package remote parses it
 	Manifest      string        `json:"manifest"` // digest of the built manifest
 	Source        string        `json:"source,omitempty"`
-	Blobs         int           `json:"blobs"`      // data blobs with the prefetch blob
-	BlobBytes     int64         `json:"blob_bytes"` // stored bytes of them
+	Blobs         int           `json:"blobs"`      // layers: blobs, prefetch blob, bootstrap
+	BlobBytes     int64         `json:"blob_bytes"` // their stored bytes
 	SourceBytes   int64         `json:"source_bytes,omitempty"`
 	PrefetchBlob  string        `json:"prefetch_blob,omitempty"` // digest; empty when the list named no data
 	PrefetchBytes int64         `json:"prefetch_bytes"`          // stored
