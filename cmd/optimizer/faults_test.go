@@ -40,6 +40,14 @@ func invoke(t *testing.T, args ...string) (code int, stdout, stderr string) {
 	return code, out.String(), errs.String()
 }
 
+// ourselves returns a command line for a process of its own: this program, called
+// optimizer, which TestMain knows.
+func ourselves(args ...string) *exec.Cmd {
+	cmd := exec.Command(os.Args[0], args...)
+	cmd.Args[0] = "optimizer"
+	return cmd
+}
+
 // fails runs a conversion that must fail with status 1, with all of want on standard
 // error, nothing on standard output, nothing in the temporary directory, and no target.
 func fails(t *testing.T, want []string, args ...string) {
@@ -319,7 +327,7 @@ func TestInterrupt(t *testing.T) {
 	l, _ := newImage(t, tarOf(t, tar.Header{Name: "app", Typeflag: tar.TypeReg, Size: 5000}))
 	temp := t.TempDir()
 	var errs bytes.Buffer
-	cmd := exec.Command(testenv.Binary(t, "optimizer"), "convert", "oci:"+l.dir+":v1", host+"/app:v2", "--plain-http", "--temp-dir", temp)
+	cmd := ourselves("convert", "oci:"+l.dir+":v1", host+"/app:v2", "--plain-http", "--temp-dir", temp)
 	cmd.Stderr = &errs
 	wait := testenv.Start(t, cmd)
 	<-asked
@@ -360,7 +368,7 @@ func TestFullDisk(t *testing.T) {
 	if code, _, errs := invoke(t, "convert", "-q", source, "oci:"+good+":v2"); code != 0 {
 		t.Fatal(errs)
 	}
-	program, full := testenv.Binary(t, "optimizer"), t.TempDir()
+	full := t.TempDir()
 	target := filepath.Join(t.TempDir(), "out")
 	testenv.MountNamespace(t, func() error {
 		if err := unix.Mount("tmpfs", full, "tmpfs", 0, "size=1m"); err != nil {
@@ -374,7 +382,7 @@ func TestFullDisk(t *testing.T) {
 			{"unpack", "-q", "oci:" + good + ":v2", "-o", full + "/root.tar"},
 		} {
 			var errs bytes.Buffer
-			cmd := exec.Command(program, args...)
+			cmd := ourselves(args...)
 			cmd.Stderr = &errs
 			err := cmd.Run()
 			if exit, ok := errors.AsType[*exec.ExitError](err); !ok || exit.ExitCode() != exitFailed ||

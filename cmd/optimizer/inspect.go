@@ -26,6 +26,7 @@ type inspectOptions struct {
 	image  imageFlags
 	output string
 	files  bool
+	tables bool
 }
 
 func newInspect(g *global) *cobra.Command {
@@ -55,6 +56,7 @@ tree has, and what the prefetch blob holds. Only manifest, config and bootstrap 
 	o.image.addFlags(cmd)
 	f := cmd.Flags()
 	f.StringVarP(&o.output, "output", "o", "text", "what standard output gets: text or json")
+	f.BoolVar(&o.tables, "tables", false, "show where in the bootstrap each table is")
 	f.BoolVar(&o.files, "prefetch-files", false, "list the files in the prefetch blob, in its order")
 	return cmd
 }
@@ -75,6 +77,8 @@ type inspected struct {
 	PrefetchTable []string `json:"prefetch_table,omitempty"`
 	// PrefetchFiles are the files whose first chunk in the prefetch blob is there, in the blob's order.
 	PrefetchFiles []string `json:"prefetch_files,omitempty"`
+	// Tables are the bootstrap's tables, every field with its place.
+	Tables *rafs.Info `json:"tables,omitempty"`
 }
 
 type treeCounts struct {
@@ -94,7 +98,7 @@ type blobInfo struct {
 	Uncompressed uint64          `json:"uncompressed_bytes"`
 	Compressor   rafs.Compressor `json:"compressor"`
 	Digester     rafs.Digester   `json:"digester"`
-	Features     string          `json:"features"`
+	Features     []string        `json:"features"`
 	Files        int             `json:"files"` // files with a chunk in this blob
 }
 
@@ -104,16 +108,23 @@ func (o *inspectOptions) run(ctx context.Context, ref string) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, img.Close()) }()
-	out := describe(img, o.files)
+	out, err := describe(img, o.files, o.tables)
+	if err != nil {
+		return err
+	}
 	if o.output == "json" {
 		return printJSON(o.out, out)
 	}
 	return out.print(o.out)
 }
 
-func describe(img *nydusimage.Image, files bool) inspected {
+func describe(img *nydusimage.Image, files, tables bool) (inspected, error) {
 	r := img.RAFS
-	_, size := img.Bootstrap()
+	boot, size := img.Bootstrap()
+	info, err := rafs.Inspect(boot, size)
+	if err != nil {
+		return inspected{}, err
+	}
 	out := inspected{
 		Image: img.Reference, Digest: img.Digest(), FSVersion: 6, ChunkSize: r.ChunkSize,
 		Compressor: r.Compressor, Digester: r.Digester, Bootstrap: size,
@@ -126,7 +137,7 @@ func describe(img *nydusimage.Image, files bool) inspected {
 		out.Blobs = append(out.Blobs, blobInfo{
 			ID: b.ID, Prefetch: has && i == prefetch, Chunks: b.ChunkCount, Compressed: b.CompressedSize,
 			Uncompressed: b.UncompressedSize, Compressor: b.Compressor, Digester: b.Digester,
-			Features: fmt.Sprintf("%#x", b.Features),
+			Features: info.Blobs[i].FeatureNames,
 		})
 	}
 	names := out.walk(r)
@@ -136,7 +147,10 @@ func describe(img *nydusimage.Image, files bool) inspected {
 	if files && has {
 		out.PrefetchFiles = inBlob(names, prefetch)
 	}
-	return out
+	if tables {
+		out.Tables = info
+	}
+	return out, nil
 }
 
 // walk counts the tree and returns the first name of every inode.
@@ -211,16 +225,25 @@ func (out *inspected) print(to io.Writer) error {
 	line("prefetch    %d entries in the prefetch table", len(out.PrefetchTable))
 	line("")
 	w := tabwriter.NewWriter(&b, 0, 0, 2, ' ', 0)
-	fmt.Fprintln(w, "BLOB\tCHUNKS\tFILES\tSIZE\tUNCOMPRESSED\tFEATURES\tROLE")
+	fmt.Fprintln(w, "BLOB\tCHUNKS\tFILES\tSIZE\tUNCOMPRESSED\tROLE\tFEATURES")
 	for _, x := range out.Blobs {
 		role := "layer"
 		if x.Prefetch {
 			role = "prefetch"
 		}
-		fmt.Fprintf(w, "%s\t%d\t%d\t%s\t%s\t%s\t%s\n", x.ID, x.Chunks, x.Files, progress.Bytes(x.Compressed), progress.Bytes(x.Uncompressed), x.Features, role)
+		fmt.Fprintf(w, "%s\t%d\t%d\t%s\t%s\t%s\t%s\n", x.ID, x.Chunks, x.Files, progress.Bytes(x.Compressed), progress.Bytes(x.Uncompressed), role, strings.Join(x.Features, "|"))
+	}
+	if t := out.Tables; t != nil {
+		fmt.Fprintln(w, "\nTABLE\tOFFSET\tSIZE\tENTRIES")
+		for _, s := range t.Sections {
+			fmt.Fprintf(w, "%s\t%#x\t%d\t%d\n", s.Name, s.Offset, s.Size, s.Entries)
+		}
 	}
 	if err := w.Flush(); err != nil {
 		return err
+	}
+	if len(out.PrefetchFiles) > 0 {
+		line("")
 	}
 	for _, f := range out.PrefetchFiles {
 		// A name that would disturb the terminal or the next line is quoted.

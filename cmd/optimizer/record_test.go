@@ -268,6 +268,15 @@ func TestRecordContainer(t *testing.T) {
 	if !slices.Contains(paths(l), "/etc/greeting") {
 		t.Errorf("recorded %q, want /etc/greeting among them", paths(l))
 	}
+	// The list and the image in containerd make an optimized image.
+	out := "oci:" + t.TempDir() + "/out:v6"
+	code, _, text := invoke(t, "convert", "containerd:k8s.io/"+ref, out, "--containerd-address", e.Address(), "--profile", name)
+	if code != 0 || !strings.Contains(text, "prefetch blob: ") || strings.Contains(text, "warning: the list was recorded of image") {
+		t.Errorf("convert: %d, %s", code, text)
+	}
+	if code, _, errs := invoke(t, "check", out); code != 0 {
+		t.Errorf("check: %s", errs)
+	}
 	if code, _, errs := invoke(t, "record", "--container", "zzz", "--containerd-address", e.Address(), "--server-path", server, "-o", name); code != exitFailed || !strings.Contains(errs, "container zzz in namespace k8s.io: there is none") {
 		t.Errorf("unknown container: %d, %s", code, errs)
 	}

@@ -64,34 +64,34 @@ type Event struct {
 
 // Summary tells what a conversion made.
 type Summary struct {
-	Source         string        // canonical source reference
-	SourceDigest   digest.Digest // of the source's manifest
-	Platform       string
-	Target         string // canonical target reference
-	TargetDigest   digest.Digest
-	SourceBytes    int64 // compressed layers read
-	TargetBytes    int64 // layers of the result: blobs, prefetch blob, bootstrap layer
-	BootstrapBytes int64 // the bare bootstrap
-	Prefetch       Prefetch
-	Uploaded       int   // blobs that were written to the target
-	UploadedBytes  int64 // their bytes
-	Existed        int   // blobs that the target had
-	Files          int   // regular files of the image
-	VerifiedChunks int   // chunks of the result that were read back before it was published
-	Elapsed        time.Duration
+	Source         string        `json:"source"`        // canonical source reference
+	SourceDigest   digest.Digest `json:"source_digest"` // of the source's manifest
+	Platform       string        `json:"platform"`
+	Target         string        `json:"target"` // canonical target reference
+	TargetDigest   digest.Digest `json:"target_digest"`
+	SourceBytes    int64         `json:"source_bytes"`    // compressed layers read
+	TargetBytes    int64         `json:"target_bytes"`    // layers of the result: blobs, prefetch blob, bootstrap layer
+	BootstrapBytes int64         `json:"bootstrap_bytes"` // the bare bootstrap
+	Prefetch       Prefetch      `json:"prefetch"`
+	Uploaded       int           `json:"uploaded"`        // blobs that were written to the target
+	UploadedBytes  int64         `json:"uploaded_bytes"`  // their bytes
+	Existed        int           `json:"existed"`         // blobs that the target had
+	Files          int           `json:"files"`           // regular files of the image
+	VerifiedChunks int           `json:"verified_chunks"` // chunks of the result that were read back before it was published
+	Elapsed        time.Duration `json:"elapsed_ns"`
 	// Warnings are for a person: a list with loss, a list of another image.
-	Warnings []string
+	Warnings []string `json:"warnings,omitempty"`
 }
 
 // Prefetch describes the prefetch blob of a conversion; its zero value: there is none.
 type Prefetch struct {
-	Blob     string // its id, 64 hex digits
-	Bytes    int64  // size of the blob
-	RawBytes int64  // uncompressed bytes in it
-	Chunks   int
-	Listed   int // accesses in the list
-	Files    int // files of the image that they name
-	Missing  int // accesses whose path is not in the image
+	Blob     string `json:"blob"`      // its id, 64 hex digits
+	Bytes    int64  `json:"bytes"`     // size of the blob
+	RawBytes int64  `json:"raw_bytes"` // uncompressed bytes in it
+	Chunks   int    `json:"chunks"`
+	Listed   int    `json:"listed"`  // accesses in the list
+	Files    int    `json:"files"`   // files of the image that they name
+	Missing  int    `json:"missing"` // accesses whose path is not in the image
 }
 
 // Run converts o.Source into o.Target. The error names the step that failed and wraps the

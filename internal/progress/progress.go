@@ -94,8 +94,10 @@ func (d *Display) Close() {
 }
 
 func (d *Display) draw(task string, done, total int64) {
-	if d.bar == nil || d.shown != task {
-		d.clear()
+	if d.bar != nil && d.shown != task {
+		return // of several tasks at once, one is shown until it is finished
+	}
+	if d.bar == nil {
 		limit := total
 		if limit <= 0 {
 			limit = -1 // a spinner
