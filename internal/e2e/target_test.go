@@ -18,6 +18,7 @@ import (
 	"github.com/google/go-containerregistry/pkg/name"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/layout"
+	"github.com/google/go-containerregistry/pkg/v1/mutate"
 	"github.com/google/go-containerregistry/pkg/v1/remote"
 	"github.com/opencontainers/go-digest"
 
@@ -65,8 +66,9 @@ func testByHand(t *testing.T, h *host, img *workload.Image) {
 	p.quit(t)
 }
 
-// registryImage pushes the image and returns its reference.
-func registryImage(t *testing.T, r *testcri.Registry, img *workload.Image, repository, tag string) string {
+// registryImage pushes the image with a configuration of its own, so that the runtime
+// does not know it by another name, and returns its reference and manifest digest.
+func registryImage(t *testing.T, r *testcri.Registry, img *workload.Image, repository, tag string) (string, digest.Digest) {
 	t.Helper()
 	index, err := layout.ImageIndexFromPath(img.Dir)
 	must(t, err)
@@ -74,9 +76,17 @@ func registryImage(t *testing.T, r *testcri.Registry, img *workload.Image, repos
 	must(t, err)
 	v1img, err := index.Image(hash)
 	must(t, err)
+	config, err := v1img.ConfigFile()
+	must(t, err)
+	config = config.DeepCopy()
+	config.Author = "registry test"
+	v1img, err = mutate.ConfigFile(v1img, config)
+	must(t, err)
 	ref, err := r.Push(t.Context(), repository, tag, v1img)
 	must(t, err)
-	return ref
+	manifest, err := v1img.Digest()
+	must(t, err)
+	return ref, digest.Digest(manifest.String())
 }
 
 // testRegistry pulls an image by digest from the real registry, drops its layers from
@@ -84,8 +94,8 @@ func registryImage(t *testing.T, r *testcri.Registry, img *workload.Image, repos
 func testRegistry(t *testing.T, h *host, img *workload.Image) {
 	r := critest.StartRegistry(t, testcri.RegistryOptions{})
 	must(t, h.AddHost(r.Host, r.HostsTOML()))
-	tagged := registryImage(t, r, img, "team/static", "v1")
-	ref := strings.TrimSuffix(tagged, ":v1") + "@" + img.Target.Digest.String()
+	tagged, manifest := registryImage(t, r, img, "team/static", "v1")
+	ref := strings.TrimSuffix(tagged, ":v1") + "@" + manifest.String()
 	_, err := h.Pull(t.Context(), ref)
 	must(t, err)
 	dropLayers(t, h, img)
@@ -99,14 +109,14 @@ func testRegistry(t *testing.T, h *host, img *workload.Image) {
 		t.Fatalf("exit code %d: %s", ran.exit, ran.errOut)
 	}
 	list := u.list(t, ran.id)
-	if list.Digest != img.Target.Digest.String() || !strings.Contains(list.Reference, "@sha256:") {
-		t.Errorf("list of %q, digest %q; want a reference by digest and %s", list.Reference, list.Digest, img.Target.Digest)
+	if list.Digest != manifest.String() || !strings.Contains(list.Reference, "@sha256:") {
+		t.Errorf("list of %q, digest %q; want a reference by digest and %s", list.Reference, list.Digest, manifest)
 	}
-	path := filepath.Join(u.persist, "team", "static@sha256-"+img.Target.Digest.Encoded())
+	path := filepath.Join(u.persist, "team", "static@sha256-"+manifest.Encoded())
 	eventually(t, path, func() error { _, err := os.Stat(path); return err })
 
-	res := u.built(t, img.Target.Digest)
-	want := r.Host + "/fast/team/static:" + img.Target.Digest.Encoded()[:12] + "-optimized"
+	res := u.built(t, manifest)
+	want := r.Host + "/fast/team/static:" + manifest.Encoded()[:12] + "-optimized"
 	if res.Target != want {
 		t.Errorf("target = %q, want %q", res.Target, want)
 	}
@@ -124,8 +134,9 @@ func dropLayers(t *testing.T, h *host, img *workload.Image) {
 		must(t, h.Client().ContentStore().Delete(ctx, l.Digest))
 	}
 	t.Cleanup(func() {
-		if !t.Failed() { // later tests read the layers from containerd
-			must(t, h.ImportOCI(context.WithoutCancel(t.Context()), img.Dir, img.Reference))
+		// Later tests read the layers from containerd.
+		if err := h.ImportOCI(context.WithoutCancel(t.Context()), img.Dir, img.Reference); err != nil {
+			t.Error(err)
 		}
 	})
 }

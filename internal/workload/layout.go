@@ -19,7 +19,7 @@ import (
 )
 
 // layoutVersion is part of every recipe's hash; it changes with the code that writes layers.
-const layoutVersion = "headstart-workload-3"
+const layoutVersion = "headstart-workload-4"
 
 // imageNameAnnotation is the full image name in an index, as containerd's importer reads it.
 const imageNameAnnotation = "io.containerd.image.name"

@@ -25,11 +25,21 @@ type treeOptions struct {
 // inodeID names an inode of the host, to find hard links.
 type inodeID struct{ dev, ino uint64 }
 
+// treeWriter is the state of one [writeTree].
+type treeWriter struct {
+	treeOptions
+	tw    *tar.Writer
+	dir   string
+	links map[inodeID]string // first names
+	dirs  map[string]bool    // directories that were written, relative to dir
+}
+
 // writeTree writes the files below dir as layer entries, in lexical order: types, modes,
 // owners, times, hard links, devices and extended attributes, and whiteouts for what
-// only o.base has. Sockets are left out, as in every layer.
+// only o.base has. The directories above a written file are written too, as every image
+// builder does. Sockets are left out, as in every layer.
 func writeTree(ctx context.Context, tw *tar.Writer, dir string, o treeOptions) error {
-	links := map[inodeID]string{}
+	w := &treeWriter{treeOptions: o, tw: tw, dir: dir, links: map[inodeID]string{}, dirs: map[string]bool{".": true}}
 	err := filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
 		if err != nil {
 			return err
@@ -50,7 +60,7 @@ func writeTree(ctx context.Context, tw *tar.Writer, dir string, o treeOptions) e
 		if d.Type()&fs.ModeSocket != 0 {
 			return nil
 		}
-		if err := writeNode(tw, path, rel, links, o); err != nil {
+		if err := w.add(rel); err != nil {
 			return fmt.Errorf("%s: %w", rel, err)
 		}
 		return nil
@@ -58,16 +68,45 @@ func writeTree(ctx context.Context, tw *tar.Writer, dir string, o treeOptions) e
 	if err != nil || o.base == "" {
 		return err
 	}
-	return writeWhiteouts(tw, dir, o)
+	return w.whiteouts()
 }
 
-func writeNode(tw *tar.Writer, path, rel string, links map[inodeID]string, o treeOptions) error {
+// add writes the file unless the base has it, after the directories above it.
+func (w *treeWriter) add(rel string) error {
 	var st unix.Stat_t
-	if err := unix.Lstat(path, &st); err != nil {
+	if err := unix.Lstat(filepath.Join(w.dir, rel), &st); err != nil {
 		return err
 	}
-	if o.base != "" && unchanged(filepath.Join(o.base, rel), &st) {
+	if w.base != "" && unchanged(filepath.Join(w.base, rel), &st) {
 		return nil
+	}
+	return w.write(rel, &st)
+}
+
+// above writes the directories above rel that were not written.
+func (w *treeWriter) above(rel string) error {
+	for _, dir := range parents(rel) {
+		if w.dirs[dir] {
+			continue
+		}
+		var st unix.Stat_t
+		if err := unix.Lstat(filepath.Join(w.dir, dir), &st); err != nil {
+			return err
+		}
+		if err := w.write(dir, &st); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (w *treeWriter) write(rel string, st *unix.Stat_t) error {
+	if err := w.above(rel); err != nil {
+		return err
+	}
+	path := filepath.Join(w.dir, rel)
+	if st.Mode&unix.S_IFMT == unix.S_IFDIR {
+		w.dirs[rel] = true
 	}
 	info, err := os.Lstat(path)
 	if err != nil {
@@ -83,7 +122,7 @@ func writeNode(tw *tar.Writer, path, rel string, links map[inodeID]string, o tre
 	if err != nil {
 		return err
 	}
-	h.Name = filepath.Join(o.prefix, rel)
+	h.Name = filepath.Join(w.prefix, rel)
 	if h.Name == "." {
 		return nil
 	}
@@ -91,27 +130,27 @@ func writeNode(tw *tar.Writer, path, rel string, links map[inodeID]string, o tre
 		h.Name += "/"
 	}
 	h.Format, h.Uname, h.Gname = tar.FormatPAX, "", ""
-	if o.root {
+	if w.root {
 		h.Uid, h.Gid = 0, 0
 	}
 	if h.Typeflag == tar.TypeReg && st.Nlink > 1 {
 		id := inodeID{st.Dev, st.Ino}
-		if first, ok := links[id]; ok {
+		if first, ok := w.links[id]; ok {
 			h.Typeflag, h.Linkname, h.Size = tar.TypeLink, first, 0
-			return tw.WriteHeader(h)
+			return w.tw.WriteHeader(h)
 		}
-		links[id] = h.Name
+		w.links[id] = h.Name
 	}
 	if err := addXattrs(h, path); err != nil {
 		return err
 	}
-	if err := tw.WriteHeader(h); err != nil {
+	if err := w.tw.WriteHeader(h); err != nil {
 		return err
 	}
 	if h.Typeflag != tar.TypeReg {
 		return nil
 	}
-	return copyContent(tw, path)
+	return copyContent(w.tw, path)
 }
 
 func copyContent(tw *tar.Writer, path string) (err error) {
@@ -135,19 +174,19 @@ func unchanged(base string, st *unix.Stat_t) bool {
 		b.Mtim == st.Mtim && (b.Size == st.Size || st.Mode&unix.S_IFMT == unix.S_IFDIR)
 }
 
-// writeWhiteouts writes a whiteout for each topmost file that o.base has and dir has not.
-func writeWhiteouts(tw *tar.Writer, dir string, o treeOptions) error {
-	return filepath.WalkDir(o.base, func(path string, d fs.DirEntry, err error) error {
+// whiteouts writes a whiteout for each topmost file that the base has and the tree has not.
+func (w *treeWriter) whiteouts() error {
+	return filepath.WalkDir(w.base, func(path string, d fs.DirEntry, err error) error {
 		if err != nil {
 			return err
 		}
-		rel, err := filepath.Rel(o.base, path)
+		rel, err := filepath.Rel(w.base, path)
 		if err != nil {
 			return err
 		}
-		gone := o.skip != nil && rel != "." && o.skip(rel, d)
+		gone := w.skip != nil && rel != "." && w.skip(rel, d)
 		if !gone {
-			_, err := os.Lstat(filepath.Join(dir, rel))
+			_, err := os.Lstat(filepath.Join(w.dir, rel))
 			if err == nil {
 				return nil
 			}
@@ -155,9 +194,12 @@ func writeWhiteouts(tw *tar.Writer, dir string, o treeOptions) error {
 				return err
 			}
 		}
-		name := filepath.Join(o.prefix, filepath.Dir(rel), ".wh."+filepath.Base(rel))
+		name := filepath.Join(w.prefix, filepath.Dir(rel), ".wh."+filepath.Base(rel))
 		h := &tar.Header{Typeflag: tar.TypeReg, Name: name, Mode: 0o600, ModTime: fixedTime()}
-		if err := tw.WriteHeader(h); err != nil {
+		if err := w.above(rel); err != nil {
+			return err
+		}
+		if err := w.tw.WriteHeader(h); err != nil {
 			return err
 		}
 		if d.IsDir() {
