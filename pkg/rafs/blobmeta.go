@@ -53,8 +53,8 @@ func decodeV2(m disk.MetaV2) metaRecord {
 	r := metaRecord{
 		uncompressedOffset: (m.Uncompressed & disk.V2UncompBlockMask) << disk.BlockBits,
 		compressedOffset:   m.Compressed & disk.V2CompOffsetMask,
-		uncompressedSize:   uint32(m.Uncompressed>>disk.V2UncompSizeShift&disk.V2UncompSizeMask) + 1, //nolint:gosec // 24 bits
-		compressedSize:     uint32(m.Compressed >> disk.V2CompSizeShift),                             //nolint:gosec // 24 bits
+		uncompressedSize:   uint32(m.Uncompressed>>disk.V2UncompSizeShift&disk.V2UncompSizeMask) + 1,
+		compressedSize:     uint32(m.Compressed >> disk.V2CompSizeShift),
 		compressed:         flags&disk.V2FlagCompressed != 0,
 		zran:               flags&disk.V2FlagZran != 0,
 		batch:              flags&disk.V2FlagBatch != 0,
@@ -62,7 +62,7 @@ func decodeV2(m disk.MetaV2) metaRecord {
 	}
 	if r.batch || r.zran {
 		r.batchIndex = uint32(m.Data >> disk.V2DataIndexShift)
-		r.batchOffset = uint32(m.Data & disk.V2DataOffsetMask) //nolint:gosec // masked
+		r.batchOffset = uint32(m.Data & disk.V2DataOffsetMask)
 	}
 	return r
 }
@@ -71,14 +71,14 @@ func decodeV2(m disk.MetaV2) metaRecord {
 type metaTable struct {
 	blob    Blob
 	records []byte
-	size    int // of one record
+	size    uint32 // of one record
 	count   uint32
 	batches []disk.BatchContext
 }
 
 // record returns record i, which must be below count.
 func (t *metaTable) record(i uint32) metaRecord {
-	p := t.records[int(i)*t.size:]
+	p := t.records[uint64(i)*uint64(t.size):]
 	le := binary.LittleEndian
 	if t.size == disk.SizeMetaV1 {
 		return decodeV1(disk.MetaV1{Uncompressed: le.Uint64(p), Compressed: le.Uint64(p[8:])})

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"hash"
 	"io"
+	"slices"
 
 	"github.com/headstart-oci/headstart/pkg/rafs/internal/disk"
 )
@@ -235,7 +236,7 @@ func (b *BlobWriter) writeTail(blob *Blob) error {
 	}
 	entries := appendRecord(nil, toc)
 	header := sectionHeader(disk.SectionTOC, uint64(len(entries)))
-	blob.TOCDigest = sha256.Sum256(append(entries[:len(entries):len(entries)], header...))
+	blob.TOCDigest = sha256.Sum256(slices.Concat(entries, header))
 	blob.TOCSize = uint32(len(entries) + len(header)) //nolint:gosec // four entries
 	return b.writeSection(disk.SectionTOC, entries)
 }

@@ -189,7 +189,7 @@ func sizeOf(r io.ReaderAt) (uint64, bool) {
 	default:
 		return 0, false
 	}
-	return uint64(max(size, 0)), true //nolint:gosec // not negative
+	return uint64(max(size, 0)), true
 }
 
 // meta compares every blob.meta record with the rules and with the chunk table.

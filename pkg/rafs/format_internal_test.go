@@ -162,9 +162,13 @@ func TestWalkSorted(t *testing.T) {
 func TestXattrRoundTrip(t *testing.T) {
 	t.Parallel()
 	in := []Xattr{
-		{"user.b", []byte("1")}, {"user.a", nil}, {"trusted.overlay.opaque", []byte("y")},
-		{"security.capability", bytes.Repeat([]byte{7}, 20)}, {"system.posix_acl_access", []byte{2, 0, 0, 0}},
-		{"system.posix_acl_default", []byte{2}}, {"user." + strings.Repeat("n", 250), bytes.Repeat([]byte("v"), MaxXattrValue)},
+		{"user.b", []byte("1")},
+		{"user.a", nil},
+		{"trusted.overlay.opaque", []byte("y")},
+		{"security.capability", bytes.Repeat([]byte{7}, 20)},
+		{"system.posix_acl_access", []byte{2, 0, 0, 0}},
+		{"system.posix_acl_default", []byte{2}},
+		{"user." + strings.Repeat("n", 250), bytes.Repeat([]byte("v"), MaxXattrValue)},
 	}
 	size, err := xattrSize(in)
 	if err != nil {

@@ -45,7 +45,8 @@ func tinyImage(tb testing.TB, o BlobOptions) (bootstrap, blob []byte) {
 		Blobs: []Blob{b}, ChunkSize: 4096, Compressor: o.Compressor, Digester: o.Digester, Prefetch: []*Inode{file},
 		Root: &Inode{Mode: modeDir | 0o755, Children: []Dirent{
 			{"dir", &Inode{Mode: modeDir | 0o755, Xattrs: []Xattr{{"user.a", []byte("b")}}}},
-			{"file", file}, {"hard", file},
+			{"file", file},
+			{"hard", file},
 			{"link", &Inode{Mode: modeSymlink | 0o777, Target: "file"}},
 		}},
 	}
@@ -59,7 +60,8 @@ func tinyImage(tb testing.TB, o BlobOptions) (bootstrap, blob []byte) {
 func tinyImages(tb testing.TB) [][2][]byte {
 	var list [][2][]byte
 	for _, o := range []BlobOptions{
-		{ChunkSize: 4096}, {ChunkSize: 4096, Compressor: CompressorZstd, TOC: true},
+		{ChunkSize: 4096},
+		{ChunkSize: 4096, Compressor: CompressorZstd, TOC: true},
 		{ChunkSize: 4096, Compressor: CompressorLZ4, Digester: DigesterSHA256},
 	} {
 		boot, blob := tinyImage(tb, o)

@@ -136,7 +136,7 @@ func (p *v6Plan) checkChunks(ino *Inode) error {
 	}
 	for i := range ino.Chunks {
 		c := &ino.Chunks[i]
-		if want := min(unit, ino.Size-uint64(i)*unit); uint64(c.UncompressedSize) != want { //nolint:gosec // an index
+		if want := min(unit, ino.Size-uint64(i)*unit); uint64(c.UncompressedSize) != want {
 			return invalid(fmt.Sprintf("chunk %d", i), -1, "size", c.UncompressedSize, want)
 		}
 		if int(c.Blob) >= len(p.img.Blobs) {
@@ -234,7 +234,7 @@ func xattrSize(xattrs []Xattr) (uint32, error) {
 	if total > maxXattrBytes {
 		return 0, invalid("xattrs", -1, "total size", total, fmt.Sprintf("at most %d", uint64(maxXattrBytes)))
 	}
-	return uint32(total), nil //nolint:gosec // checked above
+	return uint32(total), nil
 }
 
 // maxXattrBytes is what a 16-bit i_xattr_icount can say.

@@ -102,7 +102,7 @@ func (t *v6Tables) info() *Info {
 			Tag:    cString(slot.Tag[:]), Blocks: slot.Blocks, MappedBlock: slot.MappedBlock,
 		})
 		info.Blobs = append(info.Blobs, BlobInfo{
-			Offset: e.BlobTableOffset + uint64(i)*disk.SizeBlobEntry, Index: i, //nolint:gosec // an index
+			Offset: e.BlobTableOffset + uint64(i)*disk.SizeBlobEntry, Index: i,
 			FeatureNames: names(uint64(t.blobs[i].Features), featureNames), Blob: t.blobs[i],
 		})
 	}

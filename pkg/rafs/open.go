@@ -112,7 +112,7 @@ func newPagedReader(r io.ReaderAt, size int64) (*pagedReader, error) {
 	if size < disk.BlockSize {
 		return nil, invalid("bootstrap", -1, "size", size, fmt.Sprintf("at least %d", disk.BlockSize))
 	}
-	return &pagedReader{r: r, size: uint64(size)}, nil //nolint:gosec // not negative
+	return &pagedReader{r: r, size: uint64(size)}, nil
 }
 
 // readAt fills p from offset; section is for the error.
@@ -139,7 +139,7 @@ func (s *pagedReader) bounds(offset, n uint64, section string) error {
 	return nil
 }
 
-func clampOffset(offset uint64) int64 { return int64(min(offset, 1<<63-1)) } //nolint:gosec // clamped
+func clampOffset(offset uint64) int64 { return int64(min(offset, 1<<63-1)) }
 
 func (s *pagedReader) page(index uint64) ([]byte, error) {
 	p := &s.pages[index%pageCount]

@@ -30,11 +30,11 @@ func (t *v6Tables) checkTables(faults *faultList) error {
 	for i := range t.blobs {
 		slot, entry, b := &t.slots[i], &t.entries[i], &t.blobs[i]
 		blocks += uint64(slot.Blocks)
-		section, at := fmt.Sprintf("device slot %d", i), uint64(disk.DeviceSlotOffset+i*disk.SizeDeviceSlot) //nolint:gosec // small
+		section, at := fmt.Sprintf("device slot %d", i), uint64(disk.DeviceSlotOffset+i*disk.SizeDeviceSlot)
 		add(section, at, rule{slot.Tag == entry.ID, "tag", cString(slot.Tag[:]), b.ID})
 		add(section, at, rule{uint64(slot.Blocks) == b.UncompressedSize/t.block, "blocks", slot.Blocks, b.UncompressedSize / t.block})
 		add(section, at, rule{zero(slot.Reserved[:]), "reserved bytes", "not zero", "zero"})
-		section, at = fmt.Sprintf("blob table entry %d", i), t.ext.BlobTableOffset+uint64(i)*disk.SizeBlobEntry //nolint:gosec // an index
+		section, at = fmt.Sprintf("blob table entry %d", i), t.ext.BlobTableOffset+uint64(i)*disk.SizeBlobEntry
 		add(section, at, rule{zero(entry.Reserved[:]), "reserved bytes", "not zero", "zero"})
 		add(section, at, rule{b.ChunkCount > 0, "chunk_count", b.ChunkCount, "not 0"})
 		add(section, at, rule{b.Digester == t.digester(), "digest_algo", b.Digester, t.digester()})

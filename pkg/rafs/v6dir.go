@@ -15,7 +15,7 @@ type v6Entry struct {
 func dirSize(children []Dirent) uint64 {
 	var size uint64
 	add := func(name string) {
-		n := uint64(disk.SizeDirent + len(name)) //nolint:gosec // a length
+		n := uint64(disk.SizeDirent + len(name))
 		if size%disk.BlockSize+n > disk.BlockSize {
 			size = alignUp(size, disk.BlockSize)
 		}

@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 
 	"github.com/headstart-oci/headstart/pkg/rafs/internal/disk"
@@ -52,8 +53,8 @@ func (p *v6Path) String() string {
 		names = append(names, p.name)
 	}
 	var b strings.Builder
-	for i := len(names) - 1; i >= 0; i-- {
-		b.WriteString("/" + names[i])
+	for _, name := range slices.Backward(names) {
+		b.WriteString("/" + name)
 	}
 	if b.Len() == 0 {
 		return "/"
@@ -228,7 +229,7 @@ func (l *v6Loader) resolvePrefetch() error {
 	for i, nid := range l.prefetch {
 		f, ok := l.inodes[uint64(nid)]
 		if !ok {
-			offset := l.ext.PrefetchTableOffset + uint64(i)*sizeNid //nolint:gosec // an index
+			offset := l.ext.PrefetchTableOffset + uint64(i)*sizeNid
 			err := invalid(fmt.Sprintf("prefetch entry %d", i), clampOffset(offset), "nid", nid, "an inode of the tree")
 			if err := l.faults.add(err); err != nil {
 				return err

@@ -195,12 +195,12 @@ func (w *v6Walk) dir(n v6Node, name string) error {
 	if err != nil {
 		return err
 	}
-	w.stack = append(w.stack, v6Frame{node: node, base: uint32(base), name: name}) //nolint:gosec // checked above
+	w.stack = append(w.stack, v6Frame{node: node, base: uint32(base), name: name})
 	for i, c := range ino.Children {
 		if fileType(c.Inode.Mode) == modeDir {
 			continue
 		}
-		if err := w.file(c, uint32(base)+uint32(i)); err != nil { //nolint:gosec // checked above
+		if err := w.file(c, uint32(base)+uint32(i)); err != nil {
 			return err
 		}
 	}
@@ -244,7 +244,7 @@ func (w *v6Walk) add(n v6Node, name string) (uint32, error) {
 	p.nodes = append(p.nodes, n)
 	p.index[n.inode] = at
 	for i := range n.inode.Chunks {
-		p.chunk = append(p.chunk, v6ChunkRef{&n.inode.Chunks[i], uint64(i) * uint64(p.img.ChunkSize)}) //nolint:gosec // an index
+		p.chunk = append(p.chunk, v6ChunkRef{&n.inode.Chunks[i], uint64(i) * uint64(p.img.ChunkSize)})
 	}
 	return at, nil
 }

@@ -108,7 +108,7 @@ func (t *v6Tables) readExtSuper() error {
 		{!hasPrefetch || e.PrefetchTableOffset%8 == 0, "prefetch_table_offset", e.PrefetchTableOffset, "a multiple of 8"},
 		{!hasPrefetch || e.PrefetchTableSize%sizeNid == 0, "prefetch_table_size", e.PrefetchTableSize, "a multiple of 4"},
 		{!hasPrefetch || inside(prefetch, t.src.size), "prefetch table", prefetch, "inside the file"},
-		{!hasPrefetch || !overlap(prefetch, blobs) && !(hasChunks && overlap(prefetch, chunks)), "prefetch table", prefetch, "apart from the other tables"},
+		{!hasPrefetch || !overlap(prefetch, blobs) && (!hasChunks || !overlap(prefetch, chunks)), "prefetch table", prefetch, "apart from the other tables"},
 	})
 	if err != nil {
 		return err
@@ -133,7 +133,7 @@ func overlap(a, b [2]uint64) bool {
 func (t *v6Tables) readSlots() error {
 	seen := map[string]int{}
 	for i := range int(t.super.ExtraDevices) {
-		offset := uint64(disk.DeviceSlotOffset + i*disk.SizeDeviceSlot) //nolint:gosec // small
+		offset := uint64(disk.DeviceSlotOffset + i*disk.SizeDeviceSlot)
 		section := fmt.Sprintf("device slot %d", i)
 		var s disk.DeviceSlot
 		if err := t.src.record(&s, offset, section); err != nil {
@@ -212,7 +212,7 @@ func (t *v6Tables) readPrefetch() error {
 func (t *v6Tables) compressor() Compressor {
 	for c, flag := range compressorFlags {
 		if t.ext.Flags&flag != 0 {
-			return Compressor(c) //nolint:gosec // an index
+			return Compressor(c)
 		}
 	}
 	return CompressorNone

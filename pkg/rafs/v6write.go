@@ -15,7 +15,7 @@ func (p *v6Plan) write(out *placedWriter) {
 	out.at(disk.ExtSuperOffset, appendRecord(nil, p.extSuper()))
 	out.at(disk.DeviceSlotOffset, appendRecord(nil, p.slots))
 	for i := range p.img.Blobs {
-		entry := blobEntry(&p.img.Blobs[i], uint32(i)) //nolint:gosec // at most MaxBlobs
+		entry := blobEntry(&p.img.Blobs[i], uint32(i))
 		out.at(p.sizes.blobs+uint64(i)*disk.SizeBlobEntry, appendRecord(nil, &entry))
 	}
 	if p.sizes.prefetch != 0 {
@@ -29,7 +29,7 @@ func (p *v6Plan) write(out *placedWriter) {
 	var buf []byte
 	for i, c := range p.chunk {
 		buf = appendRecord(buf[:0], chunkRecord(c))
-		out.at(p.sizes.chunks+uint64(i)*disk.SizeChunkRecord, buf) //nolint:gosec // an index
+		out.at(p.sizes.chunks+uint64(i)*disk.SizeChunkRecord, buf)
 	}
 	out.at(p.sizes.total, nil)
 }
@@ -132,9 +132,9 @@ func (p *v6Plan) writeMeta(out *placedWriter) {
 	pieces := make([]v6Piece, 0, len(p.nodes))
 	for i := range p.nodes {
 		n := &p.nodes[i]
-		pieces = append(pieces, v6Piece{n.offset, uint32(i), false}) //nolint:gosec // at most p.names
+		pieces = append(pieces, v6Piece{n.offset, uint32(i), false})
 		if hasBlocks(n) {
-			pieces = append(pieces, v6Piece{n.data, uint32(i), true}) //nolint:gosec // as above
+			pieces = append(pieces, v6Piece{n.data, uint32(i), true})
 		}
 	}
 	slices.SortFunc(pieces, func(a, b v6Piece) int { return cmp.Compare(a.offset, b.offset) })
@@ -232,8 +232,8 @@ func (p *v6Plan) appendInode(dst []byte, n *v6Node) []byte {
 // appendChunkIndex appends c as a [disk.ChunkIndex]. It is written by hand because a large
 // file has one per chunk; TestChunkIndexEncoding holds it against the record.
 func appendChunkIndex(dst []byte, c *Chunk) []byte {
-	device := uint16(c.Blob+1)&disk.ChunkDeviceMask | uint16(c.Index>>disk.ChunkIndexLowBits)<<disk.ChunkIndexHighShift //nolint:gosec // 24-bit index
-	dst = binary.LittleEndian.AppendUint16(dst, uint16(c.Index))                                                        //nolint:gosec // the low half
+	device := (c.Blob+1)&disk.ChunkDeviceMask | uint16(c.Index>>disk.ChunkIndexLowBits)<<disk.ChunkIndexHighShift
+	dst = binary.LittleEndian.AppendUint16(dst, uint16(c.Index)) //nolint:gosec // the low half
 	dst = binary.LittleEndian.AppendUint16(dst, device)
 	return binary.LittleEndian.AppendUint32(dst, uint32(c.UncompressedOffset/disk.BlockSize)) //nolint:gosec // below 2^44 bytes
 }

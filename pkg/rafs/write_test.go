@@ -35,18 +35,20 @@ func TestWriteBootstrapRefuses(t *testing.T) {
 		want   string
 		change func(img *rafs.Image)
 	}{
-		"no root":               {"root", func(img *rafs.Image) { img.Root = nil }},
-		"root a file":           {"root", func(img *rafs.Image) { img.Root = file() }},
-		"chunk size":            {"chunk size is 5000", func(img *rafs.Image) { img.ChunkSize = 5000 }},
-		"other chunk size":      {"chunk_size is 4096, want 8192", func(img *rafs.Image) { img.ChunkSize = 8192 }},
-		"compressor":            {"compressor", func(img *rafs.Image) { img.Compressor = 9 }},
-		"digester":              {"digester", func(img *rafs.Image) { img.Digester = 9 }},
-		"digester of a blob":    {"digester is blake3, want sha256", func(img *rafs.Image) { img.Digester = rafs.DigesterSHA256 }},
-		"too many blobs":        {"number of blobs is 255, want at most 254", func(img *rafs.Image) { img.Blobs = slices.Repeat(img.Blobs, 255) }},
-		"blob twice":            {"one that no other blob has", func(img *rafs.Image) { img.Blobs = slices.Repeat(img.Blobs, 2) }},
-		"blob without id":       {"blob 0: id", func(img *rafs.Image) { img.Blobs[0].ID = "" }},
-		"long blob id":          {"1 to 64", func(img *rafs.Image) { img.Blobs[0].ID += "0" }},
-		"blob without chunks":   {"chunk count", func(img *rafs.Image) { img.Blobs[0].ChunkCount, img.Blobs[0].MetaUncompressed, img.Blobs[0].MetaCompressed = 0, 0, 0 }},
+		"no root":            {"root", func(img *rafs.Image) { img.Root = nil }},
+		"root a file":        {"root", func(img *rafs.Image) { img.Root = file() }},
+		"chunk size":         {"chunk size is 5000", func(img *rafs.Image) { img.ChunkSize = 5000 }},
+		"other chunk size":   {"chunk_size is 4096, want 8192", func(img *rafs.Image) { img.ChunkSize = 8192 }},
+		"compressor":         {"compressor", func(img *rafs.Image) { img.Compressor = 9 }},
+		"digester":           {"digester", func(img *rafs.Image) { img.Digester = 9 }},
+		"digester of a blob": {"digester is blake3, want sha256", func(img *rafs.Image) { img.Digester = rafs.DigesterSHA256 }},
+		"too many blobs":     {"number of blobs is 255, want at most 254", func(img *rafs.Image) { img.Blobs = slices.Repeat(img.Blobs, 255) }},
+		"blob twice":         {"one that no other blob has", func(img *rafs.Image) { img.Blobs = slices.Repeat(img.Blobs, 2) }},
+		"blob without id":    {"blob 0: id", func(img *rafs.Image) { img.Blobs[0].ID = "" }},
+		"long blob id":       {"1 to 64", func(img *rafs.Image) { img.Blobs[0].ID += "0" }},
+		"blob without chunks": {"chunk count", func(img *rafs.Image) {
+			img.Blobs[0].ChunkCount, img.Blobs[0].MetaUncompressed, img.Blobs[0].MetaCompressed = 0, 0, 0
+		}},
 		"odd blob":              {"uncompressed size", func(img *rafs.Image) { img.Blobs[0].UncompressedSize++ }},
 		"huge blobs":            {"flat address", func(img *rafs.Image) { img.Blobs[0].UncompressedSize = 1 << 44 }},
 		"tarfs":                 {"tarfs", func(img *rafs.Image) { img.Blobs[0].Features |= 0x40 }},

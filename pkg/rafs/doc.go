@@ -1,0 +1,23 @@
+// Package rafs reads, writes and checks Nydus images: RAFS v6 bootstraps and their data
+// blobs. It knows bytes only: it opens no file, socket or process.
+//
+// Five terms carry it. A bootstrap is the metadata of a whole image; in v6 it is an EROFS
+// image with private tables. A blob holds the chunks of one layer, compressed, and a
+// table of them, blob.meta. A chunk is the unit of compression and digest: a piece of a file of at most the
+// image's chunk size. The cache file of a blob is its uncompressed form, whose offsets are
+// what the bootstrap's block addresses mean. The prefetch table lists inodes that a reader should fetch first.
+//
+// An [Image] holds everything that a bootstrap says. [Open] reads one, [WriteBootstrap] writes one:
+//
+//	img, err := rafs.Open(bootstrap, size)
+//	…
+//	fsys := img.FS(func(b rafs.Blob) (*rafs.BlobReader, error) {
+//		return rafs.OpenBlob(blobs[b.ID], b)
+//	})
+//	data, err := fs.ReadFile(fsys, "etc/os-release") // every chunk verified
+//
+// Limits: RAFS v5, encryption, tarfs data and chunks inside plain gzip layers (ZRAN) give [ErrUnsupported]; the
+// tree of a tarfs or ZRAN image can be read. Bytes are written for little-endian readers of block size 4096.
+// The layout was learned from the sources of dragonflyoss/nydus and the kernel's fs/erofs; WriteBootstrap
+// gives the bytes that nydus-image 2.4 gives, but for the CRCs of chunks and the order of xattrs.
+package rafs
