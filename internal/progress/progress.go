@@ -59,7 +59,10 @@ func (d *Display) Update(task string, done, total int64, finished bool) {
 	}
 	switch {
 	case finished:
-		d.clear()
+		d.erase()
+		if task == d.shown {
+			d.bar, d.shown = nil, ""
+		}
 		d.line(task, done, d.now().Sub(start))
 		delete(d.begun, task)
 		delete(d.said, task)
@@ -78,7 +81,7 @@ func (d *Display) Printf(format string, args ...any) {
 	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	d.clear()
+	d.erase()
 	fmt.Fprintf(d.w, format+"\n", args...)
 }
 
@@ -89,7 +92,7 @@ func (d *Display) Close() {
 	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	d.clear()
+	d.erase()
 	d.closed = true
 }
 
@@ -113,10 +116,10 @@ func (d *Display) draw(task string, done, total int64) {
 	_ = d.bar.Set64(done)
 }
 
-func (d *Display) clear() {
+// erase takes the bar off the terminal; the next update draws it again.
+func (d *Display) erase() {
 	if d.bar != nil {
 		_ = d.bar.Clear() // as in draw
-		d.bar, d.shown = nil, ""
 	}
 }
 
