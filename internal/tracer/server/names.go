@@ -92,7 +92,9 @@ func (n *namer) path(raw string, pid int32, st *unix.Statx_t, whence whence) (st
 			return p, true
 		}
 	}
-	if !deleted || whence == made {
+	if !deleted || whence == made || !n.t.whole() {
+		// Below a directory that shares its mount with others, a name that is gone may
+		// as well be theirs.
 		return "", false
 	}
 	return n.gone(base, pid, mountOf(st))

@@ -110,10 +110,18 @@ func TestDirectory(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
+	gone := filepath.Join(top, "gone")
+	if err := os.WriteFile(gone, nil, 0o644); err != nil {
+		t.Fatal(err)
+	}
 	time.Sleep(20 * time.Millisecond) // older than the run by more than a clock tick
 	cat := func() {
 		if out, err := exec.Command("cat", args...).CombinedOutput(); err != nil {
 			t.Errorf("cat: %v\n%s", err, out)
+		}
+		// A file beside the root that is read and deleted: its name could be anybody's.
+		if out, err := exec.Command("sh", "-c", "if [ -e $0 ]; then exec 5< $0; rm $0; fi", gone).CombinedOutput(); err != nil {
+			t.Errorf("rm: %v\n%s", err, out)
 		}
 	}
 	paths := func(frames []stream.Frame) (paths []string) {
