@@ -3,7 +3,7 @@ PREFIX     ?= /usr/local
 FUZZTIME   ?= 20s
 SOAK       ?= 10m
 PKG        ?= ./...
-RACE_PKG    = $(shell go list ./pkg/... ./cmd/... ./internal/... | grep -vE "/(bench|demo|e2e|pins|test[a-z]+|tools|workload)(/|$$)")
+RACE_PKG    = $(shell go list ./pkg/... ./internal/... | grep -vE "/(bench|demo|e2e|pins|test[a-z]+|tools|workload)(/|$$)")
 TOOLS      := go run ./internal/tools/cmd/tools
 SUDO       ?= $(if $(DESTDIR),,$(shell [ "$$(id -u)" = 0 ] || command -v sudo))
 PLUGIN      = $(DESTDIR)/opt/nri/plugins/02-optimizer-nri-plugin
@@ -34,7 +34,7 @@ test: ## everything, end to end too; what this machine lacks is skipped visibly
 
 test-race: ## under the race detector, which needs gcc
 	$(TOOLS) install gcc
-	CGO_ENABLED=1 go test -race -shuffle=on -timeout 20m $(TESTFLAGS) $(RACE_PKG)
+	CGO_ENABLED=1 go test -race -short -shuffle=on -timeout 20m $(TESTFLAGS) $(RACE_PKG)
 
 lint: ## golangci-lint, see .golangci.yml
 	"$$($(TOOLS) path golangci-lint)" run $(PKG)
