@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -17,6 +18,8 @@ import (
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/distribution/reference"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 
 	"github.com/headstart-oci/headstart/internal/rebuild"
 	"github.com/headstart-oci/headstart/internal/testcri"
@@ -32,6 +35,7 @@ const (
 
 // demo holds what the steps share.
 type demo struct {
+	options
 	dir string // results; stays
 	out io.Writer
 	log io.Writer
@@ -39,8 +43,7 @@ type demo struct {
 	env                       *testcri.Env
 	plugin, server, optimizer string // our programs
 
-	image    string   // reference of the workload
-	cmd      []string // replaces the image's command; nil: it does not
+	ref      string // of the workload in containerd
 	manifest ocispec.Manifest
 	size     int64 // bytes of the image as a registry stores it
 	endless  bool  // the workload had to be stopped
@@ -78,34 +81,33 @@ func (d *demo) start(ctx context.Context) (err error) {
 }
 
 // prepare brings the image into containerd.
-func (d *demo) prepare(ctx context.Context, image string, cmd []string) error {
-	d.cmd = cmd
-	switch rest, layout := strings.CutPrefix(image, "oci:"); {
-	case image == "":
+func (d *demo) prepare(ctx context.Context) error {
+	switch rest, layout := strings.CutPrefix(d.image, "oci:"); {
+	case d.image == "":
 		d.say("make an image from this machine's Go toolchain")
 		img, err := workload.Build(ctx, workload.GoTool, workload.Options{Log: d.log})
 		if err != nil {
 			return err
 		}
-		d.image = img.Reference
-		if err := d.env.ImportOCI(ctx, img.Dir, d.image); err != nil {
+		d.ref = img.Reference
+		if err := d.env.ImportOCI(ctx, img.Dir, d.ref); err != nil {
 			return err
 		}
 	case layout:
 		dir, _, _ := strings.Cut(rest, ":")
-		d.image = "docker.io/demo/" + strings.ToLower(filepath.Base(dir)) + ":latest"
-		d.say("import %s as %s", dir, d.image)
-		if err := d.env.ImportOCI(ctx, dir, d.image); err != nil {
+		d.ref = "docker.io/demo/" + strings.ToLower(filepath.Base(dir)) + ":latest"
+		d.say("import %s as %s", dir, d.ref)
+		if err := d.env.ImportOCI(ctx, dir, d.ref); err != nil {
 			return err
 		}
 	default:
-		named, err := reference.ParseDockerRef(image)
+		named, err := reference.ParseDockerRef(d.image)
 		if err != nil {
-			return fmt.Errorf("IMAGE=%s: %w", image, err)
+			return fmt.Errorf("IMAGE=%s: %w", d.image, err)
 		}
-		d.image = named.String()
-		d.say("pull %s", d.image)
-		if _, err := d.env.Pull(ctx, d.image); err != nil {
+		d.ref = named.String()
+		d.say("pull %s", d.ref)
+		if _, err := d.env.Pull(ctx, d.ref); err != nil {
 			return err
 		}
 	}
@@ -115,13 +117,13 @@ func (d *demo) prepare(ctx context.Context, image string, cmd []string) error {
 // describe reads the image's manifest from containerd.
 func (d *demo) describe(ctx context.Context) error {
 	ctx = namespaces.WithNamespace(ctx, testcri.Namespace)
-	img, err := d.env.Client().GetImage(ctx, d.image)
+	img, err := d.env.Client().GetImage(ctx, d.ref)
 	if err != nil {
 		return err
 	}
 	d.manifest, err = images.Manifest(ctx, d.env.Client().ContentStore(), img.Target(), img.Platform())
 	if err != nil {
-		return fmt.Errorf("read the manifest of %s: %w", d.image, err)
+		return fmt.Errorf("read the manifest of %s: %w", d.ref, err)
 	}
 	d.size = d.manifest.Config.Size
 	for _, l := range d.manifest.Layers {
@@ -133,7 +135,7 @@ func (d *demo) describe(ctx context.Context) error {
 	} else if spec, err := img.Spec(ctx); err == nil {
 		what = strings.Join(append(slices.Clone(spec.Config.Entrypoint), spec.Config.Cmd...), " ")
 	}
-	d.say("image %s: %d layers, %.1f MB; it runs: %s", d.image, len(d.manifest.Layers), mega(d.size), what)
+	d.say("image %s: %d layers, %.1f MB; it runs: %s", d.ref, len(d.manifest.Layers), mega(d.size), what)
 	return d.checkUnpacked(ctx, img)
 }
 
@@ -152,11 +154,11 @@ type figures struct {
 	firstTotal   time.Duration   // of the first run
 }
 
-// runs runs the workload a few times.
-func (d *demo) runs(ctx context.Context, how string) (figures, error) {
-	d.say("run it %d times %s", runs, how)
+// runAll runs the workload a few times.
+func (d *demo) runAll(ctx context.Context, how string) (figures, error) {
+	d.say("run it %d times %s", d.runs, how)
 	var f figures
-	for i := range runs {
+	for i := range d.runs {
 		id, start, total, err := d.once(ctx)
 		if err != nil {
 			return figures{}, fmt.Errorf("run %d %s: %w", i+1, how, err)
@@ -181,7 +183,7 @@ func (d *demo) once(ctx context.Context) (id string, start, total time.Duration,
 		return "", 0, 0, err
 	}
 	defer func() { err = errors.Join(err, pod.Remove(context.WithoutCancel(ctx))) }()
-	c, err := pod.Create(ctx, testcri.ContainerOptions{Image: d.image, Command: d.cmd})
+	c, err := pod.Create(ctx, testcri.ContainerOptions{Image: d.ref, Command: d.cmd})
 	if err != nil {
 		return "", 0, 0, err
 	}
@@ -189,14 +191,14 @@ func (d *demo) once(ctx context.Context) (id string, start, total time.Duration,
 	if start, err = c.Start(ctx); err != nil {
 		return "", 0, 0, err
 	}
-	limited, cancel := context.WithTimeout(ctx, runLimit)
+	limited, cancel := context.WithTimeout(ctx, cmp.Or(d.limit, runLimit))
 	defer cancel()
 	exit, err := c.Wait(limited)
 	switch {
 	case ctx.Err() != nil:
 		return "", 0, 0, ctx.Err()
-	case errors.Is(limited.Err(), context.DeadlineExceeded):
-		d.say("it still runs after %v: stop it", runLimit)
+	case errors.Is(err, context.DeadlineExceeded) || status.Code(err) == codes.DeadlineExceeded:
+		d.say("it still runs after %v: stop it", cmp.Or(d.limit, runLimit))
 		d.endless = true
 		if err := c.Stop(ctx, 10*time.Second); err != nil {
 			return "", 0, 0, err

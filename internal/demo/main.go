@@ -35,23 +35,33 @@ const (
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGINT, unix.SIGTERM, unix.SIGHUP)
 	defer stop()
-	if err := run(ctx, os.Getenv("IMAGE"), strings.Fields(os.Getenv("CMD")), os.Stdout, os.Stderr); err != nil {
+	o := options{image: os.Getenv("IMAGE"), cmd: strings.Fields(os.Getenv("CMD")), runs: runs}
+	if err := run(ctx, o, os.Stdout, os.Stderr); err != nil {
 		fmt.Fprintln(os.Stderr, "demo:", err)
 		stop()
 		os.Exit(1) //nolint:gocritic // stop was called
 	}
 }
 
+// options say what the demo runs.
+type options struct {
+	image string        // as in IMAGE; empty: made from the Go toolchain
+	cmd   []string      // replaces the image's command
+	runs  int           // without and with the plugin
+	limit time.Duration // of one run; 0: runLimit
+	dir   string        // where results go; empty: headstart/demo in the user's cache directory
+}
+
 // run is the demo; stdout gets the steps and the table, stderr the progress of long steps.
-func run(ctx context.Context, image string, cmd []string, stdout, stderr io.Writer) (err error) {
+func run(ctx context.Context, o options, stdout, stderr io.Writer) (err error) {
 	if os.Geteuid() != 0 {
 		return errors.New("needs root: containerd, runc and fanotify do")
 	}
-	dir, err := resultDir()
+	dir, err := resultDir(o.dir)
 	if err != nil {
 		return fmt.Errorf("make the directory of the results: %w", err)
 	}
-	d := &demo{dir: dir, out: stdout, log: stderr}
+	d := &demo{options: o, dir: dir, out: stdout, log: stderr}
 	defer func() {
 		err = errors.Join(err, d.close())
 		if err != nil && ctx.Err() != nil {
@@ -61,17 +71,17 @@ func run(ctx context.Context, image string, cmd []string, stdout, stderr io.Writ
 	if err := d.start(ctx); err != nil {
 		return err
 	}
-	if err := d.prepare(ctx, image, cmd); err != nil {
+	if err := d.prepare(ctx); err != nil {
 		return err
 	}
-	before, err := d.runs(ctx, "without the plugin")
+	before, err := d.runAll(ctx, "without the plugin")
 	if err != nil {
 		return err
 	}
 	if err := d.dropPlugin(ctx); err != nil {
 		return err
 	}
-	with, err := d.runs(ctx, "with the plugin")
+	with, err := d.runAll(ctx, "with the plugin")
 	if err != nil {
 		return err
 	}
@@ -86,12 +96,14 @@ func run(ctx context.Context, image string, cmd []string, stdout, stderr io.Writ
 }
 
 // resultDir makes a directory that outlives the demo and removes those of earlier ones.
-func resultDir() (string, error) {
-	cache, err := os.UserCacheDir()
-	if err != nil {
-		return "", err
+func resultDir(parent string) (string, error) {
+	if parent == "" {
+		cache, err := os.UserCacheDir()
+		if err != nil {
+			return "", err
+		}
+		parent = filepath.Join(cache, "headstart", "demo")
 	}
-	parent := filepath.Join(cache, "headstart", "demo")
 	if err := os.MkdirAll(parent, 0o755); err != nil {
 		return "", err
 	}

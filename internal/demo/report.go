@@ -23,7 +23,7 @@ import (
 // blobs' data where that is installed.
 func (d *demo) check(ctx context.Context, p product) error {
 	d.say("check the rebuilt image: optimizer check %s", p.result.Target)
-	cmd := exec.CommandContext(ctx, d.optimizer, "check", p.result.Target)
+	cmd := exec.CommandContext(ctx, d.optimizer, "check", "--quiet", p.result.Target)
 	cmd.Stdout, cmd.Stderr = d.log, d.log
 	if err := cmd.Run(); err != nil {
 		return fmt.Errorf("optimizer check: %w", err)

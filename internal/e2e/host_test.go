@@ -127,6 +127,9 @@ func (h *host) newSetup(t *testing.T, s settings) *setup {
 	}
 	u.config = b.String()
 	t.Cleanup(func() {
+		if data, err := os.ReadFile(u.log + ".stderr"); err == nil && t.Failed() {
+			t.Logf("the end of its stderr:\n%s", lastLines(string(data), 5))
+		}
 		if data, err := os.ReadFile(u.log); err == nil && t.Failed() {
 			t.Logf("the end of the plugin's log:\n%s", lastLines(string(data), 25))
 		}

@@ -72,6 +72,7 @@ func testBadServer(t *testing.T, h *host, img *workload.Image, before durations)
 		"babbles":      script("babbles", "exec cat /dev/urandom"),
 		"is missing":   filepath.Join(dir, "nonesuch"),
 	} {
+		ends := name != "hangs" && name != "deaf"
 		t.Run(name, func(t *testing.T) {
 			u := h.newSetup(t, settings{"server_path": fmt.Sprintf("%q", server)})
 			p := u.start(t)
@@ -89,13 +90,13 @@ func testBadServer(t *testing.T, h *host, img *workload.Image, before durations)
 			if len(u.results(t)) > 0 {
 				t.Error("an image was built from a run that was not traced")
 			}
+			if !ends {
+				// Asked to end, it would wait ten seconds for its tracers. They die with it:
+				// the check for leaks at the end of the package sees to that.
+				p.kill9(t)
+				return
+			}
 			p.quit(t)
-			eventually(t, "no tracer is left", func() error {
-				if left := processesOf(t, server, ""); len(left) > 0 {
-					return fmt.Errorf("processes %v", left)
-				}
-				return nil
-			})
 		})
 	}
 }

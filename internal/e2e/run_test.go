@@ -54,6 +54,8 @@ func TestEndToEnd(t *testing.T) {
 	t.Run("stop without start", func(t *testing.T) { testStopWithoutStart(t, u, static) })
 	t.Run("burst", func(t *testing.T) { testBurst(t, u) })
 	t.Run("by hand", func(t *testing.T) { testByHand(t, h, static) })
+	t.Run("idle", func(t *testing.T) { testEnds(t, h, static, "idle_timeout", `"1s"`, "idle") })
+	t.Run("timeout", func(t *testing.T) { testEnds(t, h, static, "timeout", "1", "timeout") })
 	t.Run("bad server", func(t *testing.T) { testBadServer(t, h, static, before) })
 	t.Run("registry", func(t *testing.T) { testRegistry(t, h, static) })
 	t.Run("containerd target", func(t *testing.T) { testContainerdTarget(t, h, static) })
@@ -297,7 +299,36 @@ func testBurst(t *testing.T, u *setup) {
 	if !list.Complete() {
 		t.Errorf("losses = %+v on a machine that keeps up elsewhere", list.Losses)
 	}
+	res := u.built(t, img.Target.Digest)
+	dir, _ := layoutOf(t, res.Target)
+	openRebuilt(t, dir, digest.Digest(res.Manifest)).verify(t, mergedRoot(t, u.host.Client(), img), list)
+}
+
+// testEnds has a recording end by the configuration's key while the container goes on;
+// the image is rebuilt then.
+func testEnds(t *testing.T, h *host, img *workload.Image, key, value, end string) {
+	u := h.newSetup(t, settings{key: value})
+	p := u.start(t)
+	c, err := h.pod(t).Create(t.Context(), testcri.ContainerOptions{Image: img.Reference, Args: []string{"read", "/data/b", "wait"}})
+	must(t, err)
+	_, err = c.Start(t.Context())
+	must(t, err)
+	list := u.list(t, c.ID)
+	expectPaths(t, list, "/bin/touch", "/data/b")
+	if list.End != end {
+		t.Errorf("end = %q, want %q", list.End, end)
+	}
 	u.built(t, img.Target.Digest)
+	if end == "timeout" {
+		if _, err := os.Stat(filepath.Join(u.persist, "headstart", "static:1.timeout1s")); err != nil {
+			t.Errorf("upstream's name of a list with a timeout: %v", err)
+		}
+	}
+	must(t, c.Stop(t.Context(), 5*time.Second))
+	if exit, err := c.Wait(t.Context()); err != nil || exit != 0 {
+		t.Errorf("exit code %d, %v", exit, err)
+	}
+	p.quit(t)
 }
 
 // testRestart restarts containerd while a container runs.
