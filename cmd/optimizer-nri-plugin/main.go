@@ -68,33 +68,64 @@ type flags struct {
 	own  *nriplugin.Config
 }
 
+// options are the flags that are part of the configuration.
+type options struct {
+	config, events, server, dir, timeout string
+	readable, overwrite                  bool
+}
+
+func (o *options) define(fs *flag.FlagSet, f *flags) {
+	fs.StringVar(&o.config, "config", "", "configuration `file`; what containerd has for the plugin is ignored then")
+	fs.StringVar(&f.serve.Name, "name", "", "plugin `name` to register with (default: from the file's name, else "+nriplugin.DefaultName+")")
+	fs.StringVar(&f.serve.Idx, "idx", "", "plugin `index` to register with, two digits (default: from the file's name, else "+nriplugin.DefaultIdx+")")
+	fs.StringVar(&f.serve.Socket, "nri-socket", "", "NRI `socket` to connect to (default /var/run/nri/nri.sock)")
+	fs.BoolVar(&f.version, "version", false, "print the version and exit")
+	fs.StringVar(&o.events, "events", "", "accepted for compatibility: the plugin subscribes to what it needs")
+	fs.StringVar(&o.server, "server-path", f.base.ServerPath, "`path` of the optimizer-server binary")
+	fs.StringVar(&o.dir, "persist-dir", f.base.PersistDir, "`directory` of lists, queue and built images")
+	fs.BoolVar(&o.readable, "readable", false, "make the csv file human readable")
+	fs.StringVar(&o.timeout, "timeout", "0", "end a recording after `seconds` (or a duration such as 90s); 0: no limit")
+	fs.BoolVar(&o.overwrite, "overwrite", false, "replace the lists that are there, and rebuild images again for other lists")
+}
+
+// apply lays the flags that were given over c.
+func (o *options) apply(fs *flag.FlagSet, c *nriplugin.Config) (err error) {
+	fs.Visit(func(set *flag.Flag) {
+		switch set.Name {
+		case "events":
+			c.Events = []string{o.events}
+		case "server-path":
+			c.ServerPath = o.server
+		case "persist-dir":
+			c.PersistDir = o.dir
+		case "readable":
+			c.Readable = o.readable
+		case "timeout":
+			c.Timeout, err = nriplugin.ParseTimeout(o.timeout)
+		case "overwrite":
+			c.Overwrite = o.overwrite
+		}
+	})
+	if err != nil {
+		return fmt.Errorf("--timeout: %w", err)
+	}
+	return c.Validate()
+}
+
 func parseFlags(args []string, stdout, stderr io.Writer) (*flags, error) {
 	f := &flags{base: nriplugin.DefaultConfig()}
+	var o options
 	fs := flag.NewFlagSet("optimizer-nri-plugin", flag.ContinueOnError)
 	fs.SetOutput(stderr)
 	fs.Usage = func() {
 		fmt.Fprint(stderr, usage)
 		fs.PrintDefaults()
 	}
-	config := fs.String("config", "", "configuration `file`; what containerd has for the plugin is ignored then")
-	fs.StringVar(&f.serve.Name, "name", "", "plugin `name` to register with (default: from the file's name, else "+nriplugin.DefaultName+")")
-	fs.StringVar(&f.serve.Idx, "idx", "", "plugin `index` to register with, two digits (default: from the file's name, else "+nriplugin.DefaultIdx+")")
-	fs.StringVar(&f.serve.Socket, "nri-socket", "", "NRI `socket` to connect to (default /var/run/nri/nri.sock)")
-	fs.BoolVar(&f.version, "version", false, "print the version and exit")
-	events := fs.String("events", "", "accepted for compatibility: the plugin subscribes to what it needs")
-	server := fs.String("server-path", f.base.ServerPath, "`path` of the optimizer-server binary")
-	dir := fs.String("persist-dir", f.base.PersistDir, "`directory` of lists, queue and built images")
-	readable := fs.Bool("readable", false, "make the csv file human readable")
-	timeout := fs.String("timeout", "0", "end a recording after `seconds` (or a duration such as 90s); 0: no limit")
-	overwrite := fs.Bool("overwrite", false, "replace the lists that are there, and rebuild images again for other lists")
+	o.define(fs, f)
 	if err := fs.Parse(args); err != nil {
 		if errors.Is(err, flag.ErrHelp) {
 			return &flags{version: true}, nil
 		}
-		return nil, errUsage
-	}
-	if fs.NArg() > 0 {
-		fmt.Fprintf(stderr, "optimizer-nri-plugin: unexpected argument %q\n", fs.Arg(0))
 		return nil, errUsage
 	}
 	if f.version {
@@ -102,38 +133,17 @@ func parseFlags(args []string, stdout, stderr io.Writer) (*flags, error) {
 		return f, nil
 	}
 	var err error
-	apply := func(c *nriplugin.Config) {
-		fs.Visit(func(set *flag.Flag) {
-			switch set.Name {
-			case "events":
-				c.Events = []string{*events}
-			case "server-path":
-				c.ServerPath = *server
-			case "persist-dir":
-				c.PersistDir = *dir
-			case "readable":
-				c.Readable = *readable
-			case "timeout":
-				c.Timeout, err = nriplugin.ParseTimeout(*timeout)
-			case "overwrite":
-				c.Overwrite = *overwrite
-			}
-		})
-	}
-	if *config != "" {
-		c, err := readConfig(*config)
-		if err != nil {
-			return nil, err
+	switch {
+	case fs.NArg() > 0:
+		err = fmt.Errorf("unexpected argument %q", fs.Arg(0))
+	case o.config != "":
+		f.own, err = readConfig(o.config)
+		if err == nil {
+			err = o.apply(fs, f.own)
 		}
-		apply(&c)
-		f.own = &c
 	}
-	apply(&f.base)
 	if err == nil {
-		err = f.base.Validate()
-	}
-	if err == nil && f.own != nil {
-		err = f.own.Validate()
+		err = o.apply(fs, &f.base)
 	}
 	if err != nil {
 		fmt.Fprintf(stderr, "optimizer-nri-plugin: %v\n", err)
@@ -155,16 +165,16 @@ that it launches.
 
 `
 
-func readConfig(path string) (nriplugin.Config, error) {
+func readConfig(path string) (*nriplugin.Config, error) {
 	data, err := os.ReadFile(path)
 	if err != nil {
-		return nriplugin.Config{}, fmt.Errorf("%w: %w", nriplugin.ErrConfig, err)
+		return nil, err
 	}
 	c, err := nriplugin.ParseConfig(data, nriplugin.DefaultConfig())
 	if err != nil {
-		return nriplugin.Config{}, fmt.Errorf("%s: %w", path, err)
+		return nil, fmt.Errorf("%s: %w", path, err)
 	}
-	return c, nil
+	return &c, nil
 }
 
 // version is that of the module and its commit, as the build recorded it.
@@ -173,13 +183,12 @@ func version() string {
 	if !ok {
 		return "unknown"
 	}
-	v := info.Main.Version
 	for _, s := range info.Settings {
 		if s.Key == "vcs.revision" {
-			v += " " + s.Value
+			return info.Main.Version + " " + s.Value
 		}
 	}
-	return v
+	return info.Main.Version
 }
 
 func serve(ctx context.Context, f *flags, launch *nriplugin.Launch, stderr io.Writer) (err error) {

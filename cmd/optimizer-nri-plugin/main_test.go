@@ -189,6 +189,7 @@ func (h *host) plugin() *os.Process {
 	if err != nil {
 		h.t.Fatal(err)
 	}
+	h.t.Cleanup(func() { _ = p.Release() })
 	return p
 }
 
@@ -196,7 +197,7 @@ func (h *host) killPlugins() {
 	for _, pid := range h.plugins() {
 		if p, err := os.FindProcess(pid); err == nil {
 			_ = p.Kill() // it may have ended
-			_, _ = p.Wait()
+			_ = p.Release()
 		}
 	}
 	eventually(h.t, "no plugin", func() bool { return len(h.plugins()) == 0 })
@@ -238,9 +239,8 @@ type runtime struct {
 
 // call is one request to a plugin, as the runtime saw it.
 type call struct {
-	op   string
-	took time.Duration
-	err  error
+	op  string
+	err error
 }
 
 func (r *runtime) RecordPluginInvocation(_, op string, err error) {

@@ -9,6 +9,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -143,6 +144,7 @@ func (h *host) kill(cmdline string) {
 	}
 	if p, err := os.FindProcess(pid); err == nil {
 		_ = p.Kill() // it may have ended
+		_ = p.Release()
 	}
 }
 
@@ -347,11 +349,24 @@ func TestUpstreamFlags(t *testing.T) {
 	}
 }
 
-// TestHookLatency measures what the plugin adds to a container's start, tracer process included.
+// TestHookLatency measures what the plugin adds to a container's start, tracer process
+// included, and that nothing of a run is left in the plugin.
 func TestHookLatency(t *testing.T) {
 	h := newHost(t, "ready", noRebuild)
 	h.launch()
 	r := h.runtime()
+	pid := strconv.Itoa(h.plugin().Pid)
+	held := func(what string) int {
+		entries, err := os.ReadDir(filepath.Join("/proc", pid, what))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return len(entries)
+	}
+	r.start("first")
+	r.stop("first")
+	eventually(t, "the first list", func() bool { return h.list("first") != "" })
+	before := held("fd")
 	var all []time.Duration
 	for i := range 60 {
 		id := "c" + string(rune('a'+i%26)) + string(rune('a'+i/26))
@@ -361,4 +376,18 @@ func TestHookLatency(t *testing.T) {
 	slices.Sort(all)
 	t.Logf("StartContainer with a tracer that is ready at once: p50 %v, p90 %v, max %v", all[30], all[54], all[59])
 	r.wantNoErrors()
+	eventually(t, "every list", func() bool { return strings.Count(h.log(), `"msg":"recorded `) == 61 })
+	eventually(t, "no descriptor of a run", func() bool { return held("fd") <= before })
+	lists, err := filepath.Glob(filepath.Join("/proc", pid, "task", "*", "children"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range lists {
+		if children, err := os.ReadFile(name); err == nil && len(bytes.TrimSpace(children)) > 0 {
+			t.Errorf("children of the plugin: %s", children)
+		}
+	}
+	if n := held("task"); n > 60 {
+		t.Errorf("the plugin has %d threads", n)
+	}
 }

@@ -225,13 +225,16 @@ func TestRebuildIntoTheRegistry(t *testing.T) {
 	s.wantImage(d.Target)
 }
 
-func TestRebuildThatFails(t *testing.T) {
-	for name, tc := range map[string]struct {
-		layers    func(testing.TB) []v1.Layer
-		change    func(*shelf) func(*nriplugin.Config, *rebuild.Request)
-		permanent bool
-		want      string
-	}{
+// failing is a rebuild that cannot succeed.
+type failing struct {
+	layers    func(testing.TB) []v1.Layer
+	change    func(*shelf) func(*nriplugin.Config, *rebuild.Request)
+	permanent bool
+	want      string
+}
+
+func failures() map[string]failing {
+	return map[string]failing{
 		"path outside of the root": {
 			layers: func(t testing.TB) []v1.Layer {
 				return []v1.Layer{layer(t, map[string]string{"../../etc/passwd": "x", "bin/app": "y"})}
@@ -264,7 +267,11 @@ func TestRebuildThatFails(t *testing.T) {
 			},
 			want: "127.0.0.1:1",
 		},
-	} {
+	}
+}
+
+func TestRebuildThatFails(t *testing.T) {
+	for name, tc := range failures() {
 		t.Run(name, func(t *testing.T) {
 			s := newShelf(t, tc.layers(t)...)
 			var change func(*nriplugin.Config, *rebuild.Request)

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"sync"
 	"testing"
 	"time"
@@ -229,9 +230,7 @@ func pod(namespace string, annotations map[string]string) *api.PodSandbox {
 
 func container(id string, annotations map[string]string) *api.Container {
 	a := map[string]string{"io.kubernetes.cri.image-name": "docker.io/library/nginx:latest", "io.kubernetes.cri.container-type": "container"}
-	for k, v := range annotations {
-		a[k] = v
-	}
+	maps.Copy(a, annotations)
 	return &api.Container{Id: id, PodSandboxId: "pod", Name: "web", Annotations: a, Pid: 4242, Args: []string{"nginx", "-g"}}
 }
 

@@ -456,8 +456,7 @@ func TestFiveHundredRunsLeaveNothing(t *testing.T) {
 func TestConfigure(t *testing.T) {
 	ctx := context.Background()
 	opened := 0
-	var w *world
-	w = &world{t: t}
+	w := &world{t: t}
 	p, err := nriplugin.New(nriplugin.Options{Base: nriplugin.DefaultConfig(), Open: func(c nriplugin.Config) (*nriplugin.Backend, error) {
 		opened++
 		if c.PersistDir == "/broken" {

@@ -137,6 +137,9 @@ func (l *logFile) Close() error {
 type nriLogger struct{ log func() *zap.Logger }
 
 func (n nriLogger) Debugf(_ context.Context, f string, a ...any) { n.log().Debug(fmt.Sprintf(f, a...)) }
-func (n nriLogger) Infof(_ context.Context, f string, a ...any)  { n.log().Debug(fmt.Sprintf(f, a...)) }
-func (n nriLogger) Warnf(_ context.Context, f string, a ...any)  { n.log().Warn(fmt.Sprintf(f, a...)) }
+
+func (n nriLogger) Infof(_ context.Context, f string, a ...any) { n.log().Debug(fmt.Sprintf(f, a...)) }
+
+func (n nriLogger) Warnf(_ context.Context, f string, a ...any) { n.log().Warn(fmt.Sprintf(f, a...)) }
+
 func (n nriLogger) Errorf(_ context.Context, f string, a ...any) { n.log().Warn(fmt.Sprintf(f, a...)) }

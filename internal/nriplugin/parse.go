@@ -108,8 +108,7 @@ func join(faults []*keyError) error {
 
 // describe turns go-toml's errors into ours: every unknown key with its line, no Go types.
 func describe(err error) error {
-	var strict *toml.StrictMissingError
-	if errors.As(err, &strict) {
+	if strict, ok := errors.AsType[*toml.StrictMissingError](err); ok {
 		var errs []error
 		for i := range strict.Errors {
 			e := &strict.Errors[i]
@@ -118,8 +117,7 @@ func describe(err error) error {
 		}
 		return errors.Join(errs...)
 	}
-	var de *toml.DecodeError
-	if errors.As(err, &de) {
+	if de, ok := errors.AsType[*toml.DecodeError](err); ok {
 		row, _ := de.Position()
 		msg := strings.TrimPrefix(de.Error(), "toml: ")
 		if m := wrongType.FindStringSubmatch(msg); m != nil {

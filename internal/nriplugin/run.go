@@ -100,11 +100,7 @@ func (r *run) stop(reason string) {
 	close(r.stopping)
 	if s := r.session; s != nil {
 		// Not in the hook's goroutine: the contract is ours to keep, not the session's.
-		r.plugin.work.Add(1)
-		go func() {
-			defer r.plugin.work.Done()
-			s.Stop(reason)
-		}()
+		r.plugin.work.Go(func() { s.Stop(reason) })
 	}
 }
 
@@ -208,12 +204,10 @@ type resolution struct {
 // resolve asks for the image as soon as the hook is over: the container may be gone soon.
 func (r *run) resolve() <-chan resolution {
 	c := make(chan resolution, 1)
-	r.plugin.work.Add(1)
-	go func() {
-		defer r.plugin.work.Done()
+	r.plugin.work.Go(func() {
 		<-r.released
 		c <- r.ask()
-	}()
+	})
 	return c
 }
 

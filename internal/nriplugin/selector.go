@@ -3,6 +3,7 @@ package nriplugin
 import (
 	"fmt"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -87,10 +88,8 @@ func (s *selector) choose(pod *api.PodSandbox, ctr *api.Container) (reason, warn
 
 func matchAny(globs []*regexp.Regexp, names ...string) bool {
 	for _, g := range globs {
-		for _, n := range names {
-			if g.MatchString(n) {
-				return true
-			}
+		if slices.ContainsFunc(names, g.MatchString) {
+			return true
 		}
 	}
 	return false

@@ -106,10 +106,16 @@ func Serve(ctx context.Context, p *Plugin, o ServeOptions) error {
 		_, err := p.serveConn(ctx, o, o.Launch.Conn)
 		return err
 	}
+	p.connectAgain(ctx, o)
+	return nil
+}
+
+// connectAgain serves one connection after the other until ctx ends.
+func (p *Plugin) connectAgain(ctx context.Context, o ServeOptions) {
 	for failures := 0; ctx.Err() == nil; {
 		served, err := p.dial(ctx, o)
 		if ctx.Err() != nil {
-			break
+			return
 		}
 		if served {
 			failures = 0
@@ -126,7 +132,6 @@ func Serve(ctx context.Context, p *Plugin, o ServeOptions) error {
 		}
 		t.Stop()
 	}
-	return nil
 }
 
 func (p *Plugin) dial(ctx context.Context, o ServeOptions) (served bool, err error) {

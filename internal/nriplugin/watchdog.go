@@ -49,7 +49,7 @@ type sigevent struct {
 // killAfter has the kernel kill this process after d, unless disarmed. Where the kernel
 // has no timer for us the goroutine's watch has to do.
 func killAfter(d time.Duration) (disarm func()) {
-	var id int32
+	var id uint32 // timer_t of the kernel is an int that is never negative
 	ev := sigevent{Signo: int32(unix.SIGKILL)}
 	_, _, errno := unix.Syscall(unix.SYS_TIMER_CREATE, unix.CLOCK_MONOTONIC,
 		uintptr(unsafe.Pointer(&ev)), uintptr(unsafe.Pointer(&id)))

@@ -172,7 +172,7 @@ func ReadJob(path string) (Job, error) {
 	if err != nil {
 		return Job{}, err
 	}
-	defer f.Close()
+	defer f.Close() //nolint:errcheck // only read from
 	if err := decode(f, &j); err != nil {
 		return Job{}, fmt.Errorf("read job %s: %w", path, err)
 	}
@@ -232,7 +232,7 @@ func readJSON(root *os.Root, name string, v any) (exists bool, err error) {
 	if err != nil {
 		return false, err
 	}
-	defer f.Close()
+	defer f.Close() //nolint:errcheck // only read from
 	if err := decode(f, v); err != nil {
 		return true, fmt.Errorf("read %s: %w", name, err)
 	}

@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -24,7 +25,7 @@ func Self(args ...string) Command {
 	return func(jobFile string) *exec.Cmd {
 		// The link, not its target: after an upgrade of the file it still is the
 		// program that wrote the job.
-		cmd := exec.Command("/proc/self/exe", append(args[:len(args):len(args)], jobFile)...)
+		cmd := exec.Command("/proc/self/exe", append(slices.Clip(args), jobFile)...)
 		cmd.Args[0] = os.Args[0]
 		return cmd
 	}

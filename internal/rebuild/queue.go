@@ -265,7 +265,7 @@ func (q *Queue) keepList(path, key string) error {
 	if err != nil {
 		return err
 	}
-	defer f.Close()
+	defer f.Close() //nolint:errcheck // only read from
 	return atomicfile.Write(q.root, dirTemp, name, 0o600, func(w io.Writer) error {
 		_, err := io.Copy(w, f)
 		return err

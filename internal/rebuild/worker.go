@@ -16,8 +16,7 @@ import (
 	"github.com/headstart-oci/headstart/internal/atomicfile"
 )
 
-// ErrDetach, as the cause of the end of [Queue.Run]'s context, leaves a running build
-// alone: it goes on without us and holds the lock until it has ended.
+// ErrDetach leaves a running build alone when it is the cause of the end of [Queue.Run]'s context: it goes on without us and holds the lock until it has ended.
 var ErrDetach = errors.New("rebuild: detach")
 
 // idle is how often a queue without work is looked at: another process may have added to it.
@@ -135,8 +134,9 @@ func (q *Queue) settle(ctx context.Context, job Job, buildErr error) (ended bool
 	var f failure
 	name := filepath.Join(dirWork, job.Key+errorSuffix)
 	exists, err = readJSON(q.root, name, &f)
+	q.warn("read the error of a build", err)
 	if !exists || err != nil {
-		return false, nil // none, or one that tells nothing
+		return false, nil //nolint:nilerr // a file that tells nothing is as good as none
 	}
 	if errors.Is(buildErr, errCalledOff) {
 		return false, q.remove(name)
