@@ -202,7 +202,7 @@ func TestCancelAnywhere(t *testing.T) {
 		ctx, cancel := context.WithCancel(t.Context())
 		dir := t.TempDir()
 		o := options(t, "oci:"+dir+"/out:v6")
-		o.List = list("/app/main")
+		o.List, o.Build.Compressor = list("/app/main"), rafs.CompressorNone
 		var once sync.Once
 		o.Progress = func(e convert.Event) {
 			if fmt.Sprint(e.Task, e.Finished) == at {
