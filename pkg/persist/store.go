@@ -26,6 +26,7 @@ const (
 	listExt  = ".list"
 	csvExt   = ".csv"
 	jsonExt  = ".json"
+	lossExt  = ".incomplete" // beside upstream's files: they come from a list with loss, and with which
 )
 
 // Store keeps lists in a directory: the native list of every run, and for the image's
@@ -44,7 +45,8 @@ type Store struct {
 type SaveOptions struct {
 	// Readable makes the table show sizes and times with units.
 	Readable bool
-	// Overwrite replaces files that are there; without it they stay as they are.
+	// Overwrite replaces files that are there; without it they stay as they are, unless
+	// they came from a list with loss.
 	Overwrite bool
 	// Timeout is the recording's time limit. From 1 s on, the files get a second name
 	// that says so, as upstream gives them.
@@ -116,28 +118,58 @@ func (s *Store) saveUpstream(l *List, o SaveOptions, saved *Saved) error {
 	}
 	// A link there is a short name of another image, which yields to the image's own.
 	info, err := s.root.Lstat(name)
-	if o.Overwrite || err != nil || !info.Mode().IsRegular() {
-		err := s.write(name, func(w io.Writer) (err error) { saved.OmittedPaths, err = l.WritePaths(w); return err })
-		if err != nil {
+	_, lossErr := s.root.Lstat(name + lossExt)
+	if o.Overwrite || lossErr == nil || err != nil || !info.Mode().IsRegular() {
+		if err := s.writeUpstream(l, o.Readable, name, saved); err != nil {
 			return err
 		}
-		saved.Paths = s.hostPath(name)
-		err = s.write(name+csvExt, func(w io.Writer) (err error) { saved.OmittedCSV, err = l.WriteCSV(w, o.Readable); return err })
-		if err != nil {
-			return err
-		}
-		saved.CSV = s.hostPath(name + csvExt)
-		err = s.write(name+jsonExt, func(w io.Writer) (err error) { saved.OmittedJSON, err = l.WriteJSON(w); return err })
-		if err != nil {
-			return err
-		}
-		saved.JSON = s.hostPath(name + jsonExt)
 	}
 	var limit string
 	if seconds := o.Timeout / time.Second; seconds > 0 {
 		limit = fmt.Sprintf(".timeout%ds", seconds)
 	}
 	return s.links(name, alias, limit)
+}
+
+// writeUpstream writes the files at name. Their formats have no place for losses, so a file
+// beside them says that there are some: it comes before them and goes after them.
+func (s *Store) writeUpstream(l *List, readable bool, name string, saved *Saved) error {
+	if !l.Complete() {
+		err := s.write(name+lossExt, func(w io.Writer) error {
+			for _, loss := range l.Losses {
+				line := fmt.Appendf(appendEscaped(nil, loss.Reason, true), " %d ", loss.Count)
+				if _, err := w.Write(append(appendEscaped(line, loss.Detail, false), '\n')); err != nil {
+					return err
+				}
+			}
+			return nil
+		})
+		if err != nil {
+			return err
+		}
+	}
+	err := s.write(name, func(w io.Writer) (err error) { saved.OmittedPaths, err = l.WritePaths(w); return err })
+	if err != nil {
+		return err
+	}
+	saved.Paths = s.hostPath(name)
+	err = s.write(name+csvExt, func(w io.Writer) (err error) { saved.OmittedCSV, err = l.WriteCSV(w, readable); return err })
+	if err != nil {
+		return err
+	}
+	saved.CSV = s.hostPath(name + csvExt)
+	err = s.write(name+jsonExt, func(w io.Writer) (err error) { saved.OmittedJSON, err = l.WriteJSON(w); return err })
+	if err != nil {
+		return err
+	}
+	saved.JSON = s.hostPath(name + jsonExt)
+	if !l.Complete() {
+		return nil
+	}
+	if err := s.root.Remove(name + lossExt); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return nil
 }
 
 // links gives the files at name their other names: the short one of an official image,

@@ -237,6 +237,41 @@ func TestStoreOverwrite(t *testing.T) {
 	}
 }
 
+// Upstream's files of a list with loss say so in a file beside them, and yield to the next list.
+func TestStoreLoss(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	s := openStore(t, dir)
+	save := func(container, path string, losses ...trace.Loss) {
+		t.Helper()
+		l := one("nginx", container, path)
+		l.Losses = losses
+		if _, err := s.Save(l, persist.SaveOptions{}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	want := func(paths, loss string) {
+		t.Helper()
+		for name, want := range map[string]string{"library/nginx:latest": paths, "library/nginx:latest.incomplete": loss} {
+			got, err := os.ReadFile(filepath.Join(dir, name))
+			if err != nil && !errors.Is(err, fs.ErrNotExist) {
+				t.Fatal(err)
+			}
+			if string(got) != want {
+				t.Errorf("%s = %q, want %q", name, got, want)
+			}
+		}
+	}
+	save("c1", "/first", trace.Loss{Reason: "overflow", Count: -1, Detail: "two\nlines"})
+	want("/first\n", "overflow -1 two\\nlines\n")
+	save("c2", "/second", trace.Loss{Reason: "late", Count: 3})
+	want("/second\n", "late 3 \n")
+	save("c3", "/third")
+	want("/third\n", "")
+	save("c4", "/fourth", trace.Loss{Reason: "late", Count: 3})
+	want("/third\n", "")
+}
+
 func TestStoreKeepsTheNewest(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
