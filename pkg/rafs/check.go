@@ -45,10 +45,7 @@ type Report struct {
 // The error joins all faults found, at most o.MaxFaults, each a [*FormatError] or wrapping
 // one where it is about bytes; ctx.Err() when cancelled. Memory is that of [Open] plus a chunk per worker.
 func Check(ctx context.Context, bootstrap io.ReaderAt, size int64, open func(b Blob) (io.ReaderAt, error), o CheckOptions) (Report, error) {
-	if o.MaxFaults <= 1 {
-		o.MaxFaults = max(o.MaxFaults, 0)
-	}
-	if o.MaxFaults == 0 {
+	if o.MaxFaults <= 0 {
 		o.MaxFaults = 100
 	}
 	if o.Workers <= 0 {

@@ -71,12 +71,19 @@ func TestEncodeZstdFrame(t *testing.T) {
 	t.Parallel()
 	enc, err := rafs.NewEncoder(rafs.CompressorZstd, rafs.LevelDefault)
 	must(t, err)
-	for _, n := range []int{300, 4096, 1 << 20, 5 << 20} {
-		out, compressed, err := enc.Encode(nil, make([]byte, n))
+	dec, err := zstd.NewReader(nil)
+	must(t, err)
+	defer dec.Close()
+	for _, n := range []int{300, 4096, 1 << 20, 5 << 20, 40 << 20} { // the last: a table of 2.6 million chunks
+		src := bytes.Repeat(benchmarkText(min(n, 1<<20)), max(1, n>>20))
+		out, compressed, err := enc.Encode(nil, src)
 		must(t, err)
+		if got, err := dec.DecodeAll(out, nil); err != nil || !bytes.Equal(got, src) {
+			t.Errorf("%d bytes decode to %d, %v", n, len(got), err)
+		}
 		var h zstd.Header
 		must(t, h.Decode(out))
-		if !compressed || !h.SingleSegment || !h.HasFCS || h.FrameContentSize != uint64(n) || h.HasCheckSum || h.DictionaryID != 0 {
+		if !compressed || !h.SingleSegment || !h.HasFCS || h.FrameContentSize != uint64(len(src)) || h.HasCheckSum || h.DictionaryID != 0 {
 			t.Errorf("frame of %d bytes: %+v, want a single segment with size, without checksum", n, h)
 		}
 	}

@@ -3,8 +3,12 @@ package rafs
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"io"
+	"runtime"
+
+	"golang.org/x/sync/errgroup"
 
 	"github.com/headstart-oci/headstart/pkg/rafs/internal/disk"
 )
@@ -14,7 +18,8 @@ import (
 //
 // Blocks of zeros are not written, so w must read as zeros where nothing was written (a new file does, and
 // stays sparse); the last byte is always written, so that the file has its full length.
-// Errors are those of [BlobReader.ReadChunk] and of w.
+// Chunks are written by several goroutines at once, in no order. Errors are those of
+// [BlobReader.ReadChunk] and of w.
 func (img *Image) ExpandBlob(ctx context.Context, index int, r *BlobReader, w io.WriterAt) error {
 	if index < 0 || index >= len(img.Blobs) {
 		return fmt.Errorf("%w: expand blob %d of %d", ErrInvalid, index, len(img.Blobs))
@@ -24,14 +29,22 @@ func (img *Image) ExpandBlob(ctx context.Context, index int, r *BlobReader, w io
 			return fmt.Errorf("expand blob %d: %w", index, err)
 		}
 	}
+	group, groupCtx := errgroup.WithContext(ctx)
+	group.SetLimit(runtime.GOMAXPROCS(0))
 	for _, c := range img.BlobChunks(index) {
-		p, err := r.ReadChunk(ctx, c)
-		if err != nil {
-			return fmt.Errorf("expand blob %d: %w", index, err)
+		if groupCtx.Err() != nil {
+			break
 		}
-		if err := writeSparse(w, p, c.UncompressedOffset); err != nil {
-			return fmt.Errorf("expand blob %d: %w", index, err)
-		}
+		group.Go(func() error {
+			p, err := r.ReadChunk(groupCtx, c)
+			if err != nil {
+				return err
+			}
+			return writeSparse(w, p, c.UncompressedOffset)
+		})
+	}
+	if err := errors.Join(group.Wait(), ctx.Err()); err != nil {
+		return fmt.Errorf("expand blob %d: %w", index, err)
 	}
 	return nil
 }

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/hex"
 	"encoding/json"
+	"errors"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -223,5 +224,43 @@ func (s *stored) checkFsck(t *testing.T) {
 	out, err := exec.Command(testenv.Tool(t, "fsck.erofs"), append(args, bootstrap)...).CombinedOutput()
 	if err != nil {
 		t.Errorf("fsck.erofs: %v\n%.2000s", err, out)
+	}
+}
+
+// TestBatch reads chunks that share their compressed form.
+func TestBatch(t *testing.T) {
+	t.Parallel()
+	s := loadFixture(t, "v6-zstd-batch")
+	img := s.open(t)
+	batched := 0
+	for i, b := range img.Blobs {
+		if b.Features&rafs.FeatureBatch == 0 {
+			t.Errorf("blob %d has features %#x", i, b.Features)
+		}
+		r, err := s.reader(b)
+		must(t, err)
+		for _, c := range img.BlobChunks(i) {
+			_, err := r.ReadChunk(t.Context(), c)
+			must(t, err)
+			if _, err := r.ReadStored(t.Context(), c); errors.Is(err, rafs.ErrUnsupported) {
+				batched++
+			} else if err != nil {
+				t.Error(err)
+			}
+		}
+		// A record that names another batch, size or place is seen.
+		good := s.blobs[b.ID]
+		for at := len(good) - 8192; at < len(good); at += 97 {
+			p := bytes.Clone(good)
+			p[at] ^= 0x41
+			s.blobs[b.ID] = p
+			if _, err := s.check(rafs.CheckOptions{Data: true}); err == nil {
+				t.Errorf("blob %d: byte %d changed, Check sees nothing", i, at)
+			}
+		}
+		s.blobs[b.ID] = good
+	}
+	if batched < 100 {
+		t.Errorf("%d chunks are batched", batched)
 	}
 }

@@ -3,8 +3,10 @@ package rafs
 import (
 	"archive/tar"
 	"bytes"
+	"compress/gzip"
 	"encoding/binary"
 	"encoding/hex"
+	"errors"
 	"math/rand/v2"
 	"slices"
 	"strings"
@@ -272,5 +274,33 @@ func TestReadDirBlockRefuses(t *testing.T) {
 		if err := readDirBlock(p, func(disk.Dirent, string) error { return nil }); err == nil {
 			t.Errorf("%s: accepted", name)
 		}
+	}
+}
+
+func TestDecodeGzip(t *testing.T) {
+	t.Parallel()
+	want := bytes.Repeat([]byte("gzip "), 1000)
+	var z bytes.Buffer
+	w := gzip.NewWriter(&z)
+	_, err := w.Write(want)
+	if err := errors.Join(err, w.Close()); err != nil {
+		t.Fatal(err)
+	}
+	var d decoder
+	got, err := d.decode(CompressorGzip, z.Bytes(), len(want))
+	if err != nil || !bytes.Equal(got, want) {
+		t.Errorf("decode = %d bytes, %v", len(got), err)
+	}
+	for _, n := range []int{0, 1, len(want) - 1, len(want) + 1} {
+		if _, err := d.decode(CompressorGzip, z.Bytes(), n); !errors.Is(err, ErrInvalid) {
+			t.Errorf("decode to %d bytes of %d = %v, want ErrInvalid", n, len(want), err)
+		}
+	}
+	z.Bytes()[z.Len()-6]++ // the checksum
+	if _, err := d.decode(CompressorGzip, z.Bytes(), len(want)); !errors.Is(err, ErrInvalid) {
+		t.Errorf("decode with a wrong checksum = %v, want ErrInvalid", err)
+	}
+	if _, err := d.decode(9, nil, 1); !errors.Is(err, ErrUnsupported) {
+		t.Errorf("decode with compressor 9 = %v, want ErrUnsupported", err)
 	}
 }

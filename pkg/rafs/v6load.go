@@ -214,12 +214,17 @@ func (l *v6Loader) checkLinks() error {
 	if !l.faults.links {
 		return nil
 	}
+	var bad []uint64
 	for nid, f := range l.inodes {
 		if f.nlink != f.names {
-			err := invalid(fmt.Sprintf("inode %d", nid), -1, "nlink", f.nlink, f.names)
-			if err := l.faults.add(err); err != nil {
-				return err
-			}
+			bad = append(bad, nid)
+		}
+	}
+	slices.Sort(bad)
+	for _, nid := range bad {
+		f := l.inodes[nid]
+		if err := l.faults.add(invalid(fmt.Sprintf("inode %d", nid), -1, "nlink", f.nlink, f.names)); err != nil {
+			return err
 		}
 	}
 	return nil

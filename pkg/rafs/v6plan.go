@@ -54,10 +54,14 @@ type v6ChunkRef struct {
 
 // planV6 decides everything about img's bootstrap. It does not change img.
 func planV6(img *Image) (*v6Plan, error) {
-	p := &v6Plan{img: img, index: map[*Inode]uint32{}}
+	p := &v6Plan{img: img}
 	if err := p.checkImage(); err != nil {
 		return nil, err
 	}
+	entries, chunks := countTree(img.Root)
+	p.nodes = make([]v6Node, 0, entries)
+	p.index = make(map[*Inode]uint32, entries)
+	p.chunk = make([]v6ChunkRef, 0, chunks)
 	if err := p.placeTree(); err != nil {
 		return nil, err
 	}
@@ -68,6 +72,30 @@ func planV6(img *Image) (*v6Plan, error) {
 		return nil, err
 	}
 	return p, nil
+}
+
+// countTree counts directory entries and chunks, so that the plan's lists need not grow. It
+// visits every directory once: nothing has been checked yet.
+func countTree(root *Inode) (entries, chunks int) {
+	seen := map[*Inode]bool{root: true}
+	stack := []*Inode{root}
+	for len(stack) > 0 {
+		dir := stack[len(stack)-1]
+		stack = stack[:len(stack)-1]
+		entries++
+		for _, c := range dir.Children {
+			switch {
+			case c.Inode == nil:
+			case !c.Inode.IsDir():
+				entries++
+				chunks += len(c.Inode.Chunks)
+			case !seen[c.Inode]:
+				seen[c.Inode] = true
+				stack = append(stack, c.Inode)
+			}
+		}
+	}
+	return entries, chunks
 }
 
 func (p *v6Plan) checkImage() error {

@@ -247,6 +247,28 @@ func TestDeterministic(t *testing.T) {
 	}
 }
 
+// TestLinksOfEveryType gives two names to files of each type, which the real tools do for regular files only.
+func TestLinksOfEveryType(t *testing.T) {
+	b := newBuilder(t, smallCombo)
+	b.add("d", &rafs.Inode{Mode: unix.S_IFDIR | 0o755})
+	for name, ino := range map[string]*rafs.Inode{
+		"link": {Mode: unix.S_IFLNK | 0o777, Target: "x", Size: 1}, "fifo": {Mode: unix.S_IFIFO | 0o600},
+		"char": {Mode: unix.S_IFCHR | 0o600, Rdev: rafs.EncodeDevice(1, 3)}, "sock": {Mode: unix.S_IFSOCK | 0o600},
+		"file": {Mode: unix.S_IFREG | 0o600},
+	} {
+		for _, path := range []string{"a-" + name, "d/" + name, "z-" + name} {
+			b.add(path, ino)
+		}
+	}
+	s := b.build()
+	if _, err := s.check(rafs.CheckOptions{}); err != nil {
+		t.Error(err)
+	}
+	t.Run("kernel", s.compareMount)
+	t.Run("fsck", s.checkFsck)
+	t.Run("nydus-image", s.checkNydus)
+}
+
 // TestDirentOrder puts names around "." and ".." and looks them all up through the kernel.
 func TestDirentOrder(t *testing.T) {
 	b := newBuilder(t, smallCombo)
