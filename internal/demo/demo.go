@@ -151,20 +151,19 @@ func (d *demo) checkUnpacked(ctx context.Context, img containerd.Image) error {
 type figures struct {
 	start, total []time.Duration // of StartContainer; from its call to the end
 	first        string          // container of the first run
-	firstTotal   time.Duration   // of the first run
 }
 
 // runAll runs the workload a few times.
-func (d *demo) runAll(ctx context.Context, how string) (figures, error) {
-	d.say("run it %d times %s", d.runs, how)
+func (d *demo) runAll(ctx context.Context, times int, how string) (figures, error) {
+	d.say("run it %s %s", count(times), how)
 	var f figures
-	for i := range d.runs {
+	for i := range times {
 		id, start, total, err := d.once(ctx)
 		if err != nil {
 			return figures{}, fmt.Errorf("run %d %s: %w", i+1, how, err)
 		}
 		if i == 0 {
-			f.first, f.firstTotal = id, total
+			f.first = id
 		}
 		f.start, f.total = append(f.start, start), append(f.total, total)
 		if d.endless && i >= 1 {
@@ -191,14 +190,18 @@ func (d *demo) once(ctx context.Context) (id string, start, total time.Duration,
 	if start, err = c.Start(ctx); err != nil {
 		return "", 0, 0, err
 	}
-	limited, cancel := context.WithTimeout(ctx, cmp.Or(d.limit, runLimit))
+	limit := cmp.Or(d.limit, runLimit)
+	if d.endless {
+		limit = min(limit, serverLimit)
+	}
+	limited, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	exit, err := c.Wait(limited)
 	switch {
 	case ctx.Err() != nil:
 		return "", 0, 0, ctx.Err()
 	case errors.Is(err, context.DeadlineExceeded) || status.Code(err) == codes.DeadlineExceeded:
-		d.say("it still runs after %v: stop it", cmp.Or(d.limit, runLimit))
+		d.say("it still runs after %v: stop it", limit)
 		d.endless = true
 		if err := c.Stop(ctx, 10*time.Second); err != nil {
 			return "", 0, 0, err
@@ -334,6 +337,13 @@ func copyProgram(from, to string) (err error) {
 	}
 	_, err = io.Copy(out, in)
 	return errors.Join(err, out.Close())
+}
+
+func count(n int) string {
+	if n == 1 {
+		return "once"
+	}
+	return fmt.Sprintf("%d times", n)
 }
 
 func mega(n int64) float64 { return float64(n) / 1e6 }

@@ -115,7 +115,7 @@ func content(ctx context.Context, target string) (files int, bytes int64, err er
 }
 
 // table prints what was measured.
-func (d *demo) table(ctx context.Context, before, with figures, p product) error {
+func (d *demo) table(ctx context.Context, before, first, with figures, p product) error {
 	files, bytes, err := content(ctx, p.result.Target)
 	if err != nil {
 		return err
@@ -143,7 +143,9 @@ func (d *demo) table(ctx context.Context, before, with figures, p product) error
 	row("prefetch blob", "%.1f MB stored: %.1f %% of the image as it was", mega(p.result.PrefetchBytes), percent(p.result.PrefetchBytes, d.size))
 	row("events", "%d, lost %d", p.list.Events, lost)
 	row("start of the container", "%s without, %s with the plugin (median of %d)", ms(median(before.start)), ms(median(with.start)), len(with.start))
-	row("start to end", "%s without, %s with the plugin (first %s)", ms(median(before.total)), ms(median(with.total)), ms(with.firstTotal))
+	if !d.endless {
+		row("start to end", "%s without, %s with the plugin (the run that was recorded first: %s)", ms(median(before.total)), ms(median(with.total)), ms(median(first.total)))
+	}
 	row("rebuild", "%.1f s at the lowest priority", p.result.Duration.Seconds())
 	row("access list", "%s", p.path)
 	row("rebuilt image", "%s", p.result.Target)

@@ -156,40 +156,73 @@ func shadowed(path string) bool {
 // there, none that was not, and what was read says so.
 func compareWithStrace(t *testing.T, list *persist.List, want touched) {
 	t.Helper()
+	faults := straceFaults(list, want)
+	if len(faults) > 0 {
+		t.Errorf("list of %d files, strace %d, %d differences:\n%s", len(list.Accesses), len(want), len(faults),
+			strings.Join(faults[:min(len(faults), differencesShown)], "\n"))
+		return
+	}
+	t.Logf("list and strace agree on %d files", len(want))
+}
+
+// straceFaults returns one line for each way in which the list differs from want.
+func straceFaults(list *persist.List, want touched) (faults []string) {
+	fault := func(what, path string) { faults = append(faults, what+": "+path) }
 	got := touched{}
 	for i, a := range list.Accesses {
 		if _, twice := got[a.Path]; twice {
-			t.Errorf("%s is listed twice", a.Path)
+			fault("listed twice", a.Path)
 		}
 		if i > 0 && a.Elapsed < list.Accesses[i-1].Elapsed {
-			t.Errorf("%s at %v stands after %s at %v", a.Path, a.Elapsed, list.Accesses[i-1].Path, list.Accesses[i-1].Elapsed)
+			fault("touched before the one above it", a.Path)
 		}
 		got[a.Path] = a.How
+		if _, ok := want[a.Path]; !ok {
+			fault("too many", a.Path)
+		}
 	}
-	var faults []string
 	for path, how := range want {
 		g, ok := got[path]
 		switch {
 		case !ok:
-			faults = append(faults, "missing: "+path)
+			fault("missing", path)
 		case how&trace.Read != 0 && g&trace.Read == 0:
-			faults = append(faults, "was read and does not say so: "+path)
+			fault("was read and does not say so", path)
 		case how&trace.Read == 0 && g&trace.Read != 0:
-			faults = append(faults, "says it was read and was not: "+path)
+			fault("says it was read and was not", path)
 		case how&trace.Executed != g&trace.Executed:
-			faults = append(faults, fmt.Sprintf("executed: got %v, strace %v: %s", g&trace.Executed != 0, how&trace.Executed != 0, path))
-		}
-	}
-	for path := range got {
-		if _, ok := want[path]; !ok {
-			faults = append(faults, "too many: "+path)
+			fault(fmt.Sprintf("says executed: %t, strace says %t", g&trace.Executed != 0, how&trace.Executed != 0), path)
 		}
 	}
 	slices.Sort(faults)
-	if len(faults) > 0 {
-		t.Errorf("list of %d files, strace %d, %d differences:\n%s", len(got), len(want), len(faults),
-			strings.Join(faults[:min(len(faults), differencesShown)], "\n"))
-		return
+	return faults
+}
+
+// TestStraceFaults holds the comparison itself to account.
+func TestStraceFaults(t *testing.T) {
+	t.Parallel()
+	want := touched{"/a": trace.Opened | trace.Read, "/b": trace.Opened, "/c": trace.Opened | trace.Read | trace.Executed}
+	whole := []trace.Access{
+		{Path: "/c", How: trace.Opened | trace.Read | trace.Executed},
+		{Path: "/a", How: trace.Opened | trace.Read, Elapsed: 1},
+		{Path: "/b", How: trace.Opened, Elapsed: 2},
 	}
-	t.Logf("list and strace agree on %d files", len(got))
+	for name, test := range map[string]struct {
+		change func(a []trace.Access) []trace.Access
+		fault  string // empty: none
+	}{
+		"equal":    {func(a []trace.Access) []trace.Access { return a }, ""},
+		"missing":  {func(a []trace.Access) []trace.Access { return a[:2] }, "missing: /b"},
+		"too many": {func(a []trace.Access) []trace.Access { return append(a, trace.Access{Path: "/d", Elapsed: 3}) }, "too many: /d"},
+		"twice":    {func(a []trace.Access) []trace.Access { return append(a, a[2]) }, "listed twice: /b"},
+		"unread":   {func(a []trace.Access) []trace.Access { a[1].How = trace.Opened; return a }, "was read and does not say so: /a"},
+		"read":     {func(a []trace.Access) []trace.Access { a[2].How |= trace.Read; return a }, "says it was read and was not: /b"},
+		"executed": {func(a []trace.Access) []trace.Access { a[0].How &^= trace.Executed; return a }, "says executed: false, strace says true: /c"},
+		"order":    {func(a []trace.Access) []trace.Access { a[2].Elapsed = 0; return a }, "touched before the one above it: /b"},
+	} {
+		l := &persist.List{Trace: trace.Trace{Accesses: test.change(slices.Clone(whole))}}
+		if got := strings.Join(straceFaults(l, want), "\n"); got != test.fault {
+			t.Errorf("%s: straceFaults = %q, want %q", name, got, test.fault)
+		}
+	}
 }

@@ -41,7 +41,8 @@ def index():
 
 
 server = make_server("127.0.0.1", 0, app)
-thread = threading.Thread(target=server.serve_forever)
+# A stop is noticed at the next poll.
+thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.005})
 thread.start()
 with urllib.request.urlopen("http://127.0.0.1:%d/" % server.server_port) as answer:
     print("ready", answer.read().decode(), flush=True)
