@@ -15,7 +15,7 @@ const (
 	// LevelDefault is for layer blobs: fast, zstd within 3 % of the size of libzstd's level 3.
 	LevelDefault Level = iota
 	// LevelBest is for prefetch blobs, which are small and read by every start: about
-	// 6 % smaller and eight times slower, and it holds 35 MiB per encoder.
+	// 7 % smaller and seven times slower with zstd, and it holds 35 MiB per encoder.
 	LevelBest
 )
 
