@@ -61,7 +61,9 @@ func (d *demo) close() error {
 		return fmt.Errorf("take the demo down: %w", err)
 	}
 	d.say("containerd is down; nothing is left running or mounted")
-	d.say("list and image stay in %s", d.dir)
+	if err := os.Remove(d.dir); err != nil { // not empty
+		d.say("list and image stay in %s", d.dir)
+	}
 	return nil
 }
 
@@ -153,8 +155,8 @@ type figures struct {
 	first        string          // container of the first run
 }
 
-// runAll runs the workload a few times.
-func (d *demo) runAll(ctx context.Context, times int, how string) (figures, error) {
+// runs runs the workload a few times.
+func (d *demo) runs(ctx context.Context, times int, how string) (figures, error) {
 	d.say("run it %s %s", count(times), how)
 	var f figures
 	for i := range times {

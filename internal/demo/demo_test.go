@@ -34,7 +34,7 @@ func staticImage(t *testing.T) *workload.Image {
 func TestDemo(t *testing.T) {
 	img := staticImage(t)
 	var out bytes.Buffer
-	o := options{image: "oci:" + img.Dir, runs: 2, dir: t.TempDir()}
+	o := options{image: "oci:" + img.Dir, times: 2, dir: t.TempDir()}
 	if err := run(t.Context(), o, &out, io.Discard); err != nil {
 		t.Fatalf("%v\n%s", err, out.String())
 	}
@@ -53,7 +53,7 @@ func TestDemo(t *testing.T) {
 func TestDemoServer(t *testing.T) {
 	img := staticImage(t)
 	var out bytes.Buffer
-	o := options{image: "oci:" + img.Dir, cmd: []string{"/bin/touch", "read", "/data/b", "wait"}, runs: 5, dir: t.TempDir(), limit: time.Second}
+	o := options{image: "oci:" + img.Dir, cmd: []string{"/bin/touch", "read", "/data/b", "wait"}, times: 5, dir: t.TempDir(), limit: time.Second}
 	if err := run(t.Context(), o, &out, io.Discard); err != nil {
 		t.Fatalf("%v\n%s", err, out.String())
 	}
@@ -67,8 +67,8 @@ func TestInterrupt(t *testing.T) {
 	img := staticImage(t)
 	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel()
-	out := &trigger{word: "times without", do: cancel}
-	o := options{image: "oci:" + img.Dir, cmd: []string{"/bin/touch", "wait"}, runs: 1, dir: t.TempDir()}
+	out := &trigger{word: "without the plugin", do: cancel}
+	o := options{image: "oci:" + img.Dir, cmd: []string{"/bin/touch", "wait"}, times: 1, dir: t.TempDir()}
 	err := run(ctx, o, out, io.Discard)
 	if !errors.Is(err, context.Canceled) || !strings.Contains(err.Error(), "interrupted; everything was taken down") {
 		t.Errorf("run = %v, want that it was interrupted", err)
@@ -77,7 +77,7 @@ func TestInterrupt(t *testing.T) {
 
 func TestFailingWorkload(t *testing.T) {
 	img := staticImage(t)
-	o := options{image: "oci:" + img.Dir, cmd: []string{"/bin/touch", "fail", "7"}, runs: 1, dir: t.TempDir()}
+	o := options{image: "oci:" + img.Dir, cmd: []string{"/bin/touch", "fail", "7"}, times: 1, dir: t.TempDir()}
 	err := run(t.Context(), o, io.Discard, io.Discard)
 	if err == nil || !strings.Contains(err.Error(), "exit code 7") {
 		t.Errorf("run = %v, want exit code 7", err)
@@ -87,7 +87,7 @@ func TestFailingWorkload(t *testing.T) {
 func TestBadImage(t *testing.T) {
 	staticImage(t)
 	for image, want := range map[string]string{"UPPER CASE": "IMAGE=", "oci:" + os.DevNull: "index.json"} {
-		err := run(t.Context(), options{image: image, runs: 1, dir: t.TempDir()}, io.Discard, io.Discard)
+		err := run(t.Context(), options{image: image, times: 1, dir: t.TempDir()}, io.Discard, io.Discard)
 		if err == nil {
 			t.Errorf("run(%q) = nil, want an error about %s", image, want)
 		}

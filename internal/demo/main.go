@@ -36,7 +36,7 @@ const (
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGINT, unix.SIGTERM, unix.SIGHUP)
 	defer stop()
-	o := options{image: os.Getenv("IMAGE"), cmd: strings.Fields(os.Getenv("CMD")), runs: runs}
+	o := options{image: os.Getenv("IMAGE"), cmd: strings.Fields(os.Getenv("CMD")), times: runs}
 	if err := run(ctx, o, os.Stdout, os.Stderr); err != nil {
 		fmt.Fprintln(os.Stderr, "demo:", err)
 		stop()
@@ -48,7 +48,7 @@ func main() {
 type options struct {
 	image string        // as in IMAGE; empty: made from the Go toolchain
 	cmd   []string      // replaces the image's command
-	runs  int           // without and with the plugin
+	times int           // without and with the plugin
 	limit time.Duration // of one run; 0: runLimit
 	dir   string        // where results go; empty: headstart/demo in the user's cache directory
 }
@@ -75,14 +75,14 @@ func run(ctx context.Context, o options, stdout, stderr io.Writer) (err error) {
 	if err := d.prepare(ctx); err != nil {
 		return err
 	}
-	before, err := d.runAll(ctx, d.options.runs, "without the plugin")
+	before, err := d.runs(ctx, d.times, "without the plugin")
 	if err != nil {
 		return err
 	}
 	if err := d.dropPlugin(ctx); err != nil {
 		return err
 	}
-	first, err := d.runAll(ctx, 1, "with the plugin")
+	first, err := d.runs(ctx, 1, "with the plugin")
 	if err != nil {
 		return err
 	}
@@ -90,7 +90,7 @@ func run(ctx context.Context, o options, stdout, stderr io.Writer) (err error) {
 	if err != nil {
 		return err
 	}
-	with, err := d.runAll(ctx, d.options.runs, "with the plugin, for the time that takes")
+	with, err := d.runs(ctx, d.times, "with the plugin, for the time that takes")
 	if err != nil {
 		return err
 	}

@@ -374,7 +374,8 @@ func wholeLayout(layout string) error {
 		path := filepath.Join(layout, "blobs", d.Digest.Algorithm().String(), d.Digest.Encoded())
 		info, err := os.Stat(path)
 		if err != nil {
-			return fmt.Errorf("half an image: %s: %s", d.Digest, err)
+			// Not wrapped: a file that is missing is a fault here.
+			return fmt.Errorf("half an image: %s: %v", d.Digest, err) //nolint:errorlint // see above
 		}
 		if info.Size() != d.Size {
 			return fmt.Errorf("half an image: %s has %d bytes, want %d", d.Digest, info.Size(), d.Size)

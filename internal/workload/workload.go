@@ -205,7 +205,7 @@ func publish(from, to string) error {
 	if err != nil {
 		return err
 	}
-	syncErr := unix.Syncfs(int(d.Fd())) //nolint:gosec // G115: a descriptor fits an int
+	syncErr := unix.Syncfs(int(d.Fd()))
 	if err := errors.Join(syncErr, d.Close()); err != nil {
 		return fmt.Errorf("sync %s: %w", from, err)
 	}
@@ -222,7 +222,7 @@ func lockFile(ctx context.Context, path string) (*os.File, error) {
 	tick := time.NewTicker(100 * time.Millisecond)
 	defer tick.Stop()
 	for {
-		err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB) //nolint:gosec // G115: a descriptor fits an int
+		err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
 		if err == nil {
 			return f, nil
 		}
