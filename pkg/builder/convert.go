@@ -189,15 +189,39 @@ func (c *conversion) run(ctx context.Context, cfg sourceConfig) error {
 	if err := c.writeBootstrap(img); err != nil {
 		return fmt.Errorf("bootstrap: %w", err)
 	}
-	want := summarize(img)
+	want, chunks := summarize(img), c.chunksToVerify(img)
 	img, final, plan = nil, finalTree{}, prefetchPlan{} // two trees at once would double the memory
 	c.progress(Event{Stage: StageVerify})
-	if err := c.verify(ctx, want); err != nil {
-		return fmt.Errorf("verify the result: %w", err)
-	}
-	diffID, err := c.packBootstrap(ctx)
-	if err != nil {
-		return fmt.Errorf("bootstrap layer: %w", err)
+	return c.complete(ctx, cfg, want, chunks)
+}
+
+// complete verifies what was written, and meanwhile packs the bootstrap; then it writes
+// the documents of the image.
+func (c *conversion) complete(ctx context.Context, cfg sourceConfig, want summary, chunks []blobChunks) error {
+	g, ctx := errgroup.WithContext(ctx)
+	g.Go(func() error {
+		if err := c.verifyBootstrap(ctx, want); err != nil {
+			return fmt.Errorf("verify the bootstrap: %w", err)
+		}
+		return nil
+	})
+	g.Go(func() error {
+		for _, b := range chunks {
+			if err := c.verifyChunks(ctx, b); err != nil {
+				return fmt.Errorf("verify the blobs: %w", err)
+			}
+		}
+		return nil
+	})
+	var diffID digest.Digest
+	g.Go(func() (err error) {
+		if diffID, err = c.packBootstrap(ctx); err != nil {
+			return fmt.Errorf("bootstrap layer: %w", err)
+		}
+		return nil
+	})
+	if err := g.Wait(); err != nil {
+		return err
 	}
 	return c.res.describe(c.src, cfg, diffID)
 }

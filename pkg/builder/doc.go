@@ -10,7 +10,7 @@
 //   - the layers' trees are merged as containerd's overlay snapshots would be;
 //   - the prefetch blob holds copies of chunks; the merged tree points at the copies;
 //   - a [Result] is files in a temporary directory with their OCI descriptors, verified
-//     by reading them back; nothing is left behind when [Convert] fails.
+//     by reading them back (see Options.VerifyData); nothing is left behind when [Convert] fails.
 //
 // An example:
 //

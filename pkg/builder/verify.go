@@ -12,9 +12,9 @@ import (
 	"github.com/headstart-oci/headstart/pkg/rafs"
 )
 
-// verify reads the written files back: the bootstrap must be sound and say what was meant,
-// the blobs must fit it, and every chunk that a file refers to must be in its blob.
-func (c *conversion) verify(ctx context.Context, want summary) (err error) {
+// verifyBootstrap reads the bootstrap back: it must be sound, say what was meant, and fit
+// the tables of the blobs.
+func (c *conversion) verifyBootstrap(ctx context.Context, want summary) (err error) {
 	f, err := os.Open(c.res.BootstrapPath)
 	if err != nil {
 		return err
@@ -37,32 +37,45 @@ func (c *conversion) verify(ctx context.Context, want summary) (err error) {
 		return fmt.Errorf("the bootstrap reads back with %d entries (%s), was written with %d (%s)", got.entries, got.sum, want.entries, want.sum)
 	}
 	c.res.Stats.VerifiedEntries = want.entries
+	return nil
+}
+
+// blobChunks is what is to be read back of one blob.
+type blobChunks struct {
+	blob   rafs.Blob
+	path   string
+	chunks []rafs.Chunk
+}
+
+// chunksToVerify returns the chunks of the prefetch blob, and with VerifyData those of the
+// layers' blobs too.
+func (c *conversion) chunksToVerify(img *rafs.Image) []blobChunks {
+	var out []blobChunks
 	for i, b := range img.Blobs {
-		if err := c.verifyChunks(ctx, b, paths[b.ID], img.BlobChunks(i)); err != nil {
-			return err
+		if f := c.res.Blobs[i]; c.o.VerifyData || f.SourceLayer < 0 {
+			out = append(out, blobChunks{b, f.Path, img.BlobChunks(i)})
 		}
 	}
-	return nil
+	return out
 }
 
 // verifyRun is the number of chunks that a goroutine verifies before it asks for more.
 const verifyRun = 32
 
 // verifyChunks reads chunks of one blob and compares their digests.
-func (c *conversion) verifyChunks(ctx context.Context, b rafs.Blob, path string, chunks []rafs.Chunk) (err error) {
-	f, err := os.Open(path)
+func (c *conversion) verifyChunks(ctx context.Context, b blobChunks) (err error) {
+	f, err := os.Open(b.path)
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, f.Close()) }()
-	r, err := rafs.OpenBlob(f, b)
+	r, err := rafs.OpenBlob(f, b.blob)
 	if err != nil {
 		return err
 	}
-	c.res.Stats.VerifiedChunks += len(chunks)
 	g, ctx := errgroup.WithContext(ctx)
 	g.SetLimit(c.o.Workers)
-	for len(chunks) > 0 {
+	for chunks := b.chunks; len(chunks) > 0; {
 		run := chunks[:min(len(chunks), verifyRun)]
 		chunks = chunks[len(run):]
 		g.Go(func() error {
@@ -74,5 +87,9 @@ func (c *conversion) verifyChunks(ctx context.Context, b rafs.Blob, path string,
 			return nil
 		})
 	}
-	return g.Wait()
+	if err := g.Wait(); err != nil {
+		return err
+	}
+	c.res.Stats.VerifiedChunks += len(b.chunks)
+	return nil
 }
