@@ -2,6 +2,7 @@ package remote_test
 
 import (
 	"bytes"
+	"context"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
@@ -346,4 +347,48 @@ func TestErrorsTellNoSecrets(t *testing.T) {
 			t.Errorf("error %q has %q", err, secret)
 		}
 	}
+}
+
+// TestTokenOfWhoGaveUp cancels the request that fetches a token while another waits for it.
+func TestTokenOfWhoGaveUp(t *testing.T) {
+	t.Parallel()
+	f := newFaulty(t)
+	asked := make(chan struct{}, 1)
+	var slow sync.Once
+	f.set(func(*http.Request) bool { return true }, func(w http.ResponseWriter, r *http.Request, _ int) bool {
+		if r.URL.Path == "/token" {
+			slow.Do(func() {
+				asked <- struct{}{}
+				f.wait(r)
+			})
+			fmt.Fprint(w, `{"token":"t"}`)
+			return true
+		}
+		if r.Header.Get("Authorization") == "" {
+			w.Header().Set("WWW-Authenticate", fmt.Sprintf(`Bearer realm="%s/token",service="s"`, f.URL))
+			w.WriteHeader(http.StatusUnauthorized)
+			return true
+		}
+		w.WriteHeader(http.StatusNotFound)
+		return true
+	})
+	o := impatient()
+	o.Timeouts.Header = 10 * time.Second
+	src := openSource(t, f.host+"/app:v", o)
+	ctx, cancel := context.WithCancel(t.Context())
+	first := make(chan error)
+	go func() {
+		_, err := src.Resolve(ctx)
+		first <- err
+	}()
+	<-asked
+	second := make(chan error)
+	go func() {
+		_, err := src.Resolve(t.Context())
+		second <- err
+	}()
+	time.Sleep(50 * time.Millisecond) // the second waits for the first's token
+	cancel()
+	wantError(t, "the one that gave up", <-first, context.Canceled)
+	wantError(t, "the other", <-second, remote.ErrNotFound, "404")
 }

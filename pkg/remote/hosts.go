@@ -65,12 +65,43 @@ func registryHosts(ctx context.Context, host string, o settings) ([]docker.Regis
 	if err != nil {
 		return nil, fmt.Errorf("registry configuration of %s: %w", host, err)
 	}
-	for _, h := range hosts {
+	turn := make(chan struct{}, 1)
+	for i, h := range hosts {
 		if h.Scheme == "http" {
 			clear.Store(true)
 		}
+		if h.Authorizer != nil {
+			hosts[i].Authorizer = oneByOne{h.Authorizer, turn}
+		}
 	}
 	return hosts, nil
+}
+
+// oneByOne lets one goroutine at a time use the library's authorizer, which hosts share: it
+// reads a token's expiry while it writes it.
+type oneByOne struct {
+	docker.Authorizer
+	turn chan struct{} // holds one when somebody is at it
+}
+
+func (a oneByOne) in(ctx context.Context, f func() error) error {
+	select {
+	case a.turn <- struct{}{}:
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+	defer func() { <-a.turn }()
+	return f()
+}
+
+// Authorize implements docker.Authorizer.
+func (a oneByOne) Authorize(ctx context.Context, req *http.Request) error {
+	return a.in(ctx, func() error { return a.Authorizer.Authorize(ctx, req) })
+}
+
+// AddResponses implements docker.Authorizer.
+func (a oneByOne) AddResponses(ctx context.Context, answers []*http.Response) error {
+	return a.in(ctx, func() error { return a.Authorizer.AddResponses(ctx, answers) })
 }
 
 // checkHostsFile refuses a hosts.toml that does not parse: the library would go on without
@@ -114,21 +145,21 @@ func clientUpdater(o settings, clear *atomic.Bool) config.UpdateClientFunc {
 
 // dockerConfigPath returns the file that o names, and whether it must exist; empty: none.
 func dockerConfigPath(o settings) (path string, must bool) {
-	path, must = o.DockerConfig, true
-	if path == "" {
-		path, must = os.Getenv("DOCKER_CONFIG"), false
-	}
-	if path == "" {
-		home, err := os.UserHomeDir()
-		if err != nil {
-			return "", false // a service without a home has no docker config
+	const file = "config.json"
+	if o.DockerConfig != "" {
+		if info, err := os.Stat(o.DockerConfig); err == nil && info.IsDir() {
+			return filepath.Join(o.DockerConfig, file), true
 		}
-		path = filepath.Join(home, ".docker")
+		return o.DockerConfig, true
 	}
-	if info, err := os.Stat(path); err == nil && info.IsDir() {
-		path = filepath.Join(path, "config.json")
+	if dir := os.Getenv("DOCKER_CONFIG"); dir != "" {
+		return filepath.Join(dir, file), false
 	}
-	return path, must
+	home, err := os.UserHomeDir()
+	if err != nil {
+		return "", false // a service without a home has no docker config
+	}
+	return filepath.Join(home, ".docker", file), false
 }
 
 // credentialsFunc answers the library's question for the credentials of a host.

@@ -197,7 +197,7 @@ func (r *repository) do(ctx context.Context, h docker.RegistryHost, c call) (*ht
 		ctx = docker.ContextWithAppendPullRepositoryScope(ctx, c.from)
 	}
 	for attempt := 0; ; attempt++ {
-		req, resp, err := r.send(ctx, h, c)
+		req, resp, err := r.send(ctx, &h, c)
 		if err != nil {
 			return nil, err
 		}
@@ -223,22 +223,31 @@ func (r *repository) do(ctx context.Context, h docker.RegistryHost, c call) (*ht
 	}
 }
 
-// send makes one attempt of c.
-func (r *repository) send(ctx context.Context, h docker.RegistryHost, c call) (*http.Request, *http.Response, error) {
-	req, err := r.request(ctx, h, c)
+// send makes one attempt of c. It may replace h by what it is configured anew.
+func (r *repository) send(ctx context.Context, h *docker.RegistryHost, c call) (*http.Request, *http.Response, error) {
+	req, err := r.request(ctx, *h, c)
 	if err != nil {
-		return nil, nil, r.fail(h, c, err)
+		return nil, nil, r.fail(*h, c, err)
 	}
 	if h.Authorizer != nil && sameOrigin(req.URL, &url.URL{Scheme: h.Scheme, Host: h.Host}) {
-		if err := h.Authorizer.Authorize(ctx, req); err != nil {
-			closeBody(req)
+		err := h.Authorizer.Authorize(ctx, req)
+		if err != nil {
 			r.forget()
-			return nil, nil, r.fail(h, c, fmt.Errorf("get a token: %w", err))
+		}
+		if err != nil && ctx.Err() == nil && (errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded)) {
+			// Whoever asked for the token gave up; we have not.
+			if *h, err = r.again(ctx, *h); err == nil {
+				err = h.Authorizer.Authorize(ctx, req)
+			}
+		}
+		if err != nil {
+			closeBody(req)
+			return nil, nil, r.fail(*h, c, fmt.Errorf("get a token: %w", err))
 		}
 	}
 	resp, err := redirecting(h.Client, req).Do(req)
 	if err != nil {
-		return nil, nil, r.fail(h, c, err)
+		return nil, nil, r.fail(*h, c, err)
 	}
 	return req, resp, nil
 }

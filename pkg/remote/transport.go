@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/http"
 	"strconv"
+	"sync"
 	"sync/atomic"
 	"syscall"
 	"time"
@@ -208,22 +209,43 @@ func (t *transport) once(req *http.Request) (*http.Response, error) {
 // network is waited for, never while we are. It is safe for concurrent use: a body may still
 // be read while its response is.
 type watch struct {
-	timer    atomic.Pointer[time.Timer]
 	answered atomic.Bool // the response's header is there; what is sent counts no more
 	cancel   context.CancelCauseFunc
 	host     string
+
+	mu       sync.Mutex // guards what follows
+	timer    *time.Timer
+	deadline time.Time // zero: disarmed
+	what     string
+	wait     time.Duration
 }
 
 func (w *watch) arm(what string, d time.Duration) {
-	t := time.AfterFunc(d, func() { w.cancel(fmt.Errorf("%w: %s: %s for %s", ErrStalled, w.host, what, d)) })
-	if old := w.timer.Swap(t); old != nil {
-		old.Stop()
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.what, w.wait, w.deadline = what, d, time.Now().Add(d)
+	if w.timer == nil {
+		w.timer = time.AfterFunc(d, w.fire)
+	} else {
+		w.timer.Reset(d)
 	}
 }
 
 func (w *watch) disarm() {
-	if old := w.timer.Swap(nil); old != nil {
-		old.Stop()
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.deadline = time.Time{}
+	if w.timer != nil {
+		w.timer.Stop()
+	}
+}
+
+// fire may come late, after disarm or another arm.
+func (w *watch) fire() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if !w.deadline.IsZero() && !time.Now().Before(w.deadline) {
+		w.cancel(fmt.Errorf("%w: %s: %s for %s", ErrStalled, w.host, w.what, w.wait))
 	}
 }
 
