@@ -59,7 +59,9 @@ func archiveOf(t testing.TB, img testImage) []tar.Header {
 		t.Fatal(err)
 	}
 	entries := []tar.Header{
-		{Name: "./", Typeflag: tar.TypeDir}, {Name: "blobs/", Typeflag: tar.TypeDir}, {Name: "blobs/sha256/", Typeflag: tar.TypeDir},
+		{Name: "./", Typeflag: tar.TypeDir},
+		{Name: "blobs/", Typeflag: tar.TypeDir},
+		{Name: "blobs/sha256/", Typeflag: tar.TypeDir},
 		reg("./index.json", data), reg("oci-layout", []byte(`{"imageLayoutVersion":"1.0.0"}`)),
 		reg("manifest.json", []byte("[]")), reg("repositories", []byte("{}")),
 	}
@@ -155,7 +157,7 @@ func FuzzArchive(f *testing.F) {
 			}
 			return
 		}
-		defer src.Close() //nolint:errcheck // only read
+		defer src.Close()
 		got, err := remote.Select(t.Context(), src, "linux/amd64")
 		if err != nil {
 			return

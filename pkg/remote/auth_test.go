@@ -316,7 +316,6 @@ func TestTokenExpires(t *testing.T) {
 	img := newImage(t, 1, "amd64", 1_000_000, 10)
 	o := impatient()
 	o.DockerConfig = dockerConfig(t, "{}")
-	o.Timeouts.Header, o.Timeouts.Commit = 5*time.Second, 5*time.Second
 	dst := openTarget(t, f.host+"/app:v", o)
 	if _, err := remote.Publish(t.Context(), dst, img.blobs, img.config, img.manifest, remote.PublishOptions{Workers: 1}); err != nil {
 		t.Fatal(err)
@@ -373,7 +372,6 @@ func TestTokenOfWhoGaveUp(t *testing.T) {
 		return true
 	})
 	o := impatient()
-	o.Timeouts.Header = 10 * time.Second
 	src := openSource(t, f.host+"/app:v", o)
 	ctx, cancel := context.WithCancel(t.Context())
 	first := make(chan error)

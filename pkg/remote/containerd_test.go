@@ -203,7 +203,7 @@ func TestContainerdFallback(t *testing.T) {
 // TestContainerdSilent names the socket when nobody answers there.
 func TestContainerdSilent(t *testing.T) {
 	t.Parallel()
-	o := impatient()
+	o := hasty()
 	o.ContainerdAddress = filepath.Join(t.TempDir(), "none.sock")
 	_, err := openSource(t, "containerd:nginx", o).Resolve(t.Context())
 	wantError(t, "nobody", err, remote.ErrUnavailable, o.ContainerdAddress, "docker.io/library/nginx:latest")
@@ -215,7 +215,7 @@ func TestContainerdSilent(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer l.Close() //nolint:errcheck // the test is over
+	defer l.Close()
 	started := time.Now()
 	_, err = openSource(t, "containerd:nginx", o).Resolve(t.Context())
 	wantError(t, "mute", err, remote.ErrStalled, o.ContainerdAddress)

@@ -20,13 +20,31 @@ import (
 	"github.com/headstart-oci/headstart/pkg/remote"
 )
 
-// impatient waits shortly, so that tests of what hangs are quick.
+// impatient repeats quickly, and waits long for what comes in the end.
 func impatient() remote.Options {
-	const short = 300 * time.Millisecond
+	const long = 20 * time.Second
 	return remote.Options{
 		Retries:  2,
-		Timeouts: remote.Timeouts{Connect: time.Second, Header: short, Commit: short, Stall: short, Backoff: 10 * time.Millisecond, RetryAfter: 2 * time.Second},
+		Timeouts: remote.Timeouts{Connect: long, Header: long, Commit: long, Stall: long, Backoff: 10 * time.Millisecond, RetryAfter: 2 * time.Second},
 	}
+}
+
+// stall is how long hasty waits.
+const stall = 600 * time.Millisecond
+
+// hasty is impatient with what hangs, too.
+func hasty() remote.Options {
+	o := impatient()
+	o.Timeouts.Connect, o.Timeouts.Header, o.Timeouts.Commit, o.Timeouts.Stall = stall, stall, stall, stall
+	return o
+}
+
+// optionsFor is hasty for cases that hang or test the difference.
+func optionsFor(name string) remote.Options {
+	if strings.Contains(name, "hang") || strings.Contains(name, "slow") {
+		return hasty()
+	}
+	return impatient()
 }
 
 // faulty is a registry that answers wrongly where fault says so: it returns whether it
@@ -223,7 +241,7 @@ func TestPullFaults(t *testing.T) {
 				t.Fatal(err)
 			}
 			f.set(method(http.MethodGet, "/blobs/"), c.fault(f))
-			got, err := readAll(t.Context(), openSource(t, f.host+"/app:v", impatient()), doc.Descriptor)
+			got, err := readAll(t.Context(), openSource(t, f.host+"/app:v", optionsFor(name)), doc.Descriptor)
 			if c.class == nil && c.parts == nil {
 				if err != nil || !bytes.Equal(got, good) {
 					t.Errorf("Fetch = %d bytes, %v, want all", len(got), err)
@@ -257,7 +275,7 @@ func slow(data []byte) fault {
 		for i := range 8 {
 			_, _ = w.Write(data[i*len(data)/8 : (i+1)*len(data)/8])
 			_ = http.NewResponseController(w).Flush()
-			time.Sleep(80 * time.Millisecond)
+			time.Sleep(stall / 6)
 		}
 		return true
 	}
@@ -388,7 +406,7 @@ func TestPushFaults(t *testing.T) {
 			f := newFaulty(t)
 			f.set(c.match, c.fault(f))
 			img := newImage(t, 1, "amd64", 2_000_000)
-			dst := openTarget(t, f.host+"/app:v", impatient())
+			dst := openTarget(t, f.host+"/app:v", optionsFor(name))
 			_, err := remote.Publish(t.Context(), dst, img.blobs, img.config, img.manifest, remote.PublishOptions{})
 			f.set(nil, nil)
 			src := openSource(t, f.host+"/app:v", impatient())

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"maps"
 	"os"
 	"path/filepath"
 	"strings"
@@ -63,6 +64,9 @@ func (t *layoutTarget) prepare() error {
 		return err
 	}
 	if err := t.dir.MkdirAll(ocispec.ImageBlobsDir+"/sha256", 0o755); err != nil {
+		return err
+	}
+	if err := errors.Join(t.syncDir(ocispec.ImageBlobsDir), t.syncDir(".")); err != nil {
 		return err
 	}
 	data, err := dirFiles{t.dir}.document(ocispec.ImageLayoutFile, 64<<10)
@@ -311,9 +315,7 @@ func encodeIndex(index ocispec.Index) ([]byte, error) {
 // entry is desc as an entry of a layout's index, named as ref says.
 func entry(ref Reference, desc ocispec.Descriptor) ocispec.Descriptor {
 	annotations := make(map[string]string, len(desc.Annotations)+1)
-	for k, v := range desc.Annotations {
-		annotations[k] = v
-	}
+	maps.Copy(annotations, desc.Annotations)
 	delete(annotations, ocispec.AnnotationRefName)
 	if ref.Tag != "" {
 		annotations[ocispec.AnnotationRefName] = ref.Tag

@@ -336,7 +336,7 @@ func TestLockedLayout(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer d.Close() //nolint:errcheck // releases the lock
+	defer d.Close()
 	if err := syscall.Flock(int(d.Fd()), syscall.LOCK_EX); err != nil {
 		t.Fatal(err)
 	}

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net"
 	"net/http"
 	"net/url"
@@ -286,9 +287,7 @@ func (r *repository) request(ctx context.Context, h docker.RegistryHost, c call)
 		}
 		u = &url.URL{Scheme: h.Scheme, Host: h.Host, Path: p}
 		query := url.Values{}
-		for k, v := range c.query {
-			query[k] = v
-		}
+		maps.Copy(query, c.query)
 		if h.Host != r.ref.Host && (r.ref.Host != "docker.io" || h.Host != "registry-1.docker.io") {
 			query.Set("ns", r.ref.Host) // containerd's parameter for mirrors: whom they stand for
 		}
@@ -377,8 +376,7 @@ func (r *repository) error(h docker.RegistryHost, c call) *RegistryError {
 
 // fail makes an error of a request that got no answer.
 func (r *repository) fail(h docker.RegistryHost, c call, err error) *RegistryError {
-	var outer *url.Error
-	if errors.As(err, &outer) {
+	if outer, ok := errors.AsType[*url.Error](err); ok {
 		err = outer.Err // its text repeats method and URL, with what the query holds
 	}
 	var op *net.OpError

@@ -45,8 +45,7 @@ func (u *upload) run(ctx context.Context) (PushResult, error) {
 		}
 		u.t.o.Log.Debug("resume upload", zap.Stringer("digest", u.b.Descriptor.Digest), zap.Int("attempt", attempt+1), zap.Error(err))
 		wait := u.t.o.backoff(attempt)
-		var answer *RegistryError
-		if errors.As(err, &answer) {
+		if answer, ok := errors.AsType[*RegistryError](err); ok {
 			if answer.RetryAfter > u.t.o.Timeouts.RetryAfter {
 				u.abandon(ctx)
 				return 0, err

@@ -3,7 +3,6 @@ package remote_test
 import (
 	"bytes"
 	"context"
-
 	"io"
 	"math/rand"
 	"net"
@@ -110,7 +109,6 @@ func TestUploadResumes(t *testing.T) {
 			c := newCutter(t, r.Host, 2, 4<<20)
 			o := impatient()
 			o.UploadChunk = chunk
-			o.Timeouts.Header, o.Timeouts.Commit, o.Timeouts.Stall = 5*time.Second, 5*time.Second, 5*time.Second
 			repo := c.Addr().String() + "/" + strings.ReplaceAll(name, " ", "-") + "/app"
 			repo = strings.ToLower(strings.ReplaceAll(repo, "MiB", "mib"))
 			got, err := openTarget(t, repo+":v", o).Push(t.Context(), doc.Blob())
@@ -214,7 +212,7 @@ func TestSlowSource(t *testing.T) {
 	doc := remote.NewDocument(ocispec.MediaTypeImageLayer, bytes.Repeat([]byte("x"), 4000))
 	b := doc.Blob()
 	b.Open = slowly(doc.Data)
-	if got, err := openTarget(t, f.host+"/app:v", impatient()).Push(t.Context(), b); err != nil || got != remote.Uploaded {
+	if got, err := openTarget(t, f.host+"/app:v", hasty()).Push(t.Context(), b); err != nil || got != remote.Uploaded {
 		t.Errorf("Push = %v, %v", got, err)
 	}
 }
@@ -232,7 +230,7 @@ func (r *slowReader) Read(p []byte) (int, error) {
 	if len(r.data) == 0 {
 		return 0, io.EOF
 	}
-	time.Sleep(400 * time.Millisecond)
+	time.Sleep(stall + stall/4)
 	n := copy(p[:min(len(p), 2000)], r.data)
 	r.data = r.data[n:]
 	return n, nil
