@@ -210,43 +210,37 @@ type item struct {
 	Link     string // the first name of the same file
 }
 
-// dumpImage walks the image of res through its io/fs.
+// dumpImage walks the image of res. Its io/fs cannot name files whose names are not UTF-8,
+// so inodes are opened directly.
 func dumpImage(t testing.TB, res *builder.Result) map[string]item {
 	t.Helper()
 	img := openImage(t, res)
 	fsys := img.FS(func(b rafs.Blob) (*rafs.BlobReader, error) { return openBlob(t, res, b) })
 	first := map[*rafs.Inode]string{}
 	out := map[string]item{}
-	err := fs.WalkDir(fsys, ".", func(p string, d fs.DirEntry, err error) error {
-		if err != nil {
-			return err
-		}
-		info, err := d.Info()
-		if err != nil {
-			return err
-		}
-		ino := info.Sys().(*rafs.Inode)
+	err := img.Walk(func(p string, ino *rafs.Inode) error {
 		it := item{Mode: ino.Mode, UID: ino.UID, GID: ino.GID, Mtime: ino.Mtime*1e9 + int64(ino.MtimeNsec), Xattrs: map[string]string{}}
 		for _, x := range ino.Xattrs {
 			it.Xattrs[x.Name] = hex.EncodeToString(x.Value)
 		}
 		switch ino.Mode & unix.S_IFMT {
 		case unix.S_IFREG:
-			b, err := fs.ReadFile(fsys, p)
-			if err != nil {
+			h := sha256.New()
+			if err := fsys.CopyFile(t.Context(), h, ino); err != nil {
 				return err
 			}
-			it.Size, it.Data = int64(ino.Size), fmt.Sprintf("%x", sha256.Sum256(b))
+			it.Size, it.Data = int64(ino.Size), hex.EncodeToString(h.Sum(nil))
 			if first[ino] == "" {
-				first[ino] = p
+				first[ino] = strings.TrimPrefix(p, "/")
 			}
 			it.Link = first[ino]
 		case unix.S_IFLNK:
 			it.Size, it.Data = int64(ino.Size), ino.Target
 		case unix.S_IFCHR, unix.S_IFBLK:
-			it.Rdev = unix.Mkdev(ino.Rdev>>8&0xfff, ino.Rdev&0xff|ino.Rdev>>12&^0xff)
+			major, minor := ino.Device()
+			it.Rdev = unix.Mkdev(major, minor)
 		}
-		out[path.Join("/", p)] = it
+		out[p] = it
 		return nil
 	})
 	if err != nil {

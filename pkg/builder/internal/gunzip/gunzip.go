@@ -94,14 +94,11 @@ func (z *Reader) header() error {
 		}
 	}
 	for _, f := range []byte{flagName, flagComment} {
-		for flags&f != 0 {
-			c, err := d.take(1, &sum)
-			if err != nil {
-				return err
-			}
-			if c[0] == 0 {
-				break
-			}
+		if flags&f == 0 {
+			continue
+		}
+		if err := d.skipString(&sum); err != nil {
+			return err
 		}
 	}
 	if flags&flagCRC != 0 {
@@ -118,6 +115,22 @@ func (z *Reader) header() error {
 	z.crc, z.size, z.inside = 0, 0, true
 	z.members++
 	return nil
+}
+
+// maxString bounds a name or a comment, its NUL included, as compress/gzip does.
+const maxString = 512
+
+func (d *decoder) skipString(sum *headerSum) error {
+	for range maxString {
+		c, err := d.take(1, sum)
+		if err != nil {
+			return err
+		}
+		if c[0] == 0 {
+			return nil
+		}
+	}
+	return ErrHeader
 }
 
 // headerSum is the checksum of the bytes taken.

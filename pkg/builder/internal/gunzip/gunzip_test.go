@@ -7,6 +7,7 @@ import (
 	"io"
 	"math/rand/v2"
 	"os"
+	"slices"
 	"strings"
 	"testing"
 	"testing/iotest"
@@ -121,6 +122,15 @@ func TestCut(t *testing.T) {
 		if _, err := readAll(io.MultiReader(bytes.NewReader(z[:n]), iotest.ErrReader(gone))); !errors.Is(err, gone) {
 			t.Errorf("source fails at %d of %d: %v; want %v", n, len(z), err, gone)
 		}
+	}
+}
+
+// TestHeader compares headers with the standard library's mind.
+func TestHeader(t *testing.T) {
+	z := compress(t, 6, []byte("x"))
+	for _, n := range []int{0, 1, 510, 511, 512, 513, 5000} {
+		bad := slices.Concat(z[:10], z[10:17], bytes.Repeat([]byte("n"), n), []byte("\x00"), z[22:])
+		same(t, bad)
 	}
 }
 
