@@ -71,7 +71,7 @@ type Timeouts struct {
 	Header     time.Duration // from a request sent to its response's header; default 30 s
 	Commit     time.Duration // the same for the request that ends an upload, while the registry verifies it; default 10 min
 	Stall      time.Duration // no byte of a body sent or received; default 30 s
-	Backoff    time.Duration // before the first repeat, doubled for each of the next up to 20 times it; default 250 ms
+	Backoff    time.Duration // before the first repeat; doubled for each next one, at most 20 times it; default 250 ms
 	RetryAfter time.Duration // the longest Retry-After that is waited for; default 60 s
 }
 
