@@ -119,7 +119,7 @@ func (d *drill) tracer(t *testing.T, after time.Duration) {
 	p := u.start(t)
 	r := d.launch(t, d.static, script())
 	pids := d.waitProcess(t, d.host.server, "")
-	time.Sleep(after)
+	time.Sleep(min(after, 600*time.Millisecond)) // the workload still pauses then
 	killAll(pids)
 	r.unharmed(t)
 	d.nextRun(t, u)
