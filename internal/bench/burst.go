@@ -35,9 +35,14 @@ func benchBurst(ctx context.Context, b *bench) (err error) {
 	}
 	list := filepath.Join(dir, "burst.list")
 	command := img.Command()
-	bare := side{lines: [][]string{append([]string{"chroot", root}, command...)}}
+	// The recorder runs the command on an overlay; so does the other side.
+	over := filepath.Join(dir, "over")
+	bare := side{prepare: emptied(over), lines: [][]string{append([]string{"unshare", "--mount", "sh", "-c", `
+		mkdir "$0/upper" "$0/work" "$0/merged"
+		mount -t overlay overlay -o "lowerdir=$1,upperdir=$0/upper,workdir=$0/work" "$0/merged"
+		shift; exec chroot "$0/merged" "$@"`, over, root}, command...)}}
 	traced := side{lines: [][]string{append([]string{
-		b.bin + "optimizer", "record", "--quiet", "--server", b.bin + "optimizer-server", "--root", root, "-o", list, "--",
+		b.bin + "optimizer", "record", "--quiet", "--server-path", b.bin + "optimizer-server", "--root", root, "-o", list, "--",
 	}, command...)}}
 	without, with, err := compare(ctx, b.runs, bare, traced)
 	if err != nil {
