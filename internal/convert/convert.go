@@ -138,6 +138,9 @@ func convert(ctx context.Context, o Options, source, target remote.Reference, sr
 	if nydusimage.Is(img.Manifest) {
 		return Summary{}, fmt.Errorf("source %s: %w: it is a Nydus image already", source, ErrUnsupported)
 	}
+	if err := checkApart(o, source, target, img.Root); err != nil {
+		return Summary{}, err
+	}
 	if target.Kind == remote.KindRegistry {
 		if err := reach(ctx, target, o.TargetRemote, img.Descriptor); err != nil {
 			return Summary{}, fmt.Errorf("target %s: %w", target, err)
