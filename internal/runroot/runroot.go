@@ -133,6 +133,11 @@ func (p *Process) run(o Options, s spec, scratch string, ready chan<- error) {
 	cmd, talk, err := p.spawn(o, s)
 	if err == nil {
 		answer := listen(talk)
+		// What was mounted there left the child's tree with the old root; when this process
+		// is killed later, nothing stays behind.
+		if answer == nil && scratch != "" && os.Remove(scratch) == nil {
+			scratch = ""
+		}
 		ready <- answer
 		err = cmd.Wait()
 		if answer != nil {
@@ -175,6 +180,9 @@ func (p *Process) spawn(o Options, s spec) (cmd *exec.Cmd, talk *os.File, err er
 	cmd.WaitDelay = 2 * time.Second
 	err = cmd.Start()
 	closed := errors.Join(orders.Close(), fromChild.Close())
+	if errors.Is(err, unix.EPERM) {
+		err = fmt.Errorf("new mount and process namespaces need root, with CAP_SYS_ADMIN: %w", err)
+	}
 	if err != nil {
 		return nil, nil, errors.Join(err, closed, toChild.Close(), talk.Close())
 	}

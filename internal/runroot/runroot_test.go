@@ -86,6 +86,8 @@ func runAll(t *testing.T, o runroot.Options) (stdout, stderr string, err error) 
 
 func TestRun(t *testing.T) {
 	root := makeRoot(t)
+	scratch := t.TempDir()
+	t.Setenv("TMPDIR", scratch)
 	out, errs, err := runAll(t, runroot.Options{
 		Root: root, Args: []string{"sh", "-c", `echo $$ $PWD $A; cat; echo x > /new; test -e /proc/1/exe && echo proc; echo y > /dev/null && echo dev; read -r u < /proc/self/loginuid; exit 3`},
 		Env: []string{"A=b c"}, Dir: "/tmp", Stdin: strings.NewReader("input\n"),
@@ -97,8 +99,46 @@ func TestRun(t *testing.T) {
 	if _, err := os.Lstat(filepath.Join(root, "new")); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("what was written stayed: %v", err)
 	}
-	if left, _ := filepath.Glob(filepath.Join(os.TempDir(), "headstart-root-*")); len(left) != 0 {
-		t.Errorf("left behind: %v", left)
+	if left, err := os.ReadDir(scratch); err != nil || len(left) != 0 {
+		t.Errorf("left behind: %v, %v", left, err)
+	}
+}
+
+// The directory that the overlay is made in is gone before the command runs, so nothing of it
+// stays when the process that started the command is killed.
+func TestNothingToLeaveBehind(t *testing.T) {
+	root := makeRoot(t)
+	scratch := t.TempDir()
+	t.Setenv("TMPDIR", scratch)
+	p, err := runroot.Start(t.Context(), runroot.Options{Root: root, Args: []string{"sh", "-c", "echo x > /new; cat /new > /dev/null"}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if left, err := os.ReadDir(scratch); err != nil || len(left) != 0 {
+		t.Errorf("beside the held process: %v, %v, want nothing", left, err)
+	}
+	if err := errors.Join(p.Release(), p.Wait()); err != nil {
+		t.Error(err)
+	}
+}
+
+// Without CAP_SYS_ADMIN the error says what is missing.
+func TestNoPrivilege(t *testing.T) {
+	const inside = "RUNROOT_TEST_NO_PRIVILEGE"
+	if os.Getenv(inside) != "" {
+		_, err := runroot.Start(t.Context(), runroot.Options{Root: "/", Args: []string{"true"}})
+		t.Fatalf("error: %v", err)
+	}
+	testenv.Root(t)
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command(testenv.Tool(t, "setpriv"), "--bounding-set", "-sys_admin", self, "-test.run", "^TestNoPrivilege$")
+	cmd.Env = append(os.Environ(), inside+"=1")
+	out, err := cmd.CombinedOutput()
+	if want := "need root, with CAP_SYS_ADMIN: "; err == nil || !strings.Contains(string(out), want) {
+		t.Errorf("got %v, %s, want an error with %q", err, out, want)
 	}
 }
 
