@@ -116,7 +116,7 @@ type Result struct {
 	ConfigDescriptor, ManifestDescriptor ocispec.Descriptor
 	Stats                                Stats
 
-	dir string
+	dir *workDir
 }
 
 // Stats tells what a conversion read, left out and wrote.
@@ -162,7 +162,7 @@ var (
 )
 
 // Close removes the files of r. It may be called more than once.
-func (r *Result) Close() error { return os.RemoveAll(r.dir) }
+func (r *Result) Close() error { return r.dir.remove() }
 
 // Open opens the file for reading; the caller closes it.
 func (f File) Open() (io.ReadCloser, error) { return os.Open(f.Path) }

@@ -28,8 +28,9 @@ const (
 
 // Convert reads the layers of src, merges them, and writes the RAFS v6 image that o asks
 // for. The image has been read back and verified when Convert returns; the caller closes
-// the Result. On error nothing is left on disk. It returns ErrInvalid, ErrUnsupported or
-// ErrDigest for what is wrong with src, and the context's error soon after it ended.
+// the Result. On error nothing is left on disk; what killed builders have left in
+// o.TempDir is removed first. It returns ErrInvalid, ErrUnsupported or ErrDigest for what
+// is wrong with src, and the context's error soon after it ended.
 func Convert(ctx context.Context, src Source, o Options) (_ *Result, err error) {
 	o, err = o.complete()
 	if err != nil {
@@ -43,16 +44,16 @@ func Convert(ctx context.Context, src Source, o Options) (_ *Result, err error) 
 	if err != nil {
 		return nil, err
 	}
-	dir, err := os.MkdirTemp(o.TempDir, "headstart-build-")
+	dir, err := makeWorkDir(o.TempDir)
 	if err != nil {
 		return nil, fmt.Errorf("make a directory for the result: %w", err)
 	}
 	defer func() {
 		if err != nil {
-			err = errors.Join(err, os.RemoveAll(dir))
+			err = errors.Join(err, dir.remove())
 		}
 	}()
-	c := &conversion{src: src, o: o, dir: dir, res: &Result{dir: dir}}
+	c := &conversion{src: src, o: o, dir: dir.path, res: &Result{dir: dir}}
 	if err := c.run(ctx, cfg); err != nil {
 		if ctxErr := context.Cause(ctx); ctxErr != nil {
 			return nil, ctxErr // whatever broke, it broke because of this
