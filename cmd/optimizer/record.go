@@ -15,6 +15,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/headstart-oci/headstart/internal/runroot"
+	"github.com/headstart-oci/headstart/internal/tracer"
 	"github.com/headstart-oci/headstart/pkg/persist"
 )
 
@@ -243,10 +244,9 @@ func (o *recordOptions) runInRoot(ctx context.Context, server string, l *persist
 		return err
 	}
 	exited := p.Wait()
-	if err := o.write(l); err != nil {
+	if err := o.finish(l); err != nil {
 		return err
 	}
-	o.summarize(l)
 	if exit, ok := errors.AsType[*exec.ExitError](exited); ok && !ours {
 		return fmt.Errorf("the command ended with %s; the list was written", exit.ProcessState)
 	}
@@ -260,10 +260,22 @@ func (o *recordOptions) runAttached(ctx context.Context, server string, l *persi
 	if _, err := o.trace(ctx, server, o.pid, l, nil); err != nil {
 		return err
 	}
+	return o.finish(l)
+}
+
+// errTracerDied is returned after the list was written: only some formats can say in the
+// list itself that it is incomplete.
+var errTracerDied = errors.New("the tracer died before the recording ended; the list was written and is incomplete")
+
+// finish writes the list and says what is in it.
+func (o *recordOptions) finish(l *persist.List) error {
 	if err := o.write(l); err != nil {
 		return err
 	}
 	o.summarize(l)
+	if l.End == tracer.EndKilled {
+		return errTracerDied
+	}
 	return nil
 }
 

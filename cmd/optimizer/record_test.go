@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -152,6 +153,38 @@ func TestRecordInterrupt(t *testing.T) {
 	}
 	if l := readListFile(t, name); l.End != "stop" || !slices.Equal(paths(l), []string{"/bin/hello"}) {
 		t.Errorf("ended by %s, recorded %q", l.End, paths(l))
+	}
+}
+
+// A tracer that dies while the command runs leaves an incomplete list, which is a failure.
+func TestRecordTracerDies(t *testing.T) {
+	root := helloRoot(t)
+	dir := t.TempDir()
+	name, pidFile, server := filepath.Join(dir, "list"), filepath.Join(dir, "pid"), filepath.Join(dir, "server")
+	script := fmt.Sprintf("#!/bin/sh\necho $$ > '%s'\nexec '%s' \"$@\"\n", pidFile, testenv.Binary(t, "optimizer-server"))
+	if err := os.WriteFile(server, []byte(script), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	out := &watched{want: "ready", seen: func() {
+		var pid int
+		b, err := os.ReadFile(pidFile)
+		if err == nil {
+			_, err = fmt.Sscan(string(b), &pid)
+		}
+		if err == nil {
+			err = syscall.Kill(pid, syscall.SIGKILL)
+		}
+		if err != nil {
+			t.Errorf("kill the tracer: %v", err)
+		}
+	}}
+	var errs bytes.Buffer
+	err := run(t.Context(), []string{"record", "--root", root, "--server-path", server, "-o", name, "--", "hello", "sleep"}, nil, out, &errs)
+	if want := "the tracer died before the recording ended; the list was written and is incomplete"; err == nil || err.Error() != want {
+		t.Errorf("error %v, want %s; stderr %s", err, want, errs.String())
+	}
+	if l := readListFile(t, name); l.End != "killed" || l.Complete() {
+		t.Errorf("ended by %s, complete %v", l.End, l.Complete())
 	}
 }
 
