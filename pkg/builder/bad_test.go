@@ -159,14 +159,11 @@ func TestBadLayers(t *testing.T) {
 func TestBadInput(t *testing.T) {
 	layer := tarLayer(makeTar(t, reg("a", "1")))
 	src := source(t, layer)
-	many := source(t)
-	{
-		var ls []builder.Layer
-		for i := range 300 {
-			ls = append(ls, tarLayer(makeTar(t, reg(strings.Repeat("x", i%200+1)+string(rune('a'+i/200)), strings.Repeat("y", i+1)))))
-		}
-		many = source(t, ls...)
+	var layers []builder.Layer
+	for i := range 300 {
+		layers = append(layers, tarLayer(makeTar(t, reg(strings.Repeat("x", i%200+1)+string(rune('a'+i/200)), strings.Repeat("y", i+1)))))
 	}
+	many := source(t, layers...)
 	config := func(s string) builder.Source { c := src; c.Config = []byte(s); return c }
 	tests := map[string]struct {
 		src  builder.Source

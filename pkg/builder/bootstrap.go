@@ -5,6 +5,7 @@ import (
 	"bufio"
 	"bytes"
 	"context"
+	"crypto/sha256"
 	"encoding/binary"
 	"encoding/hex"
 	"errors"
@@ -13,8 +14,6 @@ import (
 	"io"
 	"os"
 	"time"
-
-	"crypto/sha256"
 
 	"github.com/klauspost/compress/gzip"
 	"github.com/opencontainers/go-digest"

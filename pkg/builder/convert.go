@@ -191,7 +191,6 @@ func (c *conversion) run(ctx context.Context, cfg sourceConfig) error {
 		return fmt.Errorf("bootstrap: %w", err)
 	}
 	want, chunks := summarize(img), c.chunksToVerify(img)
-	img, final, plan = nil, finalTree{}, prefetchPlan{} // two trees at once would double the memory
 	c.progress(Event{Stage: StageVerify})
 	return c.complete(ctx, cfg, want, chunks)
 }
@@ -240,10 +239,12 @@ func (c *conversion) buildLayers(ctx context.Context) error {
 		return err
 	}
 	layers, layersCtx := errgroup.WithContext(ctx)
-	layers.SetLimit(min(layersAtOnce, c.o.Workers))
+	atOnce := min(layersAtOnce, c.o.Workers)
+	layers.SetLimit(atOnce)
+	free := newBatches(c.o.Workers, atOnce)
 	for i := range c.src.Layers {
 		layers.Go(func() error {
-			l, err := c.buildLayer(layersCtx, p, i)
+			l, err := c.buildLayer(layersCtx, p, free, i)
 			if err != nil {
 				return c.layerError(i, err)
 			}
@@ -257,7 +258,7 @@ func (c *conversion) buildLayers(ctx context.Context) error {
 }
 
 // buildLayer reads layer i and writes its blob.
-func (c *conversion) buildLayer(ctx context.Context, p *pool, i int) (_ builtLayer, err error) {
+func (c *conversion) buildLayer(ctx context.Context, p *pool, free chan *batch, i int) (_ builtLayer, err error) {
 	// A layer that waited for its turn while another failed is not even opened.
 	if err := ctx.Err(); err != nil {
 		return builtLayer{}, err
@@ -274,7 +275,7 @@ func (c *conversion) buildLayer(ctx context.Context, p *pool, i int) (_ builtLay
 	}
 	defer out.abort()
 
-	ck := newChunker(p, c.o, uint16(i), out.BlobWriter) //nolint:gosec // completeLayers bounds it
+	ck := newChunker(p, free, c.o, uint16(i), out.BlobWriter) //nolint:gosec // completeLayers bounds it
 	total := c.src.Layers[i].Descriptor.Size
 	ck.flushed = func() { c.progress(Event{Stage: StageLayer, Layer: i, Done: stream.stored.n, Total: total}) }
 	reader := layerReader{tree: newTree(), sink: ck, chunkSize: int64(c.o.ChunkSize)}

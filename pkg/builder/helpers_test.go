@@ -14,7 +14,6 @@ import (
 	"os"
 	"path"
 	"path/filepath"
-	"sort"
 	"strings"
 	"testing"
 	"time"
@@ -315,16 +314,6 @@ func listXattrs(t testing.TB, p string) map[string]string {
 }
 
 func sum(data string) string { return fmt.Sprintf("%x", sha256.Sum256([]byte(data))) }
-
-// names lists the paths of a dump.
-func names(d map[string]item) []string {
-	var out []string
-	for p := range d {
-		out = append(out, p)
-	}
-	sort.Strings(out)
-	return out
-}
 
 // listOf makes an access list of whole files.
 func listOf(paths ...string) *persist.List {

@@ -136,7 +136,8 @@ func (l *layerReader) add(ctx context.Context, hdr *tar.Header, r io.Reader) err
 	if marker, ok := strings.CutPrefix(base, whiteoutPrefix); ok {
 		return addMarker(parent, base, marker)
 	}
-	return l.put(ctx, parent, base, hdr, r)
+	// A copy, because base would keep the whole path in memory.
+	return l.put(ctx, parent, strings.Clone(base), hdr, r)
 }
 
 // cleanName makes an entry's name relative to the root; "." is the root itself.
@@ -355,7 +356,7 @@ func (l *layerReader) attrsOf(hdr *tar.Header) (attrs, error) {
 		return attrs{}, fmt.Errorf("%w: owner %d:%d, at most %d", ErrInvalid, hdr.Uid, hdr.Gid, uint32(math.MaxUint32))
 	}
 	a := attrs{
-		perm: uint32(hdr.Mode & 0o7777), //nolint:gosec // masked
+		perm: uint32(hdr.Mode & 0o7777),
 		uid:  uint32(hdr.Uid), gid: uint32(hdr.Gid),
 		mtime: hdr.ModTime.Unix(),
 		nsec:  uint32(hdr.ModTime.Nanosecond()), //nolint:gosec // below 10^9

@@ -2,6 +2,7 @@ package builder
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 
@@ -13,7 +14,6 @@ import (
 // pool runs jobs on a fixed number of workers, each with an encoder of its own. All methods
 // are safe for concurrent use. It ends when its context does.
 type pool struct {
-	ctx     context.Context //nolint:containedctx // the pool's lifetime, one conversion
 	jobs    chan job
 	workers int
 }
@@ -25,7 +25,7 @@ type job interface {
 
 // startPool starts n workers in g, which end when jobs is closed or ctx ends.
 func startPool(ctx context.Context, g *errgroup.Group, n int, c rafs.Compressor, level rafs.Level) (*pool, error) {
-	p := &pool{ctx: ctx, jobs: make(chan job, n), workers: n}
+	p := &pool{jobs: make(chan job, n), workers: n}
 	for range n {
 		enc, err := rafs.NewEncoder(c, level)
 		if err != nil {
@@ -118,7 +118,7 @@ type chunker struct {
 	layer     uint16 // Chunk.Blob until the image's blobs are numbered
 	blob      *rafs.BlobWriter
 
-	free  chan *batch // batches that may be filled; their number is the bound
+	free  chan *batch // batches that any layer may fill; their number is the bound
 	order chan *batch // batches in the order of the layer, for commit
 	cur   *batch      // being filled
 
@@ -128,16 +128,23 @@ type chunker struct {
 // minBatch makes batches of small chunks worth the handing over.
 const minBatch = 1 << 20
 
-func newChunker(p *pool, o Options, layer uint16, blob *rafs.BlobWriter) *chunker {
-	n := p.workers + 2 // one being filled, one being committed
-	c := &chunker{
-		pool: p, chunkSize: int(o.ChunkSize), digester: o.Digester, layer: layer, blob: blob,
-		free: make(chan *batch, n), order: make(chan *batch, n),
-	}
+// newBatches returns the batches of a conversion with so many workers and layers at once:
+// one for each worker, and for each layer one being filled and one being committed.
+// They are nil, to be made when first needed: a small image needs one.
+func newBatches(workers, layers int) chan *batch {
+	n := workers + 2*layers
+	free := make(chan *batch, n)
 	for range n {
-		c.free <- nil // made when first needed: small layers need one
+		free <- nil
 	}
-	return c
+	return free
+}
+
+func newChunker(p *pool, free chan *batch, o Options, layer uint16, blob *rafs.BlobWriter) *chunker {
+	return &chunker{
+		pool: p, chunkSize: int(o.ChunkSize), digester: o.Digester, layer: layer, blob: blob,
+		free: free, order: make(chan *batch, cap(free)),
+	}
 }
 
 // writeFile reads size bytes from r and sends them on their way into ino.Chunks.
@@ -157,7 +164,7 @@ func (c *chunker) writeFile(ctx context.Context, ino *rafs.Inode, r io.Reader, s
 		b := c.cur
 		off := len(b.raw)
 		if _, err := io.ReadFull(r, b.raw[off:off+n]); err != nil {
-			if err == io.EOF { //nolint:errorlint // io.ReadFull returns it bare
+			if errors.Is(err, io.EOF) {
 				err = io.ErrUnexpectedEOF
 			}
 			return err

@@ -135,7 +135,7 @@ func (t *tree) mkdirs(name string) (*dir, error) {
 		child := d.children[n]
 		if !child.exists() {
 			child = newDir(inventedDir())
-			d.put(n, child)
+			d.put(strings.Clone(n), child)
 		}
 		if child.dir == nil {
 			return nil, fmt.Errorf("%w: %q is not a directory", ErrInvalid, strings.Join(names[:i+1], "/"))

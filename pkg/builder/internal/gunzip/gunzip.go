@@ -102,7 +102,7 @@ func (z *Reader) header() error {
 		}
 	}
 	if flags&flagCRC != 0 {
-		want := uint16(sum) //nolint:gosec // the format has the lower half
+		want := uint16(sum)
 		got, err := d.take(2, &sum)
 		if err != nil {
 			return err

@@ -34,95 +34,95 @@ const (
 )
 
 // The values of the symbols above 255 and of the distances. Source: RFC 1951, 3.2.5.
-func lengthEntry(sym int) uint32 {
+func lengthEntry(sym uint32) uint32 {
 	switch {
 	case sym == 256:
 		return entryEnd
 	case sym < 265:
-		return entryBase | uint32(sym-254)<<16
+		return entryBase | (sym-254)<<16
 	case sym == 285:
 		return entryBase | 258<<16
 	case sym < 285:
-		extra := uint32(sym-261) / 4
-		return entryBase | extra<<8 | ((uint32(sym-261)%4+4)<<extra+3)<<16
+		extra := (sym - 261) / 4
+		return entryBase | extra<<8 | (((sym-261)%4+4)<<extra+3)<<16
 	}
 	return 0 // 286 and 287 have codes in the fixed set and no meaning
 }
 
-func distEntry(sym int) uint32 {
+func distEntry(sym uint32) uint32 {
 	switch {
 	case sym < 4:
-		return entryBase | uint32(sym+1)<<16
+		return entryBase | (sym+1)<<16
 	case sym < maxDist:
-		extra := uint32(sym-2) / 2
-		return entryBase | extra<<8 | ((uint32(sym)%2+2)<<extra+1)<<16
+		extra := (sym - 2) / 2
+		return entryBase | extra<<8 | ((sym%2+2)<<extra+1)<<16
 	}
 	return 0
 }
 
-func litEntry(sym int) uint32 {
+func litEntry(sym uint32) uint32 {
 	if sym < 256 {
-		return entryLiteral | uint32(sym)<<16
+		return entryLiteral | sym<<16
 	}
 	return lengthEntry(sym)
 }
 
-func clenEntry(sym int) uint32 { return entryLiteral | uint32(sym)<<16 }
+func clenEntry(sym uint32) uint32 { return entryLiteral | sym<<16 }
 
 // buildTable fills table from the lengths of the codes. It reports whether the codes are
 // a set that may be used: complete, or a single code of one bit, or none at all (which
 // a block without matches may have for distances).
-func buildTable(table []uint32, mainBits int, lengths []uint8, entry func(sym int) uint32) bool {
-	var count [maxCode + 1]int
+func buildTable(table []uint32, mainBits uint32, lengths []uint8, entry func(sym uint32) uint32) bool {
+	var count [maxCode + 1]uint32
 	for _, n := range lengths {
 		count[n]++
 	}
-	used := len(lengths) - count[0]
+	used := len(lengths) - int(count[0])
 	clear(table[:1<<mainBits])
 	if used == 0 {
 		return true
 	}
 	var next [maxCode + 2]uint32
 	code := uint32(0)
-	for n := 1; n <= maxCode; n++ {
+	for n := uint32(1); n <= maxCode; n++ {
 		code <<= 1
 		next[n] = code
-		code += uint32(count[n])
+		code += count[n]
 		if code > 1<<n {
 			return false
 		}
 	}
-	if code != 1<<maxCode && !(used == 1 && count[1] == 1) {
+	if code != 1<<maxCode && (used != 1 || count[1] != 1) {
 		return false
 	}
-	free := 1 << mainBits // of the table, for subtables
-	for n := 1; n <= maxCode; n++ {
+	free := uint32(1) << mainBits // of the table, for subtables
+	for n := uint32(1); n <= maxCode; n++ {
 		if count[n] == 0 {
 			continue
 		}
 		for sym, l := range lengths {
-			if int(l) != n {
+			if uint32(l) != n {
 				continue
 			}
 			rev := bits.Reverse32(next[n]) >> (32 - n)
 			next[n]++
-			e := entry(sym)
+			e := entry(uint32(sym)) //nolint:gosec // below 288
 			if n <= mainBits {
 				for i := rev; i < 1<<mainBits; i += 1 << n {
-					table[i] = e | uint32(n)
+					table[i] = e | n
 				}
 				continue
 			}
 			slot := &table[rev&(1<<mainBits-1)]
 			if *slot == 0 {
 				size := subtableBits(next[n]-1, n, mainBits, count[:])
-				*slot = entryPointer | uint32(free)<<16 | uint32(size)<<8 | uint32(mainBits)
+				*slot = entryPointer | free<<16 | size<<8 | mainBits
 				clear(table[free : free+1<<size])
 				free += 1 << size
 			}
 			start, size := *slot>>16, *slot>>8&0xf
 			for i := rev >> mainBits; i < 1<<size; i += 1 << (n - mainBits) {
-				table[start+i] = e | uint32(n-mainBits)
+				table[start+i] = e | (n - mainBits)
 			}
 		}
 	}
@@ -131,24 +131,25 @@ func buildTable(table []uint32, mainBits int, lengths []uint8, entry func(sym in
 
 // subtableBits is the size of the subtable that begins with a code of n bits: large enough
 // for the longest code that shares its first mainBits bits.
-func subtableBits(code uint32, n, mainBits int, count []int) int {
+func subtableBits(code, n, mainBits uint32, count []uint32) uint32 {
 	size := n - mainBits
-	left := 1 << size // codes of this length that fit
-	left -= count[n] - int(code-firstOf(count, n))
-	for left > 0 && mainBits+size < maxCode {
+	room := uint32(1) << size // codes of this length that fit
+	need := count[n] - (code - firstOf(count, n))
+	for room > need && mainBits+size < maxCode {
 		size++
-		left = left<<1 - count[mainBits+size]
+		room = (room - need) << 1
+		need = count[mainBits+size]
 	}
 	return size
 }
 
 // firstOf is the first code of n bits.
-func firstOf(count []int, n int) uint32 {
+func firstOf(count []uint32, n uint32) uint32 {
 	code := uint32(0)
-	for i := 1; i <= n; i++ {
+	for i := uint32(1); i <= n; i++ {
 		code <<= 1
 		if i < n {
-			code += uint32(count[i])
+			code += count[i]
 		}
 	}
 	return code

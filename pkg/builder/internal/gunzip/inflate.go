@@ -128,7 +128,7 @@ func (d *decoder) align() error {
 	if d.truncated() {
 		return d.eof()
 	}
-	d.r -= int(d.nbits/8) - d.over //nolint:gosec // at most 8
+	d.r -= int(d.nbits/8) - d.over
 	d.bitbuf, d.nbits, d.over = 0, 0, 0
 	return nil
 }
@@ -291,7 +291,7 @@ func (d *decoder) dynamicTables() error {
 		d.bits(uint(e & 0xff))
 		sym := e >> 16
 		if sym < 16 {
-			lengths[i] = uint8(sym) //nolint:gosec // below 16
+			lengths[i] = uint8(sym)
 			i++
 			continue
 		}
@@ -351,26 +351,26 @@ func (d *decoder) huffman() error {
 			bitbuf, nbits, r, in = d.bitbuf, d.nbits, d.r, d.in[:d.w]
 		} else {
 			bitbuf |= binary.LittleEndian.Uint64(in[r:]) << (nbits & 63)
-			r += int((63 - nbits) >> 3 & 7) //nolint:gosec // below 8
+			r += int((63 - nbits) >> 3 & 7)
 			nbits |= 56
 		}
 		e := lit[bitbuf&litMask]
 		if e&entryLiteral != 0 {
 			bitbuf >>= e & 63
 			nbits -= uint(e & 63)
-			out[o] = byte(e >> 16)
+			out[o] = byte(e >> 16 & 0xff)
 			o++
 			e = lit[bitbuf&litMask]
 			if e&entryLiteral != 0 {
 				bitbuf >>= e & 63
 				nbits -= uint(e & 63)
-				out[o] = byte(e >> 16)
+				out[o] = byte(e >> 16 & 0xff)
 				o++
 				e = lit[bitbuf&litMask]
 				if e&entryLiteral != 0 {
 					bitbuf >>= e & 63
 					nbits -= uint(e & 63)
-					out[o] = byte(e >> 16)
+					out[o] = byte(e >> 16 & 0xff)
 					o++
 					continue
 				}
@@ -380,14 +380,14 @@ func (d *decoder) huffman() error {
 					continue // at the end of the input: refill there
 				}
 				bitbuf |= binary.LittleEndian.Uint64(in[r:]) << (nbits & 63)
-				r += int((63 - nbits) >> 3 & 7) //nolint:gosec // below 8
+				r += int((63 - nbits) >> 3 & 7)
 				nbits |= 56
 			}
 		}
 		if e&entryPointer != 0 {
 			bitbuf >>= litBits
 			nbits -= litBits
-			i := e>>16 + uint32(bitbuf)&(1<<(e>>8&0xf)-1)
+			i := uint64(e>>16) + bitbuf&(1<<(e>>8&0xf)-1)
 			if i >= litTable {
 				return corrupt("code")
 			}
@@ -397,7 +397,7 @@ func (d *decoder) huffman() error {
 		nbits -= uint(e & 63)
 		if e&entryBase == 0 {
 			if e&entryLiteral != 0 {
-				out[o] = byte(e >> 16)
+				out[o] = byte(e >> 16 & 0xff)
 				o++
 				continue
 			}
@@ -411,7 +411,7 @@ func (d *decoder) huffman() error {
 			return d.endBlock()
 		}
 		extra := e >> 8 & 0xf
-		length := int(e>>16 + uint32(bitbuf)&(1<<extra-1))
+		length := int((uint64(e>>16) + bitbuf&(1<<extra-1)) & 0xffff)
 		bitbuf >>= extra
 		nbits -= uint(extra)
 
@@ -419,7 +419,7 @@ func (d *decoder) huffman() error {
 		if e&entryPointer != 0 {
 			bitbuf >>= distBits
 			nbits -= distBits
-			i := e>>16 + uint32(bitbuf)&(1<<(e>>8&0xf)-1)
+			i := uint64(e>>16) + bitbuf&(1<<(e>>8&0xf)-1)
 			if i >= distTable {
 				return corrupt("code")
 			}
@@ -431,7 +431,7 @@ func (d *decoder) huffman() error {
 		bitbuf >>= e & 63
 		nbits -= uint(e & 63)
 		extra = e >> 8 & 0xf
-		back := int(e>>16 + uint32(bitbuf)&(1<<extra-1))
+		back := int((uint64(e>>16) + bitbuf&(1<<extra-1)) & 0xffff)
 		bitbuf >>= extra
 		nbits -= uint(extra)
 		if back > o {
