@@ -1,12 +1,15 @@
 package builder_test
 
 import (
+	"archive/tar"
 	"context"
 	"crypto/sha256"
 	"encoding/json"
+	"errors"
 	"io"
 	"os"
 	"os/exec"
+	"path"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -16,6 +19,7 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/headstart-oci/headstart/pkg/builder"
+	"github.com/headstart-oci/headstart/pkg/persist"
 	"github.com/headstart-oci/headstart/pkg/rafs"
 )
 
@@ -51,12 +55,12 @@ func fileSource(b *testing.B, paths []string) (src builder.Source, plain int64) 
 		if err != nil {
 			b.Fatal(err)
 		}
-		stored, tar := sha256.New(), sha256.New()
+		stored, whole := sha256.New(), sha256.New()
 		z, err := gzip.NewReader(io.TeeReader(f, stored))
 		if err != nil {
 			b.Fatal(err)
 		}
-		n, err := io.Copy(tar, z)
+		n, err := io.Copy(whole, z)
 		if err != nil {
 			b.Fatal(err)
 		}
@@ -66,7 +70,7 @@ func fileSource(b *testing.B, paths []string) (src builder.Source, plain int64) 
 		}
 		f.Close()
 		plain += n
-		ids = append(ids, digest.NewDigest(digest.SHA256, tar))
+		ids = append(ids, digest.NewDigest(digest.SHA256, whole))
 		src.Layers = append(src.Layers, builder.Layer{
 			Descriptor: ocispec.Descriptor{MediaType: ocispec.MediaTypeImageLayerGzip, Digest: digest.NewDigest(digest.SHA256, stored), Size: size},
 			Open:       func(context.Context) (io.ReadCloser, error) { return os.Open(p) },
@@ -76,27 +80,70 @@ func fileSource(b *testing.B, paths []string) (src builder.Source, plain int64) 
 	return src, plain
 }
 
+// BenchmarkConvert converts the layers of [benchLayers] in several ways; with a list it
+// prefetches every twentieth file.
 func BenchmarkConvert(b *testing.B) {
 	src, plain := fileSource(b, benchLayers(b))
-	for _, c := range []rafs.Compressor{rafs.CompressorZstd, rafs.CompressorLZ4, rafs.CompressorNone} {
-		b.Run(c.String(), func(b *testing.B) {
-			o := builder.DefaultOptions()
-			o.Compressor = c
+	run := func(name string, o builder.Options) {
+		b.Run(name, func(b *testing.B) {
 			o.TempDir = b.TempDir()
 			b.SetBytes(plain)
 			b.ReportAllocs()
-			var size int64
+			var stats builder.Stats
 			for b.Loop() {
 				res, err := builder.Convert(b.Context(), src, o)
 				if err != nil {
 					b.Fatal(err)
 				}
-				size = res.Stats.BlobBytes
+				stats = res.Stats
 				if err := res.Close(); err != nil {
 					b.Fatal(err)
 				}
 			}
-			b.ReportMetric(float64(size), "blob-bytes")
+			b.ReportMetric(float64(stats.BlobBytes), "blob-bytes")
+			b.ReportMetric(float64(stats.Prefetch.BlobBytes), "prefetch-bytes")
 		})
 	}
+	for _, c := range []rafs.Compressor{rafs.CompressorZstd, rafs.CompressorLZ4, rafs.CompressorNone} {
+		run(c.String(), builder.Options{Compressor: c})
+	}
+	verified := builder.DefaultOptions()
+	verified.VerifyData = true
+	run("verified", verified)
+	listed := builder.DefaultOptions()
+	listed.List = someFiles(b, src)
+	run("listed", listed)
+}
+
+// someFiles lists every twentieth file of src.
+func someFiles(b *testing.B, src builder.Source) *persist.List {
+	b.Helper()
+	var paths []string
+	for _, l := range src.Layers {
+		f, err := l.Open(b.Context())
+		if err != nil {
+			b.Fatal(err)
+		}
+		z, err := gzip.NewReader(f)
+		if err != nil {
+			b.Fatal(err)
+		}
+		r := tar.NewReader(z)
+		for n := 0; ; n++ {
+			hdr, err := r.Next()
+			if errors.Is(err, io.EOF) {
+				break
+			}
+			if err != nil {
+				b.Fatal(err)
+			}
+			if n%20 == 0 {
+				paths = append(paths, path.Join("/", hdr.Name))
+			}
+		}
+		if err := f.Close(); err != nil {
+			b.Fatal(err)
+		}
+	}
+	return listOf(paths...)
 }

@@ -81,8 +81,9 @@ func touched(ranges []trace.Range, off, length int64) bool {
 	return false
 }
 
-// bestWorkers bounds the encoders of the strongest level, which take tens of megabytes each.
-const bestWorkers = 2
+// bestWorkers bounds the encoders of the strongest level: with zstd one takes 35 MiB, and a
+// conversion is to stay below 150.
+const bestWorkers = 1
 
 // copyJob reads one chunk of a layer's blob, verified, and makes it ready for the prefetch blob.
 type copyJob struct {

@@ -106,7 +106,7 @@ func buildTable(table []uint32, mainBits uint32, lengths []uint8, entry func(sym
 			}
 			rev := bits.Reverse32(next[n]) >> (32 - n)
 			next[n]++
-			e := entry(uint32(sym)) //nolint:gosec // below 288
+			e := entry(uint32(sym))
 			if n <= mainBits {
 				for i := rev; i < 1<<mainBits; i += 1 << n {
 					table[i] = e | n
