@@ -41,10 +41,7 @@ lint: ## golangci-lint, see .golangci.yml
 	"$$($(TOOLS) path golangci-lint)" run $(PKG)
 
 fuzz: ## every fuzz target for FUZZTIME
-	@set -e; for pkg in $$(grep -rl --include='*_test.go' '^func Fuzz' . | xargs -r -n1 dirname | sort -u); do \
-		list=$$(go test -list '^Fuzz' $$pkg) || { echo "$$list"; exit 1; }; \
-		for target in $$(echo "$$list" | grep '^Fuzz'); do echo "fuzz $$pkg $$target"; \
-			go test -run '^$$' -fuzz "^$$target\$$" -fuzztime $(FUZZTIME) -fuzzminimizetime 20x $$pkg; done; done
+	scripts/fuzz $(FUZZTIME)
 
 bench: ## against the peers, in one run
 	$(TOOLS) install bench
