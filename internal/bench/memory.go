@@ -4,6 +4,7 @@ import (
 	"archive/tar"
 	"bytes"
 	"context"
+	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -169,11 +170,7 @@ func (c *content) Read(p []byte) (int, error) {
 		n := c.rand.Uint64()
 		at := n % 4000
 		c.buf.Write(c.words[at : at+16+n>>32%64])
-		var raw [8]byte
-		for i := range raw {
-			raw[i] = byte(n >> (8 * i))
-		}
-		c.buf.Write(raw[:])
+		c.buf.Write(binary.LittleEndian.AppendUint64(nil, n))
 	}
 	return c.buf.Read(p)
 }
