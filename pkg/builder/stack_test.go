@@ -232,7 +232,13 @@ func compareStack(t *testing.T, seed uint64, layers [][]byte, root string) {
 	}
 }
 
-const stackSeeds = 100
+// seeds is the number of random stacks; both tests agree on thousands.
+func seeds() int {
+	if raceEnabled || testing.Short() {
+		return 20
+	}
+	return 100
+}
 
 // TestStackOverlay compares random stacks of layers with what a container on containerd's
 // overlayfs snapshotter sees: every layer is unpacked by containerd's own code and all are mounted.
@@ -240,7 +246,7 @@ func TestStackOverlay(t *testing.T) {
 	testenv.Root(t)
 	t.Parallel()
 	refused := 0
-	for seed := range uint64(stackSeeds) {
+	for seed := range uint64(seeds()) {
 		g := &stackGen{Rand: rand.New(rand.NewPCG(seed, 1)), rules: stackRules{again: true, dirXattrs: true}}
 		if seed%2 == 0 {
 			g.rules.parents, g.rules.opaque = true, true
@@ -276,8 +282,8 @@ func TestStackOverlay(t *testing.T) {
 			return
 		}
 	}
-	if refused > stackSeeds/3 {
-		t.Errorf("containerd refused %d of %d stacks: the generator is off", refused, stackSeeds)
+	if refused > seeds()/3 {
+		t.Errorf("containerd refused %d of %d stacks: the generator is off", refused, seeds())
 	}
 }
 
@@ -305,7 +311,7 @@ func TestStackNative(t *testing.T) {
 	testenv.Root(t)
 	t.Parallel()
 	refused := 0
-	for seed := range uint64(stackSeeds) {
+	for seed := range uint64(seeds()) {
 		g := &stackGen{Rand: rand.New(rand.NewPCG(seed, 2)), rules: stackRules{lowerLinks: true}}
 		if seed%2 == 0 {
 			g.rules.parents, g.rules.opaque = true, true
@@ -327,7 +333,7 @@ func TestStackNative(t *testing.T) {
 			return
 		}
 	}
-	if refused > stackSeeds*3/4 {
-		t.Errorf("containerd refused %d of %d stacks: the generator is off", refused, stackSeeds)
+	if refused > seeds()*3/4 {
+		t.Errorf("containerd refused %d of %d stacks: the generator is off", refused, seeds())
 	}
 }

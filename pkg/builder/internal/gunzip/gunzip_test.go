@@ -58,7 +58,7 @@ func samples(t testing.TB) map[string][]byte {
 		"empty": nil, "one": {7}, "noise": noise, "skewed": skewed, "zeros": make([]byte, 1<<20),
 		"text": []byte(strings.Repeat("It was the best of times, it was the worst of times. ", 9999)),
 		"ab":   []byte(strings.Repeat("ab", 99999)), "abcdefg": []byte(strings.Repeat("abcdefg", 99999)),
-		"far": far.Bytes(), "program": self[:min(len(self), 6<<20)],
+		"far": far.Bytes(), "program": self[:min(len(self), 1<<20)],
 	}
 }
 
