@@ -232,7 +232,7 @@ func compareStack(t *testing.T, seed uint64, layers [][]byte, root string) {
 	}
 }
 
-// seeds is the number of random stacks; both tests agree on thousands.
+// seeds is the number of random stacks of each test.
 func seeds() int {
 	if raceEnabled || testing.Short() {
 		return 20
