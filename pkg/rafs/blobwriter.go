@@ -47,7 +47,7 @@ type BlobWriter struct {
 	w       io.Writer
 	options BlobOptions
 	sum     hash.Hash // of every byte written
-	data    hash.Hash // of the chunk data and its tar header, for the TOC
+	data    hash.Hash // of the chunk data and its tar header, for the TOC; nil without one
 	written uint64
 	err     error
 	closed  bool
@@ -79,7 +79,11 @@ func NewBlobWriter(w io.Writer, o BlobOptions) (*BlobWriter, error) {
 	if o.Digester > DigesterSHA256 {
 		return nil, fmt.Errorf("%w: %v", ErrUnsupported, o.Digester)
 	}
-	return &BlobWriter{w: w, options: o, sum: sha256.New(), data: sha256.New(), seen: map[chunkKey]uint32{}}, nil
+	b := &BlobWriter{w: w, options: o, sum: sha256.New(), seen: map[chunkKey]uint32{}}
+	if o.TOC {
+		b.data = sha256.New()
+	}
+	return b, nil
 }
 
 // Append stores one chunk, or returns the record of the equal chunk (same digest and
@@ -215,17 +219,14 @@ func (b *BlobWriter) writeTail(blob *Blob) error {
 	if err := b.write(sectionHeader(disk.SectionData, dataSize), b.data); err != nil {
 		return err
 	}
+	meta, err := b.writeMeta(blob)
+	if err != nil || !b.options.TOC {
+		return err
+	}
 	toc := []disk.TOCEntry{{
 		Flags: tocFlags(CompressorNone), Name: tocName(disk.SectionData), Digest: [32]byte(b.data.Sum(nil)),
 		CompressedSize: dataSize, UncompressedSize: blob.UncompressedSize,
 	}}
-	meta, err := b.writeMeta(blob)
-	if err != nil {
-		return err
-	}
-	if !b.options.TOC {
-		return nil
-	}
 	toc = append(toc, meta...)
 	toc = append(toc, disk.TOCEntry{
 		Flags: tocFlags(CompressorNone), Name: tocName(disk.SectionDigest), Digest: sha256.Sum256(b.digests),
