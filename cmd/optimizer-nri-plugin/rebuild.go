@@ -110,6 +110,7 @@ func convertOptions(j rebuild.Job, list *persist.List, o buildOptions) (convert.
 	b.Workers = j.Options.Workers
 	b.MarkPrefetchBlob = j.Options.MarkPrefetchBlob
 	b.TempDir = o.temp
+	b.VerifyData = true // nobody waits for it
 	r := remote.Options{
 		HostsDir:          j.Options.HostsDir,
 		DockerConfig:      j.Options.DockerConfig,
