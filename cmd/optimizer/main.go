@@ -9,6 +9,7 @@ import (
 	"io"
 	"os"
 	"os/signal"
+	"runtime/debug"
 	"syscall"
 
 	"github.com/headstart-oci/headstart/internal/runroot"
@@ -24,6 +25,10 @@ const (
 func main() {
 	if runroot.IsChild() {
 		os.Exit(runroot.Child())
+	}
+	if os.Getenv("GOGC") == "" {
+		// Half of the default's garbage: a conversion of 100,000 files stays under 150 MiB.
+		debug.SetGCPercent(50)
 	}
 	os.Exit(mainCode())
 }
