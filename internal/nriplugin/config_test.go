@@ -1,6 +1,7 @@
 package nriplugin_test
 
 import (
+	"context"
 	"errors"
 	"os"
 	"path/filepath"
@@ -191,4 +192,54 @@ func FuzzConfig(f *testing.F) {
 			t.Errorf("accepted what Validate refuses: %v", err)
 		}
 	})
+}
+
+func TestConfigure(t *testing.T) {
+	ctx := context.Background()
+	opened := 0
+	w := &world{t: t}
+	p, err := nriplugin.New(nriplugin.Options{Base: nriplugin.DefaultConfig(), Open: func(c nriplugin.Config) (*nriplugin.Backend, error) {
+		opened++
+		if c.PersistDir == "/broken" {
+			return nil, errFake
+		}
+		return w.backend(), nil
+	}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	w.plugin = p
+	// Before it is configured, nothing happens.
+	w.startContainer("c0")
+	if p.Runs() != 0 {
+		t.Error("records without a configuration")
+	}
+	if _, err := p.Configure(ctx, "nonsense = 1", "containerd", "v2"); err == nil || !strings.Contains(err.Error(), "unknown key nonsense") {
+		t.Errorf("Configure(unknown key) = %v", err)
+	}
+	if _, err := p.Configure(ctx, "persist_dir = \"/broken\"", "containerd", "v2"); err == nil {
+		t.Error("Configure with a broken persist_dir succeeds")
+	}
+	mask, err := p.Configure(ctx, upstream+"\n", "containerd", "v2")
+	if err != nil || mask.PrettyString() != "StartContainer,StopContainer" {
+		t.Errorf("Configure() = %s, %v", mask.PrettyString(), err)
+	}
+	n := opened
+	if _, err := p.Configure(ctx, upstream+"\n", "containerd", "v2"); err != nil || opened != n {
+		t.Errorf("the same configuration was opened again: %v", err)
+	}
+	w.startContainer("c1")
+	s := w.session(0)
+	// A new configuration while a recording goes on; events are what the plugin needs in any case.
+	mask, err = p.Configure(ctx, "events = [\"CreateContainer\"]", "containerd", "v2")
+	if err != nil || mask.PrettyString() != "StartContainer,StopContainer" || opened != n+1 {
+		t.Errorf("Configure() = %s, %v", mask.PrettyString(), err)
+	}
+	s.end("exit", nil, "/a")
+	if err := w.close(); err != nil {
+		t.Error(err)
+	}
+	if len(w.saved()) != 1 {
+		t.Errorf("%d lists, want 1", len(w.saved()))
+	}
 }

@@ -390,3 +390,13 @@ func TestTokenOfWhoGaveUp(t *testing.T) {
 	wantError(t, "the one that gave up", <-first, context.Canceled)
 	wantError(t, "the other", <-second, remote.ErrNotFound, "404")
 }
+
+// TestNobodyThere names the host when nothing listens.
+func TestNobodyThere(t *testing.T) {
+	t.Parallel()
+	f := newFaulty(t)
+	host := f.host
+	f.Close()
+	_, err := openSource(t, host+"/app:v", impatient()).Resolve(t.Context())
+	wantError(t, "Resolve", err, remote.ErrUnavailable, host, "pull manifest v", "connection refused")
+}

@@ -436,16 +436,6 @@ func aborts(first int) fault {
 	}
 }
 
-// TestNobodyThere names the host when nothing listens.
-func TestNobodyThere(t *testing.T) {
-	t.Parallel()
-	f := newFaulty(t)
-	host := f.host
-	f.Close()
-	_, err := openSource(t, host+"/app:v", impatient()).Resolve(t.Context())
-	wantError(t, "Resolve", err, remote.ErrUnavailable, host, "pull manifest v", "connection refused")
-}
-
 // TestReadersEndWithContext cancels a download that hangs.
 func TestReadersEndWithContext(t *testing.T) {
 	t.Parallel()
