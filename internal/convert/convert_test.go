@@ -59,10 +59,7 @@ func empty(t *testing.T, dir string) {
 // compressor, digester and chunk size.
 func TestKernelMount(t *testing.T) {
 	testenv.Root(t)
-	python, err := exec.LookPath("python3")
-	if err != nil {
-		t.Skip("skipped: no python3")
-	}
+	python := testenv.Tool(t, "python3")
 	fixtures := testenv.Fixtures(t)
 	for name, set := range map[string]func(o *convert.Options){
 		"defaults": func(*convert.Options) {},

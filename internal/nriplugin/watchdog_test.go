@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/headstart-oci/headstart/internal/nriplugin"
+	"github.com/headstart-oci/headstart/internal/testenv"
 	"github.com/headstart-oci/headstart/internal/tracer"
 )
 
@@ -85,9 +86,7 @@ func TestHooksLeaveNoTimers(t *testing.T) {
 		t.Error(err)
 	}
 	timers, err := os.ReadFile("/proc/self/timers")
-	if err != nil {
-		t.Skipf("no /proc/self/timers: %v", err)
-	}
+	testenv.Kernel(t, "/proc/self/timers", err)
 	if len(timers) > 0 {
 		t.Errorf("timers are left:\n%s", timers)
 	}

@@ -8,15 +8,14 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/headstart-oci/headstart/internal/testenv"
 	"github.com/headstart-oci/headstart/internal/tools"
 )
 
 // TestMakeInstall runs the Makefile's install targets on stand-ins for the
 // programs and compares what they put below DESTDIR.
 func TestMakeInstall(t *testing.T) {
-	if _, err := exec.LookPath("make"); err != nil {
-		t.Skipf("skipped: %v", err)
-	}
+	testenv.Tool(t, "make")
 	root, err := tools.ModuleRoot()
 	if err != nil {
 		t.Fatal(err)
