@@ -9,6 +9,13 @@ import "time"
 type Range struct {
 	Offset int64 // bytes, at least 0
 	Length int64 // bytes, greater than 0
+	// Elapsed is the time from the arming of the tracer to the first touch of the range;
+	// 0 when the source of the range knows no times.
+	Elapsed time.Duration
+	// Certain tells that the run itself touched every page of the range: it read them or
+	// faulted on them. Without it the range is an upper bound: the kernel mapped those pages
+	// around a fault, and whether they were used nobody can tell.
+	Certain bool
 }
 
 // How tells in what ways a file was touched; a bit set.
@@ -19,6 +26,7 @@ const (
 	Opened   How = 1 << iota // the file was opened (FAN_OPEN)
 	Read                     // bytes were read through a descriptor (FAN_ACCESS)
 	Executed                 // the file was opened to be executed (FAN_OPEN_EXEC)
+	Runtime                  // the container runtime read the file to create the container
 )
 
 // Access is one file of the image that a run touched, at its first touch.
@@ -36,8 +44,9 @@ type Access struct {
 	PID int32
 	// Command is that process' command name (/proc/PID/comm), empty when it was gone.
 	Command string
-	// Ranges are the bytes touched, in order of first touch. Nil means that the
-	// engine knows files only: the whole file counts.
+	// Ranges are the bytes touched, disjoint and in order of first touch: together the upper
+	// bound of what was touched, those with Certain the lower bound. Nil means that the
+	// engine knows files only: the whole file counts. Empty and not nil: no byte was touched.
 	Ranges []Range
 }
 
@@ -51,9 +60,19 @@ type Loss struct {
 	Detail string
 }
 
+// Process is one process of a run.
+type Process struct {
+	PID     int32  // as seen from the host, greater than 0
+	Parent  int32  // its parent's PID; 0 when unknown or outside the container
+	Command string // its command name when last seen; empty when unknown
+}
+
 // Trace is everything recorded of one run. Accesses are ordered by first touch.
 type Trace struct {
 	Accesses []Access
+	// Processes are those that Accesses name and their ancestors as far as known, by the time
+	// they were first seen; may be empty.
+	Processes []Process
 	Losses   []Loss // empty means that the trace is complete
 	// Skipped counts touched files that are no content of the image (volumes,
 	// deleted files, devices, sockets); this is no loss.
