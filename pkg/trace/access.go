@@ -73,7 +73,7 @@ type Trace struct {
 	// Processes are those that Accesses name and their ancestors as far as known, by the time
 	// they were first seen; may be empty.
 	Processes []Process
-	Losses   []Loss // empty means that the trace is complete
+	Losses    []Loss // empty means that the trace is complete
 	// Skipped counts touched files that are no content of the image (volumes,
 	// deleted files, devices, sockets); this is no loss.
 	Skipped int64
