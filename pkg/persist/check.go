@@ -11,12 +11,12 @@ import (
 	"github.com/headstart-oci/headstart/pkg/trace"
 )
 
-const allHow = trace.Opened | trace.Read | trace.Executed
+const allHow = trace.Opened | trace.Read | trace.Executed | trace.Runtime
 
 // Validate returns nil when every value of l is one that the native format can hold:
 // absolute cleaned paths without NUL, sizes, times and pids of at least 0, ranges with
-// at least one byte that end below 2^63, losses with a reason. Else it returns
-// [ErrInvalid] with the first fault.
+// at least one byte that end below 2^63, at most [MaxFileRanges] of them in a file, losses
+// with a reason, processes with a pid. Else it returns [ErrInvalid] with the first fault.
 func (l *List) Validate() error {
 	if l.Duration < 0 {
 		return invalidf("duration: got %d ns, want at least 0", int64(l.Duration))
@@ -30,6 +30,11 @@ func (l *List) Validate() error {
 	for i, x := range l.Losses {
 		if x.Reason == "" || x.Count < -1 {
 			return invalidf("loss %d: got reason %s and count %d, want a reason and at least -1", i, clip(x.Reason), x.Count)
+		}
+	}
+	for i, p := range l.Processes {
+		if p.PID <= 0 || p.Parent < 0 {
+			return invalidf("process %d: got pid %d and parent %d, want at least 1 and 0", i, p.PID, p.Parent)
 		}
 	}
 	for i := range l.Accesses {
@@ -53,7 +58,13 @@ func checkAccess(a *trace.Access) error {
 	case a.Size < 0 || a.Elapsed < 0 || a.PID < 0:
 		return invalidf("size, elapsed, pid: got %d, %d, %d, want at least 0", a.Size, int64(a.Elapsed), a.PID)
 	}
+	if len(a.Ranges) > MaxFileRanges {
+		return invalidf("ranges: got %d, want at most %d", len(a.Ranges), MaxFileRanges)
+	}
 	for _, r := range a.Ranges {
+		if r.Elapsed < 0 {
+			return invalidf("range: got elapsed %d, want at least 0", int64(r.Elapsed))
+		}
 		if r.Offset < 0 || r.Length <= 0 || r.Length > math.MaxInt64-r.Offset {
 			return invalidf("range: got offset %d and length %d, want at least 0 and 1 and an end below 2^63", r.Offset, r.Length)
 		}
@@ -63,7 +74,7 @@ func checkAccess(a *trace.Access) error {
 
 // ContentHash returns "sha256:" and 64 hex digits that depend on what the list asks a
 // builder to do and on nothing else: the paths, their ranges and their order. Times,
-// pids, names and losses do not count.
+// pids, names, losses and whether a range is certain do not count.
 func (l *List) ContentHash() string {
 	h := sha256.New()
 	var b []byte
@@ -71,6 +82,9 @@ func (l *List) ContentHash() string {
 		b = binary.AppendUvarint(b[:0], uint64(len(a.Path)))
 		b = append(b, a.Path...)
 		b = binary.AppendUvarint(b, uint64(len(a.Ranges)))
+		if a.Ranges != nil && len(a.Ranges) == 0 {
+			b = append(b, 0) // no byte, in place of all: no path has the length 0
+		}
 		for _, r := range a.Ranges {
 			b = binary.AppendVarint(binary.AppendVarint(b, r.Offset), r.Length)
 		}

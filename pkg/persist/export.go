@@ -3,10 +3,12 @@ package persist
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"encoding/csv"
 	"encoding/json"
 	"fmt"
 	"io"
+	"slices"
 	"strconv"
 	"strings"
 	"unicode/utf8"
@@ -88,7 +90,7 @@ func readableMicroseconds(n int64) string {
 // prefetchFile is one element of "files" in a Nydus prefetch list.
 type prefetchFile struct {
 	Path   string `json:"path"`
-	Ranges []pair `json:"ranges,omitempty"` // none: the whole file
+	Ranges []pair `json:"ranges,omitzero"` // nil: the whole file; empty: nothing of it
 }
 
 // pair is a range as Nydus writes it: [offset, size].
@@ -141,16 +143,20 @@ type prefetchList struct {
 const prefetchVersion = "v1"
 
 // WriteJSON writes the list of files and ranges that "nydus-image optimize" takes, version
-// v1, one file per line. JSON holds Unicode text only: paths that are not UTF-8 are left
-// out and counted in omitted.
+// v1, one file per line. Ranges are sorted by offset, those that touch are one; a file that
+// was opened and not read has an empty list of them, which that tool takes for no chunk at
+// all, as it takes no list for every chunk. A path comes once, since it refuses an image
+// whose list has one twice. JSON holds Unicode text only: paths that are not UTF-8 are
+// left out and counted in omitted.
 func (l *List) WriteJSON(w io.Writer) (omitted int, err error) {
 	b := bufio.NewWriterSize(w, 1<<16)
 	b.WriteString(`{"version":"` + prefetchVersion + `","files":[`)
 	enc := json.NewEncoder(b)
 	enc.SetEscapeHTML(false)
 	first := true
-	for i := range l.Accesses {
-		a := &l.Accesses[i]
+	accesses := once(l.Accesses)
+	for i := range accesses {
+		a := &accesses[i]
 		if !utf8.ValidString(a.Path) {
 			omitted++
 			continue
@@ -168,10 +174,69 @@ func (l *List) WriteJSON(w io.Writer) (omitted int, err error) {
 	return omitted, b.Flush()
 }
 
+// pairs returns the union of ranges by offset; nil stays nil.
 func pairs(in []trace.Range) []pair {
-	var out []pair
-	for _, r := range in {
+	if in == nil {
+		return nil
+	}
+	out := make([]pair, 0, len(in))
+	for _, r := range union(in) {
 		out = append(out, pair{r.Offset, r.Length})
+	}
+	return out
+}
+
+// union returns ranges without times and bounds, sorted by offset; those that overlap or
+// touch are one. The result is not nil.
+func union(in []trace.Range) []trace.Range {
+	sorted := make([]trace.Range, 0, len(in))
+	for _, r := range in {
+		sorted = append(sorted, trace.Range{Offset: r.Offset, Length: r.Length})
+	}
+	slices.SortFunc(sorted, func(a, b trace.Range) int {
+		return cmp.Or(cmp.Compare(a.Offset, b.Offset), cmp.Compare(a.Length, b.Length))
+	})
+	out := sorted[:0]
+	for _, r := range sorted {
+		if n := len(out); n > 0 && r.Offset-out[n-1].Offset <= out[n-1].Length {
+			last := &out[n-1]
+			last.Length = max(last.Length, r.Offset-last.Offset+r.Length)
+			continue
+		}
+		out = append(out, r)
+	}
+	return out
+}
+
+// once returns accesses with every path once, at its first place, with all its ranges.
+func once(in []trace.Access) []trace.Access {
+	at := make(map[string]int, len(in))
+	var out []trace.Access // nil as long as no path came twice
+	for i := range in {
+		a := &in[i]
+		j, again := at[a.Path]
+		switch {
+		case !again:
+			at[a.Path] = i
+			if out != nil {
+				at[a.Path] = len(out)
+				out = append(out, *a)
+			}
+			continue
+		case out == nil:
+			out = slices.Clone(in[:i])
+		}
+		if out[j].Ranges == nil || a.Ranges == nil {
+			out[j].Ranges = nil // the whole file
+			continue
+		}
+		out[j].Ranges = slices.Concat(out[j].Ranges, a.Ranges)
+		if out[j].Ranges == nil {
+			out[j].Ranges = []trace.Range{}
+		}
+	}
+	if out == nil {
+		return in
 	}
 	return out
 }

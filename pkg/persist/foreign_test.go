@@ -19,7 +19,7 @@ func TestWritePaths(t *testing.T) {
 	t.Parallel()
 	var b bytes.Buffer
 	omitted, err := awkward().WritePaths(&b)
-	want := "/\n/docker-entrypoint.sh\n/bytes/\xff\xfe\x80\n/ümlaut/日本\u2028\u0085\n"
+	want := "/\n/docker-entrypoint.sh\n/bytes/\xff\xfe\x80\n/ümlaut/日本\u2028\u0085\n/never/touched\n/etc/passwd\n"
 	if err != nil || omitted != 2 || b.String() != want {
 		t.Errorf("WritePaths = %d, %v, %q, want 2, nil, %q", omitted, err, b.String(), want)
 	}
@@ -29,9 +29,9 @@ func TestWriteCSV(t *testing.T) {
 	t.Parallel()
 	for readable, want := range map[bool]string{
 		false: "path,size,elapsed\n/,0,0\n/docker-entrypoint.sh,1620,1\n" +
-			"\"/usr/lib/with space\tand\nnewline\\n\",1099511627776,3600000000\n/bytes/\xff\xfe\x80,0,0\n/ümlaut/日本\u2028\u0085,0,0\n",
+			"\"/usr/lib/with space\tand\nnewline\\n\",1099511627776,3600000000\n/bytes/\xff\xfe\x80,0,0\n/ümlaut/日本\u2028\u0085,0,0\n/never/touched,12,0\n/etc/passwd,900,0\n",
 		true: "path,size,elapsed\n/,0 B,0 us\n/docker-entrypoint.sh,1.6 KiB,1 us\n" +
-			"\"/usr/lib/with space\tand\nnewline\\n\",1.0 TiB,3600.000 s\n/bytes/\xff\xfe\x80,0 B,0 us\n/ümlaut/日本\u2028\u0085,0 B,0 us\n",
+			"\"/usr/lib/with space\tand\nnewline\\n\",1.0 TiB,3600.000 s\n/bytes/\xff\xfe\x80,0 B,0 us\n/ümlaut/日本\u2028\u0085,0 B,0 us\n/never/touched,12 B,0 us\n/etc/passwd,900 B,0 us\n",
 	} {
 		var b bytes.Buffer
 		omitted, err := awkward().WriteCSV(&b, readable)
@@ -42,7 +42,7 @@ func TestWriteCSV(t *testing.T) {
 			t.Errorf("WriteCSV(%v) (-want +got):\n%s", readable, d)
 		}
 		l, err := persist.ReadAny(&b)
-		if err != nil || len(l.Accesses) != 5 || l.Accesses[2].Path != awkward().Accesses[2].Path || l.Accesses[2].Elapsed != time.Hour {
+		if err != nil || len(l.Accesses) != 7 || l.Accesses[2].Path != awkward().Accesses[2].Path || l.Accesses[2].Elapsed != time.Hour {
 			t.Errorf("ReadAny of it = %+v, %v", l, err)
 		}
 	}
@@ -94,10 +94,52 @@ func TestWriteJSON(t *testing.T) {
 	for i, a := range awkward().Accesses {
 		if i != 3 { // not UTF-8
 			want = append(want, trace.Access{Path: a.Path, How: trace.Opened, Ranges: a.Ranges})
+			if i == 4 { // sorted, without times
+				want[3].Ranges = []trace.Range{{Offset: 0, Length: 4096}, {Offset: 8192, Length: 4096}, {Offset: 1 << 62, Length: 1<<62 - 1}}
+			}
 		}
 	}
 	if d := cmp.Diff(&persist.List{Grade: "range", Trace: trace.Trace{Accesses: want}}, back); d != "" {
 		t.Error(d)
+	}
+}
+
+// nydus-image refuses an image when its list has a path twice.
+func TestWriteJSONOnce(t *testing.T) {
+	t.Parallel()
+	ranges := func(pairs ...int64) []trace.Range {
+		out := []trace.Range{}
+		for i := 0; i < len(pairs); i += 2 {
+			out = append(out, trace.Range{Offset: pairs[i], Length: pairs[i+1]})
+		}
+		return out
+	}
+	l := &persist.List{Trace: trace.Trace{Accesses: []trace.Access{
+		{Path: "/a", Ranges: ranges(10, 5)},
+		{Path: "/b", Ranges: ranges()},
+		{Path: "/a", Ranges: ranges(15, 5, 0, 1, 2, 30, 3, 1)},
+		{Path: "/c", Ranges: ranges(1, 1)},
+		{Path: "/b", Ranges: ranges()},
+		{Path: "/c"},
+		{Path: "/d"},
+		{Path: "/d", Ranges: ranges(1, 1)},
+	}}}
+	var b bytes.Buffer
+	if _, err := l.WriteJSON(&b); err != nil {
+		t.Fatal(err)
+	}
+	want := `{"version":"v1","files":[
+{"path":"/a","ranges":[[0,1],[2,30]]}
+,
+{"path":"/b","ranges":[]}
+,
+{"path":"/c"}
+,
+{"path":"/d"}
+]}
+`
+	if d := cmp.Diff(want, b.String()); d != "" {
+		t.Errorf("WriteJSON (-want +got):\n%s", d)
 	}
 }
 
@@ -127,8 +169,10 @@ func TestWriteJSONForPython(t *testing.T) {
 		[]any{"/", nil},
 		[]any{"/docker-entrypoint.sh", nil},
 		[]any{"/usr/lib/with space\tand\nnewline\\n", nil},
-		[]any{"/ümlaut/日本\u2028\u0085", []any{[]any{0., 4096.}, []any{float64(1 << 62), float64(1<<62 - 1)}}},
+		[]any{"/ümlaut/日本\u2028\u0085", []any{[]any{0., 4096.}, []any{8192., 4096.}, []any{float64(1 << 62), float64(1<<62 - 1)}}},
 		[]any{"/cr\r\nlf", []any{[]any{7., 1.}}},
+		[]any{"/never/touched", []any{}},
+		[]any{"/etc/passwd", nil},
 	}
 	if d := cmp.Diff(want, got); d != "" {
 		t.Error(d)
@@ -160,8 +204,11 @@ func TestReadAny(t *testing.T) {
 		"table":               {"path,size,elapsed\r\n\"/a,b\",12,34\r\n", table},
 		"table without lines": {"path,size,elapsed", paths("file")},
 		"json":                {` {"files":[{"path":"/a","ranges":[[5,6]]}],"version":"v1","more":{}}`, ranged},
-		"json null ranges":    {`{"version":"v1","files":[{"path":"/a","ranges":null},{"path":"/b","ranges":[]}]}`, paths("file", "/a", "/b")},
-		"json null files":     {`{"version":"v1","files":null}`, paths("file")},
+		"json null ranges":    {`{"version":"v1","files":[{"path":"/a","ranges":null},{"path":"/b"}]}`, paths("file", "/a", "/b")},
+		"json empty ranges": {`{"version":"v1","files":[{"path":"/a","ranges":[]}]}`, &persist.List{Grade: "range", Trace: trace.Trace{Accesses: []trace.Access{
+			{Path: "/a", How: trace.Opened, Ranges: []trace.Range{}},
+		}}}},
+		"json null files": {`{"version":"v1","files":null}`, paths("file")},
 	} {
 		got, err := persist.ReadAny(strings.NewReader(c.in))
 		if err != nil {

@@ -62,7 +62,7 @@ func imported(p string) (trace.Access, error) {
 
 func readPaths(r io.Reader) (*List, error) {
 	lines := newLineReader(r)
-	l := &List{Grade: "file"}
+	l := &List{Grade: GradeFile}
 	for {
 		line, _, err := lines.next()
 		if errors.Is(err, io.EOF) {
@@ -86,7 +86,7 @@ func readCSV(r io.Reader) (*List, error) {
 	limited := &io.LimitedReader{R: r, N: MaxListSize + 1}
 	c := csv.NewReader(limited)
 	c.FieldsPerRecord, c.ReuseRecord = 3, true
-	l := &List{Grade: "file"}
+	l := &List{Grade: GradeFile}
 	for header := true; ; header = false {
 		row, err := c.Read()
 		if errors.Is(err, io.EOF) && limited.N > 0 {
@@ -172,15 +172,18 @@ func readJSON(r io.Reader) (*List, error) {
 	if in.Version != prefetchVersion {
 		return nil, fmt.Errorf("%w: JSON \"version\": got %s, want %q", ErrUnsupported, clip(in.Version), prefetchVersion)
 	}
-	l := &List{Grade: "file"}
+	l := &List{Grade: GradeFile}
 	for i, f := range in.Files {
 		a, err := imported(f.Path)
 		if err != nil {
 			return nil, fmt.Errorf("files[%d]: %w", i, err)
 		}
+		if f.Ranges != nil {
+			l.Grade = GradeRange
+			a.Ranges = make([]trace.Range, 0, len(f.Ranges))
+		}
 		for _, r := range f.Ranges {
 			a.Ranges = append(a.Ranges, trace.Range{Offset: r[0], Length: r[1]})
-			l.Grade = "range"
 		}
 		if err := checkAccess(&a); err != nil {
 			return nil, fmt.Errorf("files[%d]: %w", i, err)

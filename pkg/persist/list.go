@@ -8,6 +8,32 @@ import (
 	"github.com/headstart-oci/headstart/pkg/trace"
 )
 
+// Values of [List.Grade]. A list of a later recorder may have another one.
+const (
+	// GradeExact: every byte range was touched by the run itself.
+	GradeExact = "exact"
+	// GradeFaultAround: ranges that are not certain were mapped around a page fault.
+	GradeFaultAround = "fault-around"
+	// GradeFile: whole files.
+	GradeFile = "file"
+	// GradeRange: the ranges come from another tool's list.
+	GradeRange = "range"
+)
+
+// Verdicts of a list, as its file says them.
+const (
+	verdictComplete   = "complete"
+	verdictIncomplete = "incomplete"
+)
+
+// Verdict returns "complete", or "incomplete" when l has losses.
+func (l *List) Verdict() string {
+	if l.Complete() {
+		return verdictComplete
+	}
+	return verdictIncomplete
+}
+
 // List is the access list of one run: what the run read of its image, in order, and
 // what is known to be missing. A List is a value: functions that change one return a new one.
 type List struct {
@@ -23,9 +49,10 @@ type List struct {
 	Name, Pod, Namespace string
 	// Command is the argument vector of the container's first process; may be empty.
 	Command []string
-	// Engine names what recorded the run ("fanotify").
+	// Engine names what recorded the run: "fanotify" alone, or with the source of the ranges
+	// ("fanotify+tracefs"). Empty when unknown.
 	Engine string
-	// Grade says how exact the list is: "file" (whole files).
+	// Grade says how exact the list is: one of the Grade constants, or empty when unknown.
 	Grade string
 	// Started is the wall-clock time of arming.
 	Started time.Time

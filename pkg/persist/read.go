@@ -13,9 +13,10 @@ import (
 	"github.com/headstart-oci/headstart/pkg/trace"
 )
 
-// Read parses a list in the native format up to its end of file. What it accepts,
-// [List.WriteTo] writes back byte for byte, except for header lines with keys that this
-// version does not know: those are skipped. Memory is bounded by a small multiple of the
+// Read parses a list in the native format, version 2 or 1, up to its end of file. What it
+// accepts of version 2, [List.WriteTo] writes back byte for byte, except for header lines with
+// keys that this version does not know: those are skipped. A list of version 1 is written
+// back as version 2. Memory is bounded by a small multiple of the
 // bytes read, and those by [MaxListSize].
 // It returns [ErrInvalid] with the line's number, what was found and what was wanted
 // (also for a list that was cut off), [ErrUnsupported] for another version, and r's errors.
@@ -68,7 +69,10 @@ func (l *lineReader) fail(err error) error { return &lineError{l.n, err} }
 type nativeParser struct {
 	lines *lineReader
 	list  *List
-	rank  int // of the last known header key
+	rank  int  // of the last known header key
+	old   bool // version 1
+	// verdict is what the header says; empty when it says nothing.
+	verdict string
 }
 
 // whole returns the next line of a native list, in which every line ends with a newline.
@@ -90,9 +94,9 @@ func (p *nativeParser) parse() error {
 	if err != nil {
 		return err
 	}
-	if line != magicLine {
+	if p.old = line == magicOldLine; line != magicLine && !p.old {
 		if v, ok := strings.CutPrefix(line, magicName); ok {
-			return p.lines.fail(fmt.Errorf("%w: got version %s, want v1", ErrUnsupported, clip(v)))
+			return p.lines.fail(fmt.Errorf("%w: got version %s, want %s or v1", ErrUnsupported, clip(v), magicVersion))
 		}
 		return p.lines.fail(invalidf("got %s, want %q", clip(line), magicLine))
 	}
@@ -109,6 +113,9 @@ func (p *nativeParser) parse() error {
 	}
 	if line != columnsLine {
 		return p.lines.fail(invalidf("got columns %s, want %q", clip(line), columnsLine))
+	}
+	if want := p.list.Verdict(); p.verdict != want && !p.old {
+		return p.lines.fail(invalidf("verdict: got %s, want %q: there are %d losses", clip(p.verdict), want, len(p.list.Losses)))
 	}
 	return p.accesses()
 }
@@ -132,7 +139,7 @@ func (p *nativeParser) accesses() error {
 			}
 			return nil
 		}
-		a, err := parseAccess(line)
+		a, err := p.access(line)
 		if err != nil {
 			return p.lines.fail(err)
 		}
@@ -144,8 +151,11 @@ func (p *nativeParser) accesses() error {
 // headerKeys is the order of the known header lines.
 var headerKeys = []string{
 	"reference", "digest", "platform", "container", "name", "pod", "namespace", "arg", "engine", "grade",
-	"started", "duration", "ended", "events", "skipped", "loss",
+	"started", "duration", "ended", "verdict", "events", "skipped", "loss", "process",
 }
+
+// inVersion1 tells the keys that version 1 knows from those that it skips.
+func inVersion1(key string) bool { return key != "verdict" && key != "process" }
 
 func (p *nativeParser) header(line string) error {
 	key, raw, ok := strings.Cut(line, " ")
@@ -153,17 +163,20 @@ func (p *nativeParser) header(line string) error {
 		return invalidf("got %s, want a key of lower-case letters, a space and a value", clip(line))
 	}
 	rank := slices.Index(headerKeys, key) + 1
-	if rank == 0 {
+	if rank == 0 || p.old && !inVersion1(key) {
 		_, err := unescape(raw, false)
 		return err
 	}
-	repeats := key == "arg" || key == "loss"
+	repeats := key == "arg" || key == "loss" || key == "process"
 	if rank < p.rank || rank == p.rank && !repeats {
 		return invalidf("key %q after %q, want each once and in the order %v", key, headerKeys[p.rank-1], headerKeys)
 	}
 	p.rank = rank
-	if key == "loss" {
+	switch key {
+	case "loss":
 		return p.loss(raw)
+	case "process":
+		return p.process(raw)
 	}
 	value, err := unescape(raw, false)
 	if err != nil {
@@ -180,6 +193,7 @@ func (p *nativeParser) set(key, value string) error {
 	if s, ok := map[string]*string{
 		"reference": &l.Reference, "digest": &l.Digest, "platform": &l.Platform, "container": &l.Container,
 		"name": &l.Name, "pod": &l.Pod, "namespace": &l.Namespace, "engine": &l.Engine, "grade": &l.Grade, "ended": &l.End,
+		"verdict": &p.verdict,
 	}[key]; ok {
 		*s = value
 		return nil
@@ -222,6 +236,30 @@ func (p *nativeParser) loss(raw string) error {
 	return nil
 }
 
+func (p *nativeParser) process(raw string) error {
+	pid, rest, ok := strings.Cut(raw, " ")
+	parent, command, named := strings.Cut(rest, " ")
+	if !ok || named && command == "" {
+		return invalidf("process: got %s, want a pid, its parent's pid and a command if there is one", clip(raw))
+	}
+	var x trace.Process
+	n, err := parseNumber("process: pid", pid, 1, 32)
+	if err != nil {
+		return err
+	}
+	x.PID = int32(n) //nolint:gosec // parsed with 32 bits
+	if n, err = parseNumber("process: parent", parent, 0, 32); err != nil {
+		return err
+	}
+	x.Parent = int32(n) //nolint:gosec // parsed with 32 bits
+	if x.Command, err = unescape(command, false); err != nil {
+		return fmt.Errorf("process: command: %w", err)
+	}
+	x.Command = strings.Clone(x.Command)
+	p.list.Processes = append(p.list.Processes, x)
+	return nil
+}
+
 // parseNumber parses the one spelling that strconv.AppendInt gives a number.
 func parseNumber(what, s string, least int64, bits int) (int64, error) {
 	v, err := strconv.ParseInt(s, 10, bits)
@@ -231,14 +269,14 @@ func parseNumber(what, s string, least int64, bits int) (int64, error) {
 	return v, nil
 }
 
-func parseAccess(line string) (trace.Access, error) {
+func (p *nativeParser) access(line string) (trace.Access, error) {
 	var a trace.Access
 	f := strings.SplitN(line, "\t", 8)
 	if len(f) != 7 {
 		return a, invalidf("got %s, want 7 fields with tabs between them: how, elapsed, size, pid, command, ranges, path", clip(line))
 	}
 	var err error
-	if a.How, err = parseHow(f[0]); err != nil {
+	if a.How, err = parseHow(f[0], p.old); err != nil {
 		return a, err
 	}
 	elapsed, err := parseNumber("elapsed", f[1], 0, 64)
@@ -257,7 +295,7 @@ func parseAccess(line string) (trace.Access, error) {
 	if a.Command, err = unescape(f[4], false); err != nil {
 		return a, fmt.Errorf("command: %w", err)
 	}
-	if a.Ranges, err = parseRanges(f[5]); err != nil {
+	if a.Ranges, err = parseRanges(f[5], p.old); err != nil {
 		return a, err
 	}
 	if a.Path, err = unescape(f[6], false); err != nil {
@@ -268,12 +306,16 @@ func parseAccess(line string) (trace.Access, error) {
 	return a, checkAccess(&a)
 }
 
-func parseHow(s string) (trace.How, error) {
+func parseHow(s string, old bool) (trace.How, error) {
+	letters := howLetters
+	if old {
+		letters = letters[:oldHowLetters]
+	}
 	var how trace.How
-	ok := len(s) == 3
-	for i := 0; ok && i < 3; i++ {
+	ok := len(s) == len(letters)
+	for i := 0; ok && i < len(letters); i++ {
 		switch s[i] {
-		case "orx"[i]:
+		case letters[i]:
 			how |= 1 << i
 		case '-':
 		default:
@@ -281,30 +323,58 @@ func parseHow(s string) (trace.How, error) {
 		}
 	}
 	if !ok {
-		return 0, invalidf("how: got %s, want three letters of \"orx\", each of which may be \"-\"", clip(s))
+		return 0, invalidf("how: got %s, want the letters %q, each of which may be \"-\"", clip(s), letters)
 	}
 	return how, nil
 }
 
-func parseRanges(s string) ([]trace.Range, error) {
-	if s == "-" {
+// parseRanges parses the column of ranges; that of version 1 has neither times, nor
+// certainty, nor files without a range.
+func parseRanges(s string, old bool) ([]trace.Range, error) {
+	switch {
+	case s == wholeFile:
 		return nil, nil
+	case s == noRanges && !old:
+		return []trace.Range{}, nil
 	}
-	out := make([]trace.Range, 0, strings.Count(s, ",")+1)
+	n := strings.Count(s, ",") + 1
+	if n > MaxFileRanges {
+		return nil, invalidf("ranges: got %d, want at most %d", n, MaxFileRanges)
+	}
+	out := make([]trace.Range, 0, n)
 	for part := range strings.SplitSeq(s, ",") {
-		off, length, ok := strings.Cut(part, "+")
-		if !ok {
-			return nil, invalidf("range: got %s, want OFFSET+LENGTH", clip(part))
-		}
-		o, err := parseNumber("range offset", off, 0, 64)
+		r, err := parseRange(part, old)
 		if err != nil {
 			return nil, err
 		}
-		n, err := parseNumber("range length", length, 1, 64)
-		if err != nil {
-			return nil, err
-		}
-		out = append(out, trace.Range{Offset: o, Length: n})
+		out = append(out, r)
 	}
 	return out, nil
+}
+
+// parseRange parses OFFSET+LENGTH[@ELAPSED][!].
+func parseRange(s string, old bool) (r trace.Range, err error) {
+	rest, timed, elapsed := s, false, ""
+	if !old {
+		rest, r.Certain = strings.CutSuffix(rest, "!")
+		rest, elapsed, timed = strings.Cut(rest, "@")
+	}
+	off, length, ok := strings.Cut(rest, "+")
+	if !ok {
+		return trace.Range{}, invalidf("range: got %s, want OFFSET+LENGTH", clip(s))
+	}
+	if r.Offset, err = parseNumber("range offset", off, 0, 64); err != nil {
+		return trace.Range{}, err
+	}
+	if r.Length, err = parseNumber("range length", length, 1, 64); err != nil {
+		return trace.Range{}, err
+	}
+	if timed {
+		n, err := parseNumber("range elapsed", elapsed, 1, 64)
+		if err != nil {
+			return trace.Range{}, err
+		}
+		r.Elapsed = time.Duration(n)
+	}
+	return r, nil
 }

@@ -4,7 +4,6 @@ import (
 	"bufio"
 	"fmt"
 	"io"
-	"slices"
 	"strconv"
 	"time"
 
@@ -13,15 +12,31 @@ import (
 
 // Bounds of a native list; [Read] refuses more and [List.WriteTo] writes no more.
 const (
-	MaxLine     = 1 << 20 // bytes of a line with its newline
-	MaxLines    = 1 << 21 // lines of a list
-	MaxListSize = 1 << 27 // bytes of a list of any format
+	MaxLine       = 1 << 24 // bytes of a line with its newline
+	MaxLines      = 1 << 21 // lines of a list
+	MaxListSize   = 1 << 27 // bytes of a list of any format
+	MaxFileRanges = 1 << 18 // ranges of one access: of at most 60 bytes each, they fit in a line
 )
 
 const (
-	magicLine   = "headstart-access-list v1"
-	magicName   = "headstart-access-list "
-	columnsLine = "accesses\thow\telapsed_ns\tsize\tpid\tcommand\tranges\tpath"
+	magicName    = "headstart-access-list "
+	magicVersion = "v2"
+	magicLine    = magicName + magicVersion
+	magicOldLine = magicName + "v1" // still read
+	columnsLine  = "accesses\thow\telapsed_ns\tsize\tpid\tcommand\tranges\tpath"
+)
+
+// howLetters are the letters of the bits of trace.How, the lowest first; version 1 has
+// the first oldHowLetters of them.
+const (
+	howLetters    = "orxc"
+	oldHowLetters = 3
+)
+
+// noRanges and wholeFile stand in place of ranges.
+const (
+	wholeFile = "-"    // nil: the whole file counts
+	noRanges  = "none" // empty: no byte was touched
 )
 
 // WriteTo writes l in the native format (docs/format-access-list.md) and returns the
@@ -77,6 +92,7 @@ func (l *List) writeHeader(lw *lineWriter) {
 	}
 	number("duration", int64(l.Duration))
 	text("ended", l.End)
+	text("verdict", l.Verdict())
 	number("events", l.Events)
 	number("skipped", l.Skipped)
 	for _, x := range l.Losses {
@@ -87,11 +103,18 @@ func (l *List) writeHeader(lw *lineWriter) {
 		}
 		lw.line(b)
 	}
+	for _, x := range l.Processes {
+		b := fmt.Appendf(nil, "process %d %d", x.PID, x.Parent)
+		if x.Command != "" {
+			b = appendEscaped(append(b, ' '), x.Command, false)
+		}
+		lw.line(b)
+	}
 	lw.line([]byte(columnsLine))
 }
 
 func appendAccess(b []byte, a *trace.Access) []byte {
-	for i, letter := range []byte("orx") {
+	for i, letter := range []byte(howLetters) {
 		if a.How&(1<<i) == 0 {
 			letter = '-'
 		}
@@ -101,18 +124,31 @@ func appendAccess(b []byte, a *trace.Access) []byte {
 		b = strconv.AppendInt(append(b, '\t'), v, 10)
 	}
 	b = appendEscaped(append(b, '\t'), a.Command, false)
-	b = append(b, '\t')
-	for i, r := range a.Ranges {
+	b = appendRanges(append(b, '\t'), a.Ranges)
+	return appendEscaped(append(b, '\t'), a.Path, false)
+}
+
+func appendRanges(b []byte, ranges []trace.Range) []byte {
+	switch {
+	case ranges == nil:
+		return append(b, wholeFile...)
+	case len(ranges) == 0:
+		return append(b, noRanges...)
+	}
+	for i, r := range ranges {
 		if i > 0 {
 			b = append(b, ',')
 		}
 		b = strconv.AppendInt(b, r.Offset, 10)
 		b = strconv.AppendInt(append(b, '+'), r.Length, 10)
+		if r.Elapsed != 0 {
+			b = strconv.AppendInt(append(b, '@'), int64(r.Elapsed), 10)
+		}
+		if r.Certain {
+			b = append(b, '!')
+		}
 	}
-	if len(a.Ranges) == 0 {
-		b = append(b, '-')
-	}
-	return appendEscaped(append(b, '\t'), a.Path, false)
+	return b
 }
 
 // lineWriter writes lines until the first error and keeps the bounds that [Read] has.
@@ -132,6 +168,10 @@ func (w *lineWriter) line(b []byte) {
 		w.err = &lineError{w.lines, invalidf("line of %d bytes after %d bytes, want lines of at most %d bytes, at most %d of them and %d bytes in all", len(b)+1, w.n, MaxLine, MaxLines, MaxListSize)}
 		return
 	}
-	n, err := w.w.Write(slices.Concat(b, []byte{'\n'}))
+	n, err := w.w.Write(b)
+	if err == nil {
+		err = w.w.WriteByte('\n')
+		n++
+	}
 	w.n, w.err = w.n+int64(n), err
 }
