@@ -25,7 +25,9 @@ type convertOptions struct {
 	source, target string
 	profile        string
 	patterns       bool
-	platform       string
+	platforms      []string
+	allPlatforms   bool
+	mergePlatform  bool
 	fsVersion      string
 	compressor     string
 	digester       string
@@ -50,6 +52,7 @@ table of paths, sizes and times, or Nydus' JSON. The image has been read back an
 verified before TARGET names it. The digest of its manifest goes to standard output.`,
 		Example: `  optimizer convert nginx registry.example/nginx:optimized --profile nginx.list
   optimizer convert oci:images:app oci:images:app-optimized --chunk-size 256KiB --compressor lz4
+  optimizer convert nginx registry.example/nginx:both --all-platforms --merge-platform
   optimizer convert --source nginx --target me/nginx:v6 --fs-version 6 --prefetch-patterns < paths`,
 		Args: atMost(2, "SOURCE and TARGET"),
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -77,7 +80,9 @@ func (o *convertOptions) addFlags(cmd *cobra.Command) {
 	f.StringVar(&o.target, "target", "", "the target image, instead of the second argument")
 	f.StringVarP(&o.profile, "profile", "p", "", "access list to build around, - for standard input")
 	f.BoolVar(&o.patterns, "prefetch-patterns", false, "read the access list from standard input")
-	f.StringVar(&o.platform, "platform", "", "OS/ARCH[/VARIANT] of an image for several (default this machine's)")
+	f.StringSliceVar(&o.platforms, "platform", nil, "OS/ARCH[/VARIANT] of an image for several (default this machine's); several make an index")
+	f.BoolVar(&o.allPlatforms, "all-platforms", false, "convert the image of every Linux platform; the target is an index where the source is one")
+	f.BoolVar(&o.mergePlatform, "merge-platform", false, "make the target an index of the Nydus images and the plain images they are made of")
 	f.StringVar(&o.fsVersion, "fs-version", "6", "RAFS version: 6")
 	f.StringVar(&o.compressor, "compressor", "zstd", "compression of chunks: zstd, lz4 or none")
 	f.StringVar(&o.digester, "digester", "blake3", "digest of chunks: blake3 or sha256")
@@ -140,8 +145,14 @@ func (o *convertOptions) options(cmd *cobra.Command) (convert.Options, error) {
 		return fail("prefetch-patterns", fmt.Errorf("--profile names a list already"))
 	}
 	b.Workers, b.TempDir, b.MarkPrefetchBlob = o.workers, o.tempDir, o.markPrefetch
+	if o.allPlatforms && len(o.platforms) > 0 {
+		return fail("all-platforms", fmt.Errorf("--platform chooses some"))
+	}
 	r := o.remote.options()
-	return convert.Options{Source: o.source, Target: o.target, Platform: o.platform, Build: b, SourceRemote: r, TargetRemote: r}, nil
+	return convert.Options{
+		Source: o.source, Target: o.target, Build: b, SourceRemote: r, TargetRemote: r,
+		Platforms: o.platforms, AllPlatforms: o.allPlatforms, MergePlatform: o.mergePlatform,
+	}, nil
 }
 
 // list reads the access list, if one is asked for.
@@ -197,6 +208,12 @@ func (o *convertOptions) run(ctx context.Context, opts convert.Options) error {
 }
 
 func (o *convertOptions) describe(s convert.Summary) {
+	for _, i := range s.Images {
+		for _, w := range i.Warnings {
+			o.warn("%s: %s", i.Platform, w)
+		}
+		o.note("%s: manifest %s, prefetch blob %s of %d files", i.Platform, i.TargetDigest, progress.Bytes(i.Prefetch.Bytes), i.Prefetch.Files)
+	}
 	o.note("%s (%s) is now %s", s.Source, s.Platform, s.Target)
 	o.note("layers: %s in, %s out, of which bootstrap %s unpacked; %d blobs uploaded, %d were there",
 		progress.Bytes(s.SourceBytes), progress.Bytes(s.TargetBytes), progress.Bytes(s.BootstrapBytes), s.Uploaded, s.Existed)

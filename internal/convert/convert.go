@@ -41,6 +41,13 @@ type Options struct {
 	Source, Target string
 	// Platform is "os/arch[/variant]"; empty: this machine's.
 	Platform string
+	// Platforms, when there are several, or AllPlatforms make the target an index of an image
+	// for each; Platform is then ignored. A source that is no index stays one manifest.
+	Platforms    []string
+	AllPlatforms bool
+	// MergePlatform makes the target an index that has, beside each Nydus image, the plain
+	// image it was made of, byte for byte, with its attestations.
+	MergePlatform bool
 	// List is the access list that the prefetch blob is made from; nil: none.
 	List *persist.List
 	// Build says how the image is built; its List and Progress are set by Run.
@@ -79,6 +86,9 @@ type Summary struct {
 	Files          int           `json:"files"`           // regular files of the image
 	VerifiedChunks int           `json:"verified_chunks"` // chunks of the result that were read back before it was published
 	Elapsed        time.Duration `json:"elapsed_ns"`
+	// Images has one summary for each platform when the target is an index; what is above are
+	// then sums, the digests those of the indexes, and Platform the platforms with commas between.
+	Images []Summary `json:"images,omitempty"`
 	// Warnings are for a person: a list with loss, a list of another image.
 	Warnings []string `json:"warnings,omitempty"`
 }
@@ -131,25 +141,26 @@ func parse(o Options) (source, target remote.Reference, err error) {
 }
 
 func convert(ctx context.Context, o Options, source, target remote.Reference, src remote.Source) (Summary, error) {
+	if o.AllPlatforms || o.MergePlatform || len(o.Platforms) > 1 {
+		return convertIndex(ctx, o, source, target, src)
+	}
+	if len(o.Platforms) == 1 {
+		o.Platform = o.Platforms[0]
+	}
 	img, err := remote.Select(ctx, src, o.Platform)
 	if err != nil {
 		return Summary{}, fmt.Errorf("source %s: %w", source, err)
 	}
-	if nydusimage.Is(img.Manifest) {
-		return Summary{}, fmt.Errorf("source %s: %w: it is a Nydus image already", source, ErrUnsupported)
-	}
-	if err := checkApart(o, source, target, img.Root); err != nil {
+	return convertOne(ctx, o, source, target, src, img)
+}
+
+// convertOne makes target one manifest.
+func convertOne(ctx context.Context, o Options, source, target remote.Reference, src remote.Source, img remote.Image) (Summary, error) {
+	if err := checkPair(ctx, o, source, target, img); err != nil {
 		return Summary{}, err
 	}
-	if target.Kind == remote.KindRegistry {
-		if err := reach(ctx, target, o.TargetRemote, img.Descriptor); err != nil {
-			return Summary{}, fmt.Errorf("target %s: %w", target, err)
-		}
-	}
 	report := &reporter{to: o.Progress, layers: len(img.Layers)}
-	o.Build.List, o.Build.Progress = o.List, report.build
-	res, err := builder.Convert(ctx, builderSource(src, img), o.Build)
-	report.finish()
+	res, err := build(ctx, o, src, img, report)
 	if err != nil {
 		return Summary{}, fmt.Errorf("build %s: %w", source, err)
 	}
@@ -163,6 +174,29 @@ func convert(ctx context.Context, o Options, source, target remote.Reference, sr
 	sum.Source, sum.Target = source.String(), target.String()
 	sum.Warnings = warnings(o.List, img)
 	return sum, nil
+}
+
+// checkPair finds out about what cannot work before the work and not after it.
+func checkPair(ctx context.Context, o Options, source, target remote.Reference, img remote.Image) error {
+	if nydusimage.Is(img.Manifest) {
+		return fmt.Errorf("source %s: %w: it is a Nydus image already", source, ErrUnsupported)
+	}
+	if err := checkApart(o, source, target, img.Root); err != nil {
+		return err
+	}
+	if target.Kind == remote.KindRegistry {
+		if err := reach(ctx, target, o.TargetRemote, img.Descriptor); err != nil {
+			return fmt.Errorf("target %s: %w", target, err)
+		}
+	}
+	return nil
+}
+
+func build(ctx context.Context, o Options, src remote.Source, img remote.Image, report *reporter) (*builder.Result, error) {
+	o.Build.List, o.Build.Progress = o.List, report.build
+	res, err := builder.Convert(ctx, builderSource(src, img), o.Build)
+	report.finish()
+	return res, err
 }
 
 // reach asks a registry something, so that one that is not there or refuses us is found out
@@ -194,12 +228,26 @@ func builderSource(src remote.Source, img remote.Image) builder.Source {
 
 // publish checks the documents of res and pushes everything, the manifest last.
 func publish(ctx context.Context, o Options, ref remote.Reference, img remote.Image, res *builder.Result, report *reporter) (Summary, error) {
-	if err := checkResult(res); err != nil {
-		return Summary{}, fmt.Errorf("the built image contradicts itself and is not published: %w", err)
-	}
 	target, err := remote.OpenTarget(ctx, ref, o.TargetRemote)
 	if err != nil {
 		return Summary{}, fmt.Errorf("open target %s: %w", ref, err)
+	}
+	sum, err := push(ctx, target, img, res, report, remote.Publish)
+	if cerr := target.Close(); err == nil && cerr != nil {
+		err = cerr
+	}
+	if err != nil {
+		return Summary{}, fmt.Errorf("publish %s: %w", ref, err)
+	}
+	return sum, nil
+}
+
+// push pushes res with how, one of remote's ways to publish.
+func push(ctx context.Context, target remote.Target, img remote.Image, res *builder.Result, report *reporter,
+	how func(context.Context, remote.Target, []remote.Blob, remote.Document, remote.Document, remote.PublishOptions) (remote.Published, error),
+) (Summary, error) {
+	if err := checkResult(res); err != nil {
+		return Summary{}, fmt.Errorf("the built image contradicts itself: %w", err)
 	}
 	files := append(append([]builder.File(nil), res.Blobs...), res.Bootstrap)
 	blobs := make([]remote.Blob, 0, len(files))
@@ -209,15 +257,12 @@ func publish(ctx context.Context, o Options, ref remote.Reference, img remote.Im
 			Open:       func(context.Context) (io.ReadCloser, error) { return os.Open(f.Path) },
 		})
 	}
-	published, err := remote.Publish(ctx, target, blobs,
+	published, err := how(ctx, target, blobs,
 		remote.Document{Descriptor: res.ConfigDescriptor, Data: res.Config},
 		remote.Document{Descriptor: res.ManifestDescriptor, Data: res.Manifest},
 		remote.PublishOptions{Progress: report.push})
-	if cerr := target.Close(); err == nil && cerr != nil {
-		err = cerr
-	}
 	if err != nil {
-		return Summary{}, fmt.Errorf("publish %s: %w", ref, err)
+		return Summary{}, err
 	}
 	return summarize(img, res, files, published), nil
 }

@@ -12,6 +12,7 @@ import (
 // may be read two at a time, and blobs are pushed several at a time.
 type reporter struct {
 	to     func(Event)
+	prefix string // before every task: "linux/arm64: "
 	layers int
 
 	mu   sync.Mutex
@@ -27,6 +28,7 @@ func (r *reporter) build(e builder.Event) {
 	case builder.StagePrefetch:
 		task = "prefetch blob"
 	}
+	task = r.prefix + task
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if e.Stage != builder.StageLayer {
@@ -40,7 +42,7 @@ func (r *reporter) push(p remote.Progress) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.send(Event{
-		Task: "push " + p.Descriptor.Digest.Encoded()[:12], Done: p.Offset, Total: p.Descriptor.Size,
+		Task: r.prefix + "push " + p.Descriptor.Digest.Encoded()[:12], Done: p.Offset, Total: p.Descriptor.Size,
 		Finished: p.Result != 0,
 	})
 }

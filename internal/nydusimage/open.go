@@ -62,7 +62,7 @@ func Open(ctx context.Context, ref string, o Options) (*Image, error) {
 }
 
 func open(ctx context.Context, ref remote.Reference, src remote.Source, o Options) (*Image, error) {
-	sel, err := remote.Select(ctx, src, o.Platform)
+	sel, err := remote.SelectNydus(ctx, src, o.Platform)
 	if err != nil {
 		return nil, err
 	}

@@ -9,6 +9,7 @@ import (
 	"io"
 	"sync"
 
+	"github.com/containerd/containerd/v2/core/images"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"golang.org/x/sync/errgroup"
@@ -62,6 +63,23 @@ type Published struct {
 // of blobs'; blobs may have more. Equal blobs are pushed once. When something fails nothing
 // is tagged and the first error is returned; blobs that were pushed may remain.
 func Publish(ctx context.Context, t Target, blobs []Blob, config, manifest Document, o PublishOptions) (Published, error) {
+	return publish(ctx, t, blobs, config, manifest, o, func() error {
+		return t.Tag(ctx, manifest.Descriptor, manifest.Data)
+	})
+}
+
+// PublishUnnamed is [Publish] of an image that gets no name of its own: its manifest is pushed
+// by its digest, for an index to refer to. Until [Target].Tag has named that index, whoever
+// collects garbage at the target may remove it again.
+func PublishUnnamed(ctx context.Context, t Target, blobs []Blob, config, manifest Document, o PublishOptions) (Published, error) {
+	return publish(ctx, t, blobs, config, manifest, o, func() error {
+		_, err := t.Push(ctx, manifest.Blob())
+		return err
+	})
+}
+
+// publish pushes everything but the manifest, which last does.
+func publish(ctx context.Context, t Target, blobs []Blob, config, manifest Document, o PublishOptions, last func() error) (Published, error) {
 	if err := checkComplete(blobs, config, manifest); err != nil {
 		return Published{}, fmt.Errorf("publish %s: %w", short(manifest.Descriptor.Digest), err)
 	}
@@ -94,7 +112,7 @@ func Publish(ctx context.Context, t Target, blobs []Blob, config, manifest Docum
 	if err := p.push(ctx, config.Blob()); err != nil {
 		return Published{}, err
 	}
-	if err := t.Tag(ctx, manifest.Descriptor, manifest.Data); err != nil {
+	if err := last(); err != nil {
 		return Published{}, err
 	}
 	p.sum.Descriptor = manifest.Descriptor
@@ -128,6 +146,7 @@ func checkComplete(blobs []Blob, config, manifest Document) error {
 	for _, d := range append([]ocispec.Descriptor{m.Config}, m.Layers...) {
 		size, ok := sizes[d.Digest]
 		switch {
+		case !ok && images.IsNonDistributable(d.MediaType): // clients fetch it from its URLs
 		case !ok:
 			errs = append(errs, fmt.Errorf("%w: the manifest refers to %s, which is not pushed", ErrInvalid, short(d.Digest)))
 		case size != d.Size:

@@ -53,6 +53,17 @@ func (i Image) Nydus() bool { return isNydusManifest(i.Manifest) }
 // Errors are [ErrPlatform] with what there is, [ErrInvalid], [ErrUnsupported] (schema 1, what
 // is no container image), [ErrTooLarge], and those of the source.
 func Select(ctx context.Context, src Source, platform string) (Image, error) {
+	return selectImage(ctx, src, platform, false)
+}
+
+// SelectNydus is [Select] for readers of Nydus images: where an index has a Nydus image and a
+// plain one for the platform, it takes the Nydus image. Whether a manifest that is marked in
+// no index is one is left to the caller ([Image].Nydus).
+func SelectNydus(ctx context.Context, src Source, platform string) (Image, error) {
+	return selectImage(ctx, src, platform, true)
+}
+
+func selectImage(ctx context.Context, src Source, platform string, nydus bool) (Image, error) {
 	want, err := parsePlatform(platform)
 	if err != nil {
 		return Image{}, err
@@ -64,6 +75,9 @@ func Select(ctx context.Context, src Source, platform string) (Image, error) {
 	entries, err := walk(ctx, src, root)
 	if err != nil {
 		return Image{}, err
+	}
+	if nydus {
+		entries = preferNydus(entries, want)
 	}
 	desc, err := choose(entries, root, want)
 	if err != nil {
