@@ -126,7 +126,7 @@ func describe(img *nydusimage.Image, files, tables bool) (inspected, error) {
 		return inspected{}, err
 	}
 	out := inspected{
-		Image: img.Reference, Digest: img.Digest(), FSVersion: 6, ChunkSize: r.ChunkSize,
+		Image: img.Reference, Digest: img.Digest(), FSVersion: int(r.Version), ChunkSize: r.ChunkSize,
 		Compressor: r.Compressor, Digester: r.Digester, Bootstrap: size,
 	}
 	if img.Source != nil {

@@ -3,9 +3,32 @@ package rafs
 import (
 	"crypto/sha256"
 	"fmt"
+	"hash"
 
 	"github.com/zeebo/blake3"
 )
+
+// String returns the name that [ParseVersion] reads.
+func (v Version) String() string { return fmt.Sprintf("%d", uint8(v.orDefault())) }
+
+// orDefault gives the zero value its meaning.
+func (v Version) orDefault() Version {
+	if v == 0 {
+		return V6
+	}
+	return v
+}
+
+// ParseVersion reads "5" or "6"; anything else is an error.
+func ParseVersion(s string) (Version, error) {
+	switch s {
+	case "5":
+		return V5, nil
+	case "6":
+		return V6, nil
+	}
+	return 0, fmt.Errorf("unknown RAFS version %q: want 5 or 6", s)
+}
 
 // String returns the name that [ParseCompressor] reads, or "compressor(N)".
 func (c Compressor) String() string {
@@ -72,6 +95,14 @@ func (d Digester) Sum(p []byte) Digest {
 		return sha256.Sum256(p)
 	}
 	return blake3.Sum256(p)
+}
+
+// hash returns a running digest.
+func (d Digester) hash() hash.Hash {
+	if d == DigesterSHA256 {
+		return sha256.New()
+	}
+	return blake3.New()
 }
 
 // String returns the 64 hexadecimal digits.

@@ -20,6 +20,9 @@ const (
 // dataEnd is where the chunk data ends inside the blob file. Source: rafs-format, how
 // readers derive the end from the blob table.
 func (b *Blob) dataEnd() uint64 {
+	if b.bare() {
+		return b.bareDataEnd()
+	}
 	if b.Features&disk.FeatureSeparate != 0 || b.Features&disk.FeatureCapTOC == 0 || b.MetaUncompressed == 0 {
 		return b.CompressedSize
 	}
@@ -57,8 +60,19 @@ func (b *Blob) checkMetaSize(section string, at int64) error {
 	return nil
 }
 
-// check applies the rules of a blob table entry; chunkSize is the superblock's.
+// check applies the rules of a v6 blob table entry; chunkSize is the superblock's.
 func (b *Blob) check(section string, at int64, chunkSize uint32) error {
+	if err := b.checkFields(section, at, chunkSize); err != nil {
+		return err
+	}
+	if b.Features&(disk.FeatureAligned|disk.FeatureTarfs) == 0 {
+		return invalid(section, at, "features", fmt.Sprintf("%#x", b.Features), "ALIGNED")
+	}
+	return b.checkMetaSize(section, at)
+}
+
+// checkFields applies the rules that hold for every blob.
+func (b *Blob) checkFields(section string, at int64, chunkSize uint32) error {
 	bad := func(field string, got, want any) error { return invalid(section, at, field, got, want) }
 	end, carry := bits.Add64(b.MetaOffset, b.MetaCompressed, 0)
 	switch {
@@ -74,8 +88,6 @@ func (b *Blob) check(section string, at int64, chunkSize uint32) error {
 		return bad("ci_compressor", b.MetaCompressor, nil)
 	case b.Features&disk.FeatureRefused != 0:
 		return bad("features", fmt.Sprintf("%#x", b.Features), fmt.Sprintf("no bit of %#x", uint32(disk.FeatureRefused)))
-	case b.Features&(disk.FeatureAligned|disk.FeatureTarfs) == 0:
-		return bad("features", fmt.Sprintf("%#x", b.Features), "ALIGNED")
 	case b.CompressedSize > disk.MaxBlobStored:
 		return bad("compressed_size", b.CompressedSize, fmt.Sprintf("at most %d", uint64(disk.MaxBlobStored)))
 	case b.UncompressedSize > disk.MaxBlobExpanded:
@@ -85,7 +97,7 @@ func (b *Blob) check(section string, at int64, chunkSize uint32) error {
 	case carry != 0 || end > 1<<63-1:
 		return bad("ci_offset + ci_compressed_size", "overflowing", nil)
 	}
-	return b.checkMetaSize(section, at)
+	return nil
 }
 
 // maxReadChunks bounds the chunks of a blob we read; writers stop one short.

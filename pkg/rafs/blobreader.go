@@ -38,7 +38,7 @@ func OpenBlob(r io.ReaderAt, b Blob) (*BlobReader, error) {
 	if b.Features&disk.FeatureBatch != 0 && b.Features&disk.FeatureSeparate != 0 {
 		return nil, unsupported("blob "+short(b.ID), -1, "features", fmt.Sprintf("%#x", b.Features), "batch data with its table")
 	}
-	if err := b.check("blob "+short(b.ID), -1, b.ChunkSize); err != nil {
+	if err := b.checkAny("blob "+short(b.ID), -1, b.ChunkSize); err != nil {
 		return nil, err
 	}
 	return &BlobReader{r: r, blob: b}, nil

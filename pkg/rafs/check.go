@@ -154,7 +154,7 @@ func (c *checker) blob(ctx context.Context, b Blob, chunks []Chunk, r io.ReaderA
 	if err != nil {
 		return c.add(err)
 	}
-	if b.Features&disk.FeatureSeparate == 0 {
+	if b.Features&disk.FeatureSeparate == 0 && !b.bare() {
 		if err := c.meta(reader, chunks); err != nil {
 			return err
 		}

@@ -22,9 +22,9 @@ import (
 )
 
 // loadOCIFixture reads the image that the real nydusify made: blobs with inlined bootstrap and TOC.
-func loadOCIFixture(t testing.TB) *stored {
+func loadOCIFixture(t testing.TB, name string) *stored {
 	t.Helper()
-	dir := filepath.Join(testenv.Fixtures(t), "oci", "nydus-v6")
+	dir := filepath.Join(testenv.Fixtures(t), "oci", name)
 	read := func(name string) []byte {
 		p, err := os.ReadFile(filepath.Join(dir, name))
 		must(t, err)
@@ -62,7 +62,7 @@ func loadOCIFixture(t testing.TB) *stored {
 
 func TestOCIFixture(t *testing.T) {
 	t.Parallel()
-	s := loadOCIFixture(t)
+	s := loadOCIFixture(t, "nydus-v6")
 	report, err := s.check(rafs.CheckOptions{Data: true})
 	if err != nil {
 		t.Error(err)

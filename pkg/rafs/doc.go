@@ -1,4 +1,4 @@
-// Package rafs reads, writes and checks Nydus images: RAFS v6 bootstraps and their data
+// Package rafs reads, writes and checks Nydus images: bootstraps of RAFS v5 and v6, and their data
 // blobs. It knows bytes only: it opens no file, socket or process.
 //
 // Five terms carry it. A bootstrap is the metadata of a whole image; in v6 it is an EROFS
@@ -16,7 +16,7 @@
 //	})
 //	data, err := fs.ReadFile(fsys, "etc/os-release") // every chunk verified
 //
-// Limits: RAFS v5, encryption, tarfs data and chunks inside plain gzip layers (ZRAN) give [ErrUnsupported]; the
+// Limits: encryption, tarfs data and chunks inside plain gzip layers (ZRAN) give [ErrUnsupported]; the
 // tree of a tarfs or ZRAN image can be read. Bytes are written for little-endian readers of block size 4096.
 // The layout was learned from the sources of dragonflyoss/nydus and the kernel's fs/erofs; WriteBootstrap
 // gives the bytes that nydus-image 2.4 gives, but for the CRCs of chunks and the order of xattrs.

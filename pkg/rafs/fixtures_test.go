@@ -19,6 +19,11 @@ import (
 
 var v6Fixtures = []string{"v6-lz4_block", "v6-zstd", "v6-zstd-batch", "v6-zstd-sha256-64k"}
 
+var v5Fixtures = []string{"v5-lz4-sha256", "v5-zstd"}
+
+// allFixtures are the images of both versions.
+var allFixtures = slices.Concat(v5Fixtures, v6Fixtures)
+
 // loadFixture reads an image made by the real nydus-image.
 func loadFixture(t testing.TB, name string) *stored {
 	t.Helper()
@@ -82,7 +87,7 @@ func expectedTree(t testing.TB) []entry {
 
 func TestFixtureTree(t *testing.T) {
 	t.Parallel()
-	for _, name := range v6Fixtures {
+	for _, name := range allFixtures {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			s := loadFixture(t, name)
@@ -111,7 +116,7 @@ func TestFixtureTree(t *testing.T) {
 
 func TestFixtureCheck(t *testing.T) {
 	t.Parallel()
-	for _, name := range v6Fixtures {
+	for _, name := range allFixtures {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			s := loadFixture(t, name)

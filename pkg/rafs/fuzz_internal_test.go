@@ -86,7 +86,7 @@ func FuzzOpen(f *testing.F) {
 	for _, p := range tinyImages(f) {
 		f.Add(p[0])
 	}
-	for _, p := range fixtureFiles("v6-*/image.boot") {
+	for _, p := range fixtureFiles("v*/image.boot") {
 		f.Add(p)
 	}
 	f.Fuzz(func(t *testing.T, p []byte) {

@@ -10,14 +10,20 @@ import (
 // Info is what the tables of a bootstrap say, with their places; it marshals to JSON. Offsets are
 // bytes from the beginning of the bootstrap.
 type Info struct {
-	Version    string        `json:"version"` // "v6"
-	Size       int64         `json:"size"`
-	Superblock SuperInfo     `json:"superblock"`
-	Extended   ExtendedInfo  `json:"extended_superblock"`
-	Sections   []SectionInfo `json:"sections"` // in order of place
-	Devices    []DeviceInfo  `json:"devices"`
-	Blobs      []BlobInfo    `json:"blobs"`
-	Prefetch   []uint32      `json:"prefetch_nids"`
+	Version  string        `json:"version"` // "v5" or "v6"
+	Size     int64         `json:"size"`
+	Sections []SectionInfo `json:"sections"` // in order of place
+	Blobs    []BlobInfo    `json:"blobs"`
+
+	// Of v6 only.
+	Superblock *SuperInfo    `json:"superblock,omitempty"`
+	Extended   *ExtendedInfo `json:"extended_superblock,omitempty"`
+	Devices    []DeviceInfo  `json:"devices,omitempty"`
+	Prefetch   []uint32      `json:"prefetch_nids,omitempty"`
+
+	// Of v5 only.
+	SuperblockV5   *SuperInfoV5 `json:"superblock_v5,omitempty"`
+	PrefetchInodes []uint32     `json:"prefetch_inodes,omitempty"` // inode numbers
 }
 
 // SuperInfo is the EROFS superblock.
@@ -64,6 +70,9 @@ type BlobInfo struct {
 	Offset       uint64   `json:"offset"`
 	Index        int      `json:"index"`
 	FeatureNames []string `json:"feature_names"`
+	// The readahead hints of a v5 blob table: bytes at the head of the blob.
+	ReadaheadOffset uint32 `json:"readahead_offset,omitempty"`
+	ReadaheadSize   uint32 `json:"readahead_size,omitempty"`
 	Blob
 }
 
@@ -82,11 +91,11 @@ func (t *v6Tables) info() *Info {
 	info := &Info{
 		Version: "v6",
 		Size:    clampOffset(t.src.size),
-		Superblock: SuperInfo{
+		Superblock: &SuperInfo{
 			Offset: disk.SuperOffset, BlockSize: int(t.block), RootNid: s.RootNid, Inodes: s.Inos, BuildTime: s.BuildTime, //nolint:gosec // 512 or 4096
 			Blocks: s.Blocks, MetaBlock: s.MetaBlock, FeatureCompat: s.FeatureCompat, FeatureIncompat: s.FeatureIncompat,
 		},
-		Extended: ExtendedInfo{
+		Extended: &ExtendedInfo{
 			Offset: disk.ExtSuperOffset, Flags: e.Flags, FlagNames: names(e.Flags, superFlagNames),
 			Compressor: t.compressor(), Digester: t.digester(), ChunkSize: e.ChunkSize,
 		},

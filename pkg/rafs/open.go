@@ -30,22 +30,27 @@ func openBootstrap(r io.ReaderAt, size int64) (bootstrapReader, error) {
 	if err := src.readAt(magic[:], 0, "superblock"); err != nil {
 		return nil, err
 	}
-	if binary.LittleEndian.Uint32(magic[:]) == magicV5 {
-		return nil, unsupported("superblock", 0, "format", "RAFS v5", "RAFS v6")
+	if binary.LittleEndian.Uint32(magic[:]) == disk.V5Magic {
+		t, err := openV5(src)
+		if err != nil {
+			return nil, err
+		}
+		return t, nil
 	}
-	return openV6(src)
+	t, err := openV6(src)
+	if err != nil {
+		return nil, err
+	}
+	return t, nil
 }
 
-// magicV5 begins a RAFS v5 bootstrap.
-const magicV5 = 0x52414653
-
-// Open reads a bootstrap of size bytes whole: the tree, the blobs and the prefetch table. Every
-// bound is checked; memory is bounded by a small multiple of size. It reads what nydus-image 2.2 to 2.4 writes,
-// batch chunks, 512-byte blocks and compact inodes included.
+// Open reads a bootstrap of size bytes whole, of either version: the tree, the blobs and the prefetch table.
+// Every bound is checked; memory is bounded by a small multiple of size. It reads what nydus-image 2.2 to 2.4
+// writes, batch chunks, 512-byte blocks and compact inodes included.
 //
 // ErrInvalid when bytes break the format: a table outside the file, a directory reached twice, names that
-// are not sorted, a chunk that is not in the chunk table. ErrUnsupported for RAFS v5 and
-// encryption. Open does not keep r. Several calls may overlap.
+// are not sorted, a chunk that is not in the chunk table, names of one file that disagree. ErrUnsupported for encryption
+// and for v5 files with holes. The digests of v5 inodes are not compared: see [Check]. Open does not keep r. Several calls may overlap.
 func Open(r io.ReaderAt, size int64) (*Image, error) {
 	b, err := openBootstrap(r, size)
 	if err != nil {

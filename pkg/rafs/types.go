@@ -1,5 +1,14 @@
 package rafs
 
+// Version is a version of the bootstrap format.
+type Version uint8
+
+// The versions. Wherever a version is an option, 0 means V6.
+const (
+	V5 Version = 5 // a format of its own; chunk records in the inodes, blobs of nothing but chunks
+	V6 Version = 6 // an EROFS image that the kernel can mount
+)
+
 // Compressor is the algorithm that chunks of a blob are stored with.
 type Compressor uint32
 
@@ -34,7 +43,7 @@ type Digest [32]byte
 
 // Chunk is the record of one chunk: where its bytes are and what they must hash to.
 // Offsets are those of its blob: compressed in the blob file, uncompressed in the
-// blob's cache file (the address space of v6 block addresses).
+// blob's cache file (the address space of v6 block addresses; v5 readers use it too).
 type Chunk struct {
 	Digest             Digest
 	Blob               uint16 // index into Image.Blobs
@@ -75,7 +84,8 @@ type Dirent struct {
 	Inode *Inode
 }
 
-// Blob describes one data blob as the bootstrap's blob table does.
+// Blob describes one data blob as the bootstrap's blob table does. A v5 blob has no blob.meta: its
+// chunk records are in the bootstrap alone, and the TOC and Meta fields are 0.
 type Blob struct {
 	ID               string     `json:"id"` // 64 hex digits: sha256 of the blob file
 	ChunkSize        uint32     `json:"chunk_size"`
@@ -84,7 +94,7 @@ type Blob struct {
 	Digester         Digester   `json:"digester"`
 	Features         uint32     `json:"features"`          // blob feature flags
 	CompressedSize   uint64     `json:"compressed_size"`   // bytes of the blob file
-	UncompressedSize uint64     `json:"uncompressed_size"` // bytes of the cache file, a multiple of 4096
+	UncompressedSize uint64     `json:"uncompressed_size"` // bytes of the cache file; v6: a multiple of 4096
 	TOCSize          uint32     `json:"toc_size"`
 	TOCDigest        Digest     `json:"toc_digest"`
 	MetaCompressor   Compressor `json:"ci_compressor"`
@@ -98,6 +108,8 @@ type Blob struct {
 // Image is everything a bootstrap says: the tree, the blobs and how they were made.
 // The builder fills one and writes it; [Open] gives one back.
 type Image struct {
+	// Version is V5 or V6; 0 means V6.
+	Version    Version
 	Root       *Inode
 	Blobs      []Blob
 	ChunkSize  uint32

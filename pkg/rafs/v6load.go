@@ -80,7 +80,7 @@ func chunkID(blob uint16, index uint32) uint32 { return uint32(blob)<<24 | index
 func (t *v6Tables) load(faults *faultList) (*Image, []Chunk, error) {
 	l := &v6Loader{
 		v6Tables: t, faults: faults, inodes: map[uint64]v6Loaded{}, budget: t.src.size,
-		img: &Image{Blobs: t.blobs, ChunkSize: t.ext.ChunkSize, Compressor: t.compressor(), Digester: t.digester()},
+		img: &Image{Version: V6, Blobs: t.blobs, ChunkSize: t.ext.ChunkSize, Compressor: t.compressor(), Digester: t.digester()},
 	}
 	err := l.run()
 	return l.img, l.chunks, err
@@ -167,28 +167,36 @@ func (l *v6Loader) readChunkRecord(i, offset uint64) (Chunk, error) {
 		return Chunk{}, err
 	}
 	section = fmt.Sprintf("chunk table record %d", i)
-	switch {
-	case uint64(r.Blob) >= uint64(len(l.blobs)):
-		return Chunk{}, invalid(section, clampOffset(offset), "blob_index", r.Blob, fmt.Sprintf("below %d", len(l.blobs)))
-	case r.Index >= maxReadChunks:
-		return Chunk{}, invalid(section, clampOffset(offset), "index", r.Index, fmt.Sprintf("below %d", maxReadChunks))
-	case r.UncompressedSize == 0 || r.UncompressedSize > l.ext.ChunkSize:
-		return Chunk{}, invalid(section, clampOffset(offset), "uncompressed_size", r.UncompressedSize, fmt.Sprintf("1 to %d", l.ext.ChunkSize))
-	case r.CompressedSize > maxCompressed(l.ext.ChunkSize):
-		return Chunk{}, invalid(section, clampOffset(offset), "compressed_size", r.CompressedSize, fmt.Sprintf("at most %d", maxCompressed(l.ext.ChunkSize)))
-	case r.Flags&disk.ChunkEncrypted != 0:
-		return Chunk{}, unsupported(section, clampOffset(offset), "flags", fmt.Sprintf("%#x", r.Flags), "no encryption")
-	}
-	c := Chunk{
-		Digest: r.Digest, Blob: uint16(r.Blob), Index: r.Index, //nolint:gosec // checked above
-		Compressed: r.Flags&disk.ChunkCompressed != 0, Batch: r.Flags&disk.ChunkBatch != 0,
-		CompressedOffset: r.CompressedOffset, CompressedSize: r.CompressedSize,
-		UncompressedOffset: r.UncompressedOffset, UncompressedSize: r.UncompressedSize,
+	c, err := parseChunkRecord(&r, l.blobs, l.ext.ChunkSize, section, offset)
+	if err != nil {
+		return Chunk{}, err
 	}
 	if err := l.blobs[r.Blob].checkChunk(&c); err != nil {
 		return Chunk{}, fmt.Errorf("%s at byte %d: %w", section, offset, err)
 	}
 	return c, nil
+}
+
+// parseChunkRecord checks one record of a chunk table or of a v5 inode and gives it back as a Chunk.
+func parseChunkRecord(r *disk.ChunkRecord, blobs []Blob, chunkSize uint32, section string, offset uint64) (Chunk, error) {
+	switch {
+	case uint64(r.Blob) >= uint64(len(blobs)):
+		return Chunk{}, invalid(section, clampOffset(offset), "blob_index", r.Blob, fmt.Sprintf("below %d", len(blobs)))
+	case r.Index >= maxReadChunks:
+		return Chunk{}, invalid(section, clampOffset(offset), "index", r.Index, fmt.Sprintf("below %d", maxReadChunks))
+	case r.UncompressedSize == 0 || r.UncompressedSize > chunkSize:
+		return Chunk{}, invalid(section, clampOffset(offset), "uncompressed_size", r.UncompressedSize, fmt.Sprintf("1 to %d", chunkSize))
+	case r.CompressedSize > maxCompressed(chunkSize):
+		return Chunk{}, invalid(section, clampOffset(offset), "compressed_size", r.CompressedSize, fmt.Sprintf("at most %d", maxCompressed(chunkSize)))
+	case r.Flags&disk.ChunkEncrypted != 0:
+		return Chunk{}, unsupported(section, clampOffset(offset), "flags", fmt.Sprintf("%#x", r.Flags), "no encryption")
+	}
+	return Chunk{
+		Digest: r.Digest, Blob: uint16(r.Blob), Index: r.Index, //nolint:gosec // checked above
+		Compressed: r.Flags&disk.ChunkCompressed != 0, Batch: r.Flags&disk.ChunkBatch != 0,
+		CompressedOffset: r.CompressedOffset, CompressedSize: r.CompressedSize,
+		UncompressedOffset: r.UncompressedOffset, UncompressedSize: r.UncompressedSize,
+	}, nil
 }
 
 // maxCompressed is the largest stored size of a chunk that is read. Builders keep what does not shrink as it is; estimates

@@ -209,17 +209,21 @@ func (t *v6Tables) readPrefetch() error {
 }
 
 // compressor and digester are those of the superblock; exactly one bit of each is set.
-func (t *v6Tables) compressor() Compressor {
+func (t *v6Tables) compressor() Compressor { return compressorOf(t.ext.Flags) }
+func (t *v6Tables) digester() Digester     { return digesterOf(t.ext.Flags) }
+
+// compressorOf and digesterOf read the superblock flags of either version.
+func compressorOf(flags uint64) Compressor {
 	for c, flag := range compressorFlags {
-		if t.ext.Flags&flag != 0 {
+		if flags&flag != 0 {
 			return Compressor(c)
 		}
 	}
 	return CompressorNone
 }
 
-func (t *v6Tables) digester() Digester {
-	if t.ext.Flags&disk.FlagHashSHA256 != 0 {
+func digesterOf(flags uint64) Digester {
+	if flags&disk.FlagHashSHA256 != 0 {
 		return DigesterSHA256
 	}
 	return DigesterBLAKE3

@@ -29,6 +29,9 @@ func TestSizes(t *testing.T) {
 		"MetaV2":        {disk.MetaV2{}, disk.SizeMetaV2},
 		"BatchContext":  {disk.BatchContext{}, disk.SizeBatchContext},
 		"TOCEntry":      {disk.TOCEntry{}, disk.SizeTOCEntry},
+		"SuperV5":       {disk.SuperV5{}, disk.SizeSuperV5},
+		"ExtBlobV5":     {disk.ExtBlobV5{}, disk.SizeExtBlobV5},
+		"InodeV5":       {disk.InodeV5{}, disk.SizeInodeV5},
 		"TarHeader":     {disk.TarHeader{}, disk.TarHeaderSize},
 	} {
 		if got := binary.Size(c.v); got != c.size {

@@ -1,4 +1,4 @@
-// Package disk declares the on-disk records of RAFS v6 images and Nydus data blobs: constants,
+// Package disk declares the on-disk records of RAFS v5 and v6 images and Nydus data blobs: constants,
 // sizes and structs, no logic. Every integer is little-endian. One declaration serves
 // reading (binary.Decode) and writing (binary.Append).
 package disk
