@@ -17,8 +17,8 @@ import (
 	"github.com/headstart-oci/headstart/pkg/trace"
 )
 
-// ReadAny parses a list in whichever format its first bytes show: the native one, Nydus'
-// JSON (an opening brace), upstream's table (the line "path,size,elapsed"), else paths,
+// ReadAny parses a list in whichever format its first bytes show: the native one, a profile,
+// which gives the union of its runs, Nydus' JSON (an opening brace), upstream's table (the line "path,size,elapsed"), else paths,
 // one per line. Paths of the foreign formats are cleaned; a path that is not absolute is
 // an error. Blank lines of a path list are skipped, and no bytes at all are an empty
 // list. What a format does not say stays zero; a list that is not native claims grade "file",
@@ -34,6 +34,12 @@ func ReadAny(r io.Reader) (*List, error) {
 	switch {
 	case strings.HasPrefix(text, magicName[:len(csvHeader)]):
 		return Read(b)
+	case strings.HasPrefix(text, profileName):
+		p, err := ReadProfile(b)
+		if err != nil {
+			return nil, err
+		}
+		return p.List(Union), nil
 	case strings.HasPrefix(strings.TrimLeft(text, " \t\r\n"), "{"):
 		l, err = readJSON(b)
 	case strings.HasPrefix(text, csvHeader+"\n"), strings.HasPrefix(text, csvHeader+"\r\n"), text == csvHeader:

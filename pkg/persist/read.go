@@ -25,6 +25,9 @@ func Read(r io.Reader) (*List, error) {
 	if err := p.parse(); err != nil {
 		return nil, fmt.Errorf("read access list: %w", err)
 	}
+	if err := p.lines.end(); err != nil {
+		return nil, fmt.Errorf("read access list: %w", err)
+	}
 	return p.list, nil
 }
 
@@ -34,9 +37,14 @@ type lineReader struct {
 	n    int   // number of the last line, from 1
 	size int64 // bytes read
 	buf  []byte
+
+	maxLines int
+	maxSize  int64
 }
 
-func newLineReader(r io.Reader) *lineReader { return &lineReader{r: bufio.NewReaderSize(r, 1<<16)} }
+func newLineReader(r io.Reader) *lineReader {
+	return &lineReader{r: bufio.NewReaderSize(r, 1<<16), maxLines: MaxLines, maxSize: MaxListSize}
+}
 
 // next returns the next line, valid until the next call, and whether a newline ended it.
 // The error is io.EOF when no byte is left.
@@ -46,8 +54,8 @@ func (l *lineReader) next() (line []byte, ended bool, err error) {
 	for {
 		part, err := l.r.ReadSlice('\n')
 		l.size += int64(len(part))
-		if len(l.buf)+len(part) > MaxLine || l.n > MaxLines || l.size > MaxListSize {
-			return nil, false, l.fail(invalidf("more than %d bytes in a line, %d lines or %d bytes in all", MaxLine, MaxLines, MaxListSize))
+		if len(l.buf)+len(part) > MaxLine || l.n > l.maxLines || l.size > l.maxSize {
+			return nil, false, l.fail(invalidf("more than %d bytes in a line, %d lines or %d bytes in all", MaxLine, l.maxLines, l.maxSize))
 		}
 		l.buf = append(l.buf, part...)
 		switch {
@@ -64,6 +72,32 @@ func (l *lineReader) next() (line []byte, ended bool, err error) {
 	}
 }
 
+// whole returns the next line, which a newline has to end; want says what it should be.
+func (l *lineReader) whole(want string) (string, error) {
+	line, ended, err := l.next()
+	switch {
+	case errors.Is(err, io.EOF):
+		return "", l.fail(invalidf("got the end of the file, want %s", want))
+	case err != nil:
+		return "", err
+	case !ended:
+		return "", l.fail(invalidf("got %s and the end of the file, want a newline", clip(string(line))))
+	}
+	return string(line), nil
+}
+
+// end returns nil when no byte is left.
+func (l *lineReader) end() error {
+	rest, _, err := l.next()
+	switch {
+	case errors.Is(err, io.EOF):
+		return nil
+	case err != nil:
+		return err
+	}
+	return l.fail(invalidf("got %s after the end line, want the end of the file", clip(string(rest))))
+}
+
 func (l *lineReader) fail(err error) error { return &lineError{l.n, err} }
 
 type nativeParser struct {
@@ -75,22 +109,9 @@ type nativeParser struct {
 	verdict string
 }
 
-// whole returns the next line of a native list, in which every line ends with a newline.
-func (p *nativeParser) whole(want string) (string, error) {
-	line, ended, err := p.lines.next()
-	switch {
-	case errors.Is(err, io.EOF):
-		return "", p.lines.fail(invalidf("got the end of the file, want %s", want))
-	case err != nil:
-		return "", err
-	case !ended:
-		return "", p.lines.fail(invalidf("got %s and the end of the file, want a newline", clip(string(line))))
-	}
-	return string(line), nil
-}
-
+// parse reads a list up to its end line.
 func (p *nativeParser) parse() error {
-	line, err := p.whole("the line " + magicLine)
+	line, err := p.lines.whole("the line " + magicLine)
 	if err != nil {
 		return err
 	}
@@ -101,7 +122,7 @@ func (p *nativeParser) parse() error {
 		return p.lines.fail(invalidf("got %s, want %q", clip(line), magicLine))
 	}
 	for {
-		if line, err = p.whole("a header line or the line that starts the accesses"); err != nil {
+		if line, err = p.lines.whole("a header line or the line that starts the accesses"); err != nil {
 			return err
 		}
 		if strings.HasPrefix(line, "accesses\t") || line == "accesses" {
@@ -123,7 +144,7 @@ func (p *nativeParser) parse() error {
 func (p *nativeParser) accesses() error {
 	var ranges int64
 	for {
-		line, err := p.whole("an access or the end line")
+		line, err := p.lines.whole("an access or the end line")
 		if err != nil {
 			return err
 		}
@@ -131,11 +152,6 @@ func (p *nativeParser) accesses() error {
 			want := fmt.Sprintf("end %d accesses %d ranges %d losses", len(p.list.Accesses), ranges, len(p.list.Losses))
 			if line != want {
 				return p.lines.fail(invalidf("got %s, want %q for what came before it", clip(line), want))
-			}
-			if rest, _, err := p.lines.next(); err == nil {
-				return p.lines.fail(invalidf("got %s after the end line, want the end of the file", clip(string(rest))))
-			} else if !errors.Is(err, io.EOF) {
-				return err
 			}
 			return nil
 		}

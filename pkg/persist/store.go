@@ -88,8 +88,10 @@ func (s *Store) Close() error { return s.root.Close() }
 // container, then the files at upstream's names when the reference is one. The oldest
 // native lists of the image and platform beyond [KeepLists] go. When Save fails, every
 // file is either the old one or the new one; what was written before the failure is in
-// the result. It returns [ErrInvalid] when [List.Validate] does.
+// the result. A list beyond the format's bounds is written as [List.Fit] has it. It returns
+// [ErrInvalid] when [List.Validate] does.
 func (s *Store) Save(l *List, o SaveOptions) (Saved, error) {
+	l = l.Fit()
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	var saved Saved

@@ -47,7 +47,16 @@ func (l *List) WriteTo(w io.Writer) (int64, error) {
 	if err := l.Validate(); err != nil {
 		return 0, err
 	}
-	lw := &lineWriter{w: bufio.NewWriterSize(w, 1<<16)}
+	lw := &lineWriter{w: bufio.NewWriterSize(w, 1<<16), maxLines: MaxLines, maxSize: MaxListSize}
+	l.write(lw)
+	if lw.err == nil {
+		lw.err = lw.w.Flush()
+	}
+	return lw.n - int64(lw.w.Buffered()), lw.err
+}
+
+// write writes a list that was validated.
+func (l *List) write(lw *lineWriter) {
 	l.writeHeader(lw)
 	var ranges int64
 	var b []byte
@@ -57,10 +66,6 @@ func (l *List) WriteTo(w io.Writer) (int64, error) {
 		ranges += int64(len(l.Accesses[i].Ranges))
 	}
 	lw.line(fmt.Appendf(nil, "end %d accesses %d ranges %d losses", len(l.Accesses), ranges, len(l.Losses)))
-	if lw.err == nil {
-		lw.err = lw.w.Flush()
-	}
-	return lw.n - int64(lw.w.Buffered()), lw.err
 }
 
 func (l *List) writeHeader(lw *lineWriter) {
@@ -157,6 +162,9 @@ type lineWriter struct {
 	n     int64
 	lines int
 	err   error
+
+	maxLines int
+	maxSize  int64
 }
 
 func (w *lineWriter) line(b []byte) {
@@ -164,8 +172,8 @@ func (w *lineWriter) line(b []byte) {
 		return
 	}
 	w.lines++
-	if len(b)+1 > MaxLine || w.lines > MaxLines || w.n+int64(len(b))+1 > MaxListSize {
-		w.err = &lineError{w.lines, invalidf("line of %d bytes after %d bytes, want lines of at most %d bytes, at most %d of them and %d bytes in all", len(b)+1, w.n, MaxLine, MaxLines, MaxListSize)}
+	if len(b)+1 > MaxLine || w.lines > w.maxLines || w.n+int64(len(b))+1 > w.maxSize {
+		w.err = &lineError{w.lines, invalidf("line of %d bytes after %d bytes, want lines of at most %d bytes, at most %d of them and %d bytes in all", len(b)+1, w.n, MaxLine, w.maxLines, w.maxSize)}
 		return
 	}
 	n, err := w.w.Write(b)
