@@ -34,6 +34,12 @@ type Layer struct {
 	DiffID digest.Digest
 	// Open gives the stored bytes from the start. It is called once; Convert closes what it returns.
 	Open func(ctx context.Context) (io.ReadCloser, error)
+	// Record, when set, gives the record that an earlier conversion of the layer has made
+	// ([Options].Records) under the same [RecordKey]; then Open is not called and the layer's
+	// blob is Stored, which is nil for a layer without data. A record is believed, except that
+	// what it says of chunks must agree with the blob's own tables.
+	Record func(ctx context.Context) (io.ReadCloser, error)
+	Stored *StoredBlob
 }
 
 // Options say how an image is built. [DefaultOptions] gives what most callers want; the
@@ -57,6 +63,10 @@ type Options struct {
 	// returns, which takes about a sixth of the time. The bootstrap, the blobs' tables and the prefetch
 	// blob are always verified.
 	VerifyData bool
+	// Dict is a chunk dictionary; nil: none.
+	Dict *Dict
+	// Records makes a record of each layer that is read, for conversions to come.
+	Records bool
 	// TempDir is where the result's files are made, in a directory of their own; empty means os.TempDir.
 	TempDir string
 	// Progress, when set, is told how far the conversion is. It is called by one goroutine
@@ -97,8 +107,10 @@ type File struct {
 	Descriptor ocispec.Descriptor
 	Path       string // on this host; gone after Result.Close
 	// SourceLayer is the index into Source.Layers that a blob was made from, -1 for the
-	// prefetch blob and the bootstrap.
+	// prefetch blob, the bootstrap and the blobs of a dictionary.
 	SourceLayer int
+	// Stored is true for a blob that lies elsewhere ([StoredBlob]): it has no Path.
+	Stored bool
 }
 
 // Result is a converted image in temporary files. It is not changed after [Convert]
@@ -115,13 +127,15 @@ type Result struct {
 	Config, Manifest                     []byte
 	ConfigDescriptor, ManifestDescriptor ocispec.Descriptor
 	Stats                                Stats
+	// Records are those of the layers that were read, with Options.Records.
+	Records []Record
 
 	dir *workDir
 }
 
 // Stats tells what a conversion read, left out and wrote.
 type Stats struct {
-	SourceBytes     int64 // stored bytes of all layers
+	SourceBytes     int64 // stored bytes of all layers that were read
 	TarBytes        int64 // uncompressed bytes of all layers
 	Entries         int   // names in the merged tree, the root not counted
 	Files           int   // regular files among them; hard links count as one
@@ -131,6 +145,9 @@ type Stats struct {
 	BootstrapBytes  int64 // bytes of the bare bootstrap
 	XattrsIgnored   int   // trusted.* and unknown namespaces, as containerd ignores them
 	BlobsDropped    int   // blobs made of layers that nothing refers to any more
+	LayersReused    int   // layers that were not read: their blob and record were there
+	DictChunks      int   // chunks of the layers that the dictionary has, each time counted
+	DictBlobs       int   // blobs of the dictionary that the image refers to
 	Prefetch        PrefetchStats
 	VerifiedChunks  int // chunks that were read back and digested
 	VerifiedEntries int // entries found in the written bootstrap
@@ -164,5 +181,6 @@ var (
 // Close removes the files of r. It may be called more than once.
 func (r *Result) Close() error { return r.dir.remove() }
 
-// Open opens the file for reading; the caller closes it.
+// Open opens the file for reading; the caller closes it. One that is Stored elsewhere is
+// not opened here: os.ErrNotExist.
 func (f File) Open() (io.ReadCloser, error) { return os.Open(f.Path) }

@@ -5,7 +5,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"math"
 	"os"
 	"path/filepath"
@@ -13,7 +12,6 @@ import (
 	"sync"
 
 	"github.com/opencontainers/go-digest"
-	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"golang.org/x/sync/errgroup"
 
 	"github.com/headstart-oci/headstart/pkg/rafs"
@@ -54,6 +52,9 @@ func Convert(ctx context.Context, src Source, o Options) (_ *Result, err error) 
 		}
 	}()
 	c := &conversion{src: src, o: o, dir: dir.path, res: &Result{dir: dir}}
+	if c.dict, err = o.Dict.index(o, c.prefetchNumber()+1); err != nil {
+		return nil, err
+	}
 	if err := c.run(ctx, cfg); err != nil {
 		if ctxErr := context.Cause(ctx); ctxErr != nil {
 			return nil, ctxErr // whatever broke, it broke because of this
@@ -118,14 +119,9 @@ type conversion struct {
 
 	layers   []builtLayer
 	prefetch *builtBlob
+	dict     *dict // nil: none
 
 	mu sync.Mutex // guards calls of o.Progress
-}
-
-// builtBlob is a blob in a file of the conversion.
-type builtBlob struct {
-	rafs.Blob
-	path string
 }
 
 // builtLayer is what one layer came to.
@@ -134,6 +130,9 @@ type builtLayer struct {
 	blob          *builtBlob // nil when the layer has no data
 	tarBytes      int64
 	xattrsIgnored int
+	dictChunks    int   // chunks that the dictionary has
+	record        *File // nil: none was asked for
+	reused        bool
 }
 
 func (c *conversion) progress(e Event) {
@@ -160,7 +159,15 @@ func (c *conversion) run(ctx context.Context, cfg sourceConfig) error {
 		}
 		l.tree = nil
 		st := &c.res.Stats
-		st.SourceBytes += c.src.Layers[i].Descriptor.Size
+		st.DictChunks += l.dictChunks
+		if l.reused {
+			st.LayersReused++
+		} else {
+			st.SourceBytes += c.src.Layers[i].Descriptor.Size
+		}
+		if l.record != nil {
+			c.res.Records = append(c.res.Records, c.recordOf(i, l))
+		}
 		st.TarBytes += l.tarBytes
 		st.XattrsIgnored += l.xattrsIgnored
 		if l.blob != nil {
@@ -263,6 +270,9 @@ func (c *conversion) buildLayer(ctx context.Context, p *pool, free chan *batch, 
 	if err := ctx.Err(); err != nil {
 		return builtLayer{}, err
 	}
+	if c.src.Layers[i].Record != nil {
+		return c.readRecord(ctx, i)
+	}
 	stream, err := openLayer(ctx, c.src.Layers[i])
 	if err != nil {
 		return builtLayer{}, err
@@ -275,7 +285,7 @@ func (c *conversion) buildLayer(ctx context.Context, p *pool, free chan *batch, 
 	}
 	defer out.abort()
 
-	ck := newChunker(p, free, c.o, uint16(i), out.BlobWriter) //nolint:gosec // completeLayers bounds it
+	ck := newChunker(p, free, c.o, c.dict, uint16(i), out.BlobWriter) //nolint:gosec // completeLayers bounds it
 	total := c.src.Layers[i].Descriptor.Size
 	ck.flushed = func() { c.progress(Event{Stage: StageLayer, Layer: i, Done: stream.stored.n, Total: total}) }
 	reader := layerReader{tree: newTree(), sink: ck, chunkSize: int64(c.o.ChunkSize)}
@@ -305,7 +315,13 @@ func (c *conversion) buildLayer(ctx context.Context, p *pool, free chan *batch, 
 	if err != nil {
 		return builtLayer{}, fmt.Errorf("write blob: %w", err)
 	}
-	return builtLayer{tree: reader.tree, blob: blob, tarBytes: stream.size, xattrsIgnored: reader.xattrsIgnored}, nil
+	l := builtLayer{tree: reader.tree, blob: blob, tarBytes: stream.size, xattrsIgnored: reader.xattrsIgnored, dictChunks: ck.known}
+	if c.o.Records {
+		if l.record, err = c.writeRecord(i, &l); err != nil {
+			return builtLayer{}, fmt.Errorf("write the layer's record: %w", err)
+		}
+	}
+	return l, nil
 }
 
 // blobFile is a blob being written to a file.
@@ -381,7 +397,7 @@ func (c *conversion) writePrefetch(ctx context.Context, plan *prefetchPlan) (_ m
 	}
 	total := plan.stats.RawBytes
 	records, err := plan.writeChunks(ctx, p, out.BlobWriter, best,
-		func(layer uint16) (*rafs.BlobReader, error) { return readers.get(c.layers[layer].blob) },
+		func(blob uint16) (*rafs.BlobReader, error) { return readers.get(ctx, c.blobAt(blob)) },
 		func(done int64) { c.progress(Event{Stage: StagePrefetch, Done: done, Total: total}) })
 	p.close()
 	if err := errors.Join(err, g.Wait()); err != nil {
@@ -393,104 +409,4 @@ func (c *conversion) writePrefetch(ctx context.Context, plan *prefetchPlan) (_ m
 	}
 	plan.stats.BlobBytes = int64(c.prefetch.CompressedSize) //nolint:gosec // a file's size
 	return records, nil
-}
-
-// numberBlobs makes the blob table: the blobs that files refer to, those of the layers first
-// and the prefetch blob last, and points every chunk at its place. Layers with the same
-// blob share one entry.
-func (c *conversion) numberBlobs(files []*rafs.Inode, records map[rafs.Digest]rafs.Chunk) ([]rafs.Blob, error) {
-	prefetch := len(c.layers) // the number of the prefetch blob until blobs have their index
-	used := make([]bool, len(c.layers)+1)
-	for _, f := range files {
-		for i := range f.Chunks {
-			if rec, ok := records[f.Chunks[i].Digest]; ok {
-				f.Chunks[i] = rec
-				f.Chunks[i].Blob = uint16(prefetch) //nolint:gosec // completeLayers bounds it
-			}
-			used[f.Chunks[i].Blob] = true
-		}
-	}
-	var blobs []rafs.Blob
-	index := make([]uint16, len(used))
-	byID := map[string]uint16{}
-	add := func(from, sourceLayer int, b *builtBlob) {
-		if n, ok := byID[b.ID]; ok {
-			index[from] = n
-			return
-		}
-		index[from] = uint16(len(blobs)) //nolint:gosec // below the number of layers
-		byID[b.ID] = index[from]
-		blobs = append(blobs, b.Blob)
-		c.res.Blobs = append(c.res.Blobs, b.file(sourceLayer))
-		if sourceLayer >= 0 {
-			c.res.Stats.BlobBytes += int64(b.CompressedSize) //nolint:gosec // a file's size
-		}
-	}
-	for i := range c.layers {
-		switch b := c.layers[i].blob; {
-		case b != nil && used[i]:
-			add(i, i, b)
-		case b != nil:
-			c.res.Stats.BlobsDropped++
-		}
-	}
-	if c.prefetch != nil {
-		add(prefetch, -1, c.prefetch)
-	}
-	if len(blobs) > rafs.MaxBlobs {
-		return nil, fmt.Errorf("%w: the image needs %d blobs, the format counts %d; squash layers", ErrUnsupported, len(blobs), rafs.MaxBlobs)
-	}
-	for _, f := range files {
-		for i := range f.Chunks {
-			f.Chunks[i].Blob = index[f.Chunks[i].Blob]
-		}
-	}
-	return blobs, nil
-}
-
-// file describes a blob for a manifest.
-func (b *builtBlob) file(sourceLayer int) File {
-	return File{
-		Path: b.path, SourceLayer: sourceLayer,
-		Descriptor: ocispec.Descriptor{
-			MediaType:   MediaTypeBlob,
-			Digest:      digest.NewDigestFromEncoded(digest.SHA256, b.ID),
-			Size:        int64(b.CompressedSize), //nolint:gosec // a file's size
-			Annotations: map[string]string{AnnotationBlob: "true"},
-		},
-	}
-}
-
-// blobReaders opens blobs when they are first needed. Not safe for concurrent use.
-type blobReaders struct {
-	files   []io.Closer
-	readers map[string]*rafs.BlobReader
-}
-
-func (r *blobReaders) get(b *builtBlob) (*rafs.BlobReader, error) {
-	if br := r.readers[b.path]; br != nil {
-		return br, nil
-	}
-	f, err := os.Open(b.path)
-	if err != nil {
-		return nil, err
-	}
-	r.files = append(r.files, f)
-	br, err := rafs.OpenBlob(f, b.Blob)
-	if err != nil {
-		return nil, err
-	}
-	if r.readers == nil {
-		r.readers = map[string]*rafs.BlobReader{}
-	}
-	r.readers[b.path] = br
-	return br, nil
-}
-
-func (r *blobReaders) Close() error {
-	var errs []error
-	for _, f := range r.files {
-		errs = append(errs, f.Close())
-	}
-	return errors.Join(errs...)
 }

@@ -103,7 +103,11 @@ func (c sourceConfig) newHistory(kept []bool, blobs []File) []map[string]json.Ra
 		}
 	}
 	for _, b := range blobs {
-		if b.SourceLayer < 0 {
+		switch {
+		case b.SourceLayer >= 0:
+		case b.Stored:
+			out = append(out, historyNote("blob of the chunk dictionary"))
+		default:
 			out = append(out, historyNote("prefetch blob"))
 		}
 	}

@@ -56,6 +56,7 @@ func (p *pool) close() { close(p.jobs) }
 // Batches are recycled; they are what bounds the memory of a conversion.
 type batch struct {
 	digester rafs.Digester
+	dict     *dict
 	raw      []byte // filled in order; the array has the batch size
 	out      []byte // encoded chunks; the array is large enough for all
 	pieces   []piece
@@ -68,11 +69,13 @@ type piece struct {
 	ino    *rafs.Inode
 	off, n int // bytes of raw
 	chunk  rafs.EncodedChunk
+	known  *rafs.Chunk // the dictionary's chunk; nil: chunk is to be stored
 }
 
-func newBatch(size int, d rafs.Digester) *batch {
+func newBatch(size int, d rafs.Digester, dict *dict) *batch {
 	return &batch{
 		digester: d,
+		dict:     dict,
 		raw:      make([]byte, 0, size),
 		// What no compressor exceeds, lz4's bound being the largest.
 		out:  make([]byte, 0, size+size/255+64),
@@ -90,6 +93,11 @@ func (b *batch) run(enc *rafs.Encoder) {
 	for i := range b.pieces {
 		p := &b.pieces[i]
 		src := b.raw[p.off : p.off+p.n]
+		sum := b.digester.Sum(src)
+		if known, ok := b.dict.find(sum, p.n); ok {
+			p.known = &known
+			continue
+		}
 		tail := b.out[len(b.out):]
 		data, compressed, err := enc.Encode(tail, src)
 		if err != nil {
@@ -100,7 +108,7 @@ func (b *batch) run(enc *rafs.Encoder) {
 			b.out = b.out[:len(b.out)+len(data)]
 		}
 		p.chunk = rafs.EncodedChunk{
-			Digest:           b.digester.Sum(src),
+			Digest:           sum,
 			Data:             data,
 			Compressed:       compressed,
 			UncompressedSize: uint32(p.n), //nolint:gosec // at most the chunk size
@@ -117,6 +125,8 @@ type chunker struct {
 	digester  rafs.Digester
 	layer     uint16 // Chunk.Blob until the image's blobs are numbered
 	blob      *rafs.BlobWriter
+	dict      *dict
+	known     int // chunks that the dictionary has; commit counts
 
 	free  chan *batch // batches that any layer may fill; their number is the bound
 	order chan *batch // batches in the order of the layer, for commit
@@ -140,9 +150,9 @@ func newBatches(workers, layers int) chan *batch {
 	return free
 }
 
-func newChunker(p *pool, free chan *batch, o Options, layer uint16, blob *rafs.BlobWriter) *chunker {
+func newChunker(p *pool, free chan *batch, o Options, dict *dict, layer uint16, blob *rafs.BlobWriter) *chunker {
 	return &chunker{
-		pool: p, chunkSize: int(o.ChunkSize), digester: o.Digester, layer: layer, blob: blob,
+		pool: p, chunkSize: int(o.ChunkSize), digester: o.Digester, layer: layer, blob: blob, dict: dict,
 		free: free, order: make(chan *batch, cap(free)),
 	}
 }
@@ -181,7 +191,7 @@ func (c *chunker) next(ctx context.Context) error {
 	select {
 	case b := <-c.free:
 		if b == nil {
-			b = newBatch(max(c.chunkSize, minBatch), c.digester)
+			b = newBatch(max(c.chunkSize, minBatch), c.digester, c.dict)
 		}
 		b.reset()
 		c.cur = b
@@ -238,18 +248,28 @@ func (c *chunker) commit(ctx context.Context) error {
 		}
 		for i := range b.pieces {
 			p := &b.pieces[i]
-			rec, err := c.blob.Append(p.chunk)
+			rec, err := c.record(p)
 			if err != nil {
 				return fmt.Errorf("write blob: %w", err)
 			}
-			rec.Blob = c.layer
 			if p.ino.Chunks == nil {
 				const most = 1024                                                                     // chunks to trust the header of a sparse file with
 				p.ino.Chunks = make([]rafs.Chunk, 0, min((p.ino.Size-1)/uint64(c.chunkSize)+1, most)) //nolint:gosec // chunkSize is positive
 			}
 			p.ino.Chunks = append(p.ino.Chunks, rec)
-			p.ino, p.chunk.Data = nil, nil
+			p.ino, p.chunk.Data, p.known = nil, nil, nil
 		}
 		c.free <- b // never blocks: it has room for all batches there are
 	}
+}
+
+// record stores p's chunk, unless the dictionary has it, and returns its record.
+func (c *chunker) record(p *piece) (rafs.Chunk, error) {
+	if p.known != nil {
+		c.known++
+		return *p.known, nil
+	}
+	rec, err := c.blob.Append(p.chunk)
+	rec.Blob = c.layer
+	return rec, err
 }

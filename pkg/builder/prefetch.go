@@ -91,7 +91,9 @@ type copyJob struct {
 	src   *rafs.BlobReader
 	chunk rafs.Chunk
 	best  bool // compress anew
-	buf   []byte
+
+	compressor rafs.Compressor // of the prefetch blob
+	buf        []byte
 
 	out     rafs.EncodedChunk
 	recoded bool
@@ -112,12 +114,18 @@ func (j *copyJob) encode(enc *rafs.Encoder) error {
 	}
 	j.out = rafs.EncodedChunk{Digest: c.Digest, Compressed: c.Compressed, UncompressedSize: c.UncompressedSize}
 	j.recoded = false
-	if j.best {
+	// What another compressor made, a dictionary's perhaps, is of no use in this blob.
+	foreign := j.src.Blob().Compressor != j.compressor
+	if j.best || foreign {
 		data, compressed, err := enc.Encode(j.buf, raw)
 		if err != nil {
 			return err
 		}
-		if compressed && len(data) < int(c.CompressedSize) {
+		if foreign && !compressed {
+			j.out.Data, j.out.Compressed = raw, false
+			return nil
+		}
+		if compressed && (foreign || len(data) < int(c.CompressedSize)) {
 			j.recoded = true
 			j.buf = data
 			j.out.Data, j.out.Compressed = data, true
@@ -129,8 +137,8 @@ func (j *copyJob) encode(enc *rafs.Encoder) error {
 }
 
 // writeChunks appends the plan's chunks to w in order and returns their new records by
-// digest. open gives the blob of a layer.
-func (p *prefetchPlan) writeChunks(ctx context.Context, pool *pool, w *rafs.BlobWriter, best bool, open func(layer uint16) (*rafs.BlobReader, error), progress func(done int64)) (map[rafs.Digest]rafs.Chunk, error) {
+// digest. open gives the blob that a chunk's number means.
+func (p *prefetchPlan) writeChunks(ctx context.Context, pool *pool, w *rafs.BlobWriter, best bool, open func(blob uint16) (*rafs.BlobReader, error), progress func(done int64)) (map[rafs.Digest]rafs.Chunk, error) {
 	records := make(map[rafs.Digest]rafs.Chunk, len(p.chunks))
 	var done int64
 	commit := func(j *copyJob) error {
@@ -159,7 +167,7 @@ func (p *prefetchPlan) writeChunks(ctx context.Context, pool *pool, w *rafs.Blob
 	for i, c := range p.chunks {
 		slot := &ring[i%len(ring)]
 		if *slot == nil {
-			*slot = &copyJob{ctx: ctx, best: best, done: make(chan struct{}, 1)}
+			*slot = &copyJob{ctx: ctx, best: best, compressor: w.Compressor(), done: make(chan struct{}, 1)}
 		} else if err := commit(*slot); err != nil {
 			return nil, err
 		}

@@ -21,11 +21,7 @@ func (c *conversion) verifyBootstrap(ctx context.Context, want summary) (err err
 	}
 	defer func() { err = errors.Join(err, f.Close()) }()
 	size := c.res.Stats.BootstrapBytes
-	paths := map[string]string{}
-	for _, b := range c.res.Blobs {
-		paths[b.Descriptor.Digest.Encoded()] = b.Path
-	}
-	open := func(b rafs.Blob) (io.ReaderAt, error) { return os.Open(paths[b.ID]) }
+	open := func(b rafs.Blob) (io.ReaderAt, error) { return c.blobByID(b.ID).open(ctx) }
 	if _, err := rafs.Check(ctx, f, size, open, rafs.CheckOptions{Workers: c.o.Workers}); err != nil {
 		return err
 	}
@@ -42,8 +38,7 @@ func (c *conversion) verifyBootstrap(ctx context.Context, want summary) (err err
 
 // blobChunks is what is to be read back of one blob.
 type blobChunks struct {
-	blob   rafs.Blob
-	path   string
+	blob   *builtBlob
 	chunks []rafs.Chunk
 }
 
@@ -52,8 +47,8 @@ type blobChunks struct {
 func (c *conversion) chunksToVerify(img *rafs.Image) []blobChunks {
 	var out []blobChunks
 	for i, b := range img.Blobs {
-		if f := c.res.Blobs[i]; c.o.VerifyData || f.SourceLayer < 0 {
-			out = append(out, blobChunks{b, f.Path, img.BlobChunks(i)})
+		if f := c.res.Blobs[i]; c.o.VerifyData || f.SourceLayer < 0 && !f.Stored {
+			out = append(out, blobChunks{c.blobByID(b.ID), img.BlobChunks(i)})
 		}
 	}
 	return out
@@ -64,12 +59,12 @@ const verifyRun = 32
 
 // verifyChunks reads chunks of one blob and compares their digests.
 func (c *conversion) verifyChunks(ctx context.Context, b blobChunks) (err error) {
-	f, err := os.Open(b.path)
+	f, err := b.blob.open(ctx)
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, f.Close()) }()
-	r, err := rafs.OpenBlob(f, b.blob)
+	defer func() { err = errors.Join(err, closeReader(f)) }()
+	r, err := rafs.OpenBlob(f, b.blob.Blob)
 	if err != nil {
 		return err
 	}
@@ -92,4 +87,22 @@ func (c *conversion) verifyChunks(ctx context.Context, b blobChunks) (err error)
 	}
 	c.res.Stats.VerifiedChunks += len(b.chunks)
 	return nil
+}
+
+// blobByID returns a blob of the blob table.
+func (c *conversion) blobByID(id string) *builtBlob {
+	if c.prefetch != nil && c.prefetch.ID == id {
+		return c.prefetch
+	}
+	for i := range c.layers {
+		if b := c.layers[i].blob; b != nil && b.ID == id {
+			return b
+		}
+	}
+	for i := range c.dict.Blobs {
+		if c.dict.Image.Blobs[i].ID == id {
+			return c.blobAt(uint16(c.prefetchNumber() + 1 + i)) //nolint:gosec // a blob's number
+		}
+	}
+	panic("builder: blob " + id + " is of no table")
 }

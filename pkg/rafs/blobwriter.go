@@ -86,6 +86,9 @@ func NewBlobWriter(w io.Writer, o BlobOptions) (*BlobWriter, error) {
 	return b, nil
 }
 
+// Compressor returns what the blob's chunks are compressed with.
+func (b *BlobWriter) Compressor() Compressor { return b.options.Compressor }
+
 // Append stores one chunk, or returns the record of the equal chunk (same digest and
 // size) that the blob already has. Chunk.Blob is 0: the caller sets it when it knows
 // the blob's place in the image. c.Data is not kept.

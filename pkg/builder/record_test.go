@@ -1,0 +1,232 @@
+package builder_test
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"io"
+	"math/rand/v2"
+	"os"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/headstart-oci/headstart/pkg/builder"
+	"github.com/headstart-oci/headstart/pkg/rafs"
+)
+
+// reused is layer l as a conversion finds it that has r from an earlier one: its own bytes
+// must not be asked for.
+func reused(t *testing.T, l builder.Layer, r builder.Record, img *rafs.Image) builder.Layer {
+	t.Helper()
+	l.Open = func(context.Context) (io.ReadCloser, error) {
+		t.Error("a layer with a record was read")
+		return nil, errors.New("not there")
+	}
+	l.Record = func(context.Context) (io.ReadCloser, error) { return os.Open(r.File.Path) }
+	if r.Blob != nil {
+		l.Stored = &builder.StoredBlob{Descriptor: r.Blob.Descriptor, Open: openPath(r.Blob.Path)}
+		for _, b := range img.Blobs {
+			if b.ID == r.Blob.Descriptor.Digest.Encoded() {
+				l.Stored.Blob = b
+			}
+		}
+	}
+	return l
+}
+
+func openPath(path string) func(context.Context) (io.ReaderAt, error) {
+	return func(context.Context) (io.ReaderAt, error) { return os.Open(path) }
+}
+
+// TestRecords converts random stacks of layers again with the records of the first time in
+// place of some layers or all: the image is the same, byte for byte.
+func TestRecords(t *testing.T) {
+	t.Parallel()
+	for seed := range uint64(seeds()) {
+		g := &stackGen{Rand: rand.New(rand.NewPCG(seed, 9)), rules: stackRules{again: true, dirXattrs: true, lowerLinks: true, parents: seed%2 == 0, opaque: seed%2 == 0}}
+		layers := g.generate(t)
+		o := builder.DefaultOptions()
+		o.Records, o.TempDir = true, t.TempDir()
+		first, err := builder.Convert(t.Context(), tars(t, layers...), o)
+		if errors.Is(err, builder.ErrInvalid) {
+			continue // as unpacking it is
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		if len(first.Records) != len(layers) {
+			t.Fatalf("seed %d: %d records of %d layers", seed, len(first.Records), len(layers))
+		}
+		src := tars(t, layers...)
+		for i, r := range first.Records {
+			if r.Layer != i || r.Key != builder.RecordKey(src.Layers[i].DiffID, o) {
+				t.Errorf("seed %d: record %d = %+v", seed, i, r)
+			}
+			if seed%3 == 0 || g.IntN(2) == 0 {
+				src.Layers[i] = reused(t, src.Layers[i], r, openImage(t, first))
+			}
+		}
+		var paths []string
+		for _, n := range g.lower {
+			paths = append(paths, "/"+n)
+		}
+		o.List = listOf(paths...)
+		again := convert(t, src, o)
+		whole := convert(t, tars(t, layers...), o)
+		if diff := cmp.Diff(string(whole.Manifest), string(again.Manifest)); diff != "" {
+			t.Errorf("seed %d: with records the manifest differs:\n%s", seed, diff)
+		}
+		if again.Stats.LayersReused == 0 && seed%3 == 0 {
+			t.Errorf("seed %d: nothing was reused", seed)
+		}
+		if err := first.Close(); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+// TestBadRecords refuses records of another layer, with other options, damaged or with another blob.
+func TestBadRecords(t *testing.T) {
+	one, two := makeTar(t, reg("a", chunked("abc"))), makeTar(t, reg("b", "2"))
+	o := builder.DefaultOptions()
+	o.Records = true
+	first := convert(t, tars(t, one, two), o)
+	img := openImage(t, first)
+	record, err := os.ReadFile(first.Records[0].File.Path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	blob, err := os.ReadFile(first.Records[0].Blob.Path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, change := range map[string]func(l *builder.Layer, o *builder.Options){
+		"another layer": func(l *builder.Layer, _ *builder.Options) {
+			l.Record = func(context.Context) (io.ReadCloser, error) { return os.Open(first.Records[1].File.Path) }
+		},
+		"other options": func(_ *builder.Layer, o *builder.Options) { o.ChunkSize = 1 << 16 },
+		"cut off": func(l *builder.Layer, _ *builder.Options) {
+			l.Record = func(context.Context) (io.ReadCloser, error) {
+				return io.NopCloser(bytes.NewReader(record[:len(record)/2])), nil
+			}
+		},
+		"no record": func(l *builder.Layer, _ *builder.Options) {
+			l.Record = func(context.Context) (io.ReadCloser, error) { return nil, os.ErrNotExist }
+		},
+		"no blob": func(l *builder.Layer, _ *builder.Options) { l.Stored = nil },
+		"a blob with another table": func(l *builder.Layer, _ *builder.Options) {
+			bad := bytes.Clone(blob)
+			b := l.Stored.Blob
+			bad[b.MetaOffset+b.MetaCompressed] ^= 1 // the table's header
+			l.Stored.Open = func(context.Context) (io.ReaderAt, error) { return bytes.NewReader(bad), nil }
+		},
+		"a blob that is gone": func(l *builder.Layer, _ *builder.Options) {
+			l.Stored.Open = func(context.Context) (io.ReaderAt, error) { return nil, os.ErrNotExist }
+		},
+		"a blob of other data": func(l *builder.Layer, o *builder.Options) {
+			o.VerifyData = true
+			bad := bytes.Clone(blob)
+			bad[0] ^= 1
+			l.Stored.Open = func(context.Context) (io.ReaderAt, error) { return bytes.NewReader(bad), nil }
+		},
+	} {
+		src := tars(t, one, two)
+		src.Layers[0] = reused(t, src.Layers[0], first.Records[0], img)
+		o := o
+		o.TempDir = t.TempDir()
+		change(&src.Layers[0], &o)
+		if res, err := builder.Convert(t.Context(), src, o); err == nil || res != nil {
+			t.Errorf("%s: Convert = %v, %v, want an error", name, res, err)
+		} else {
+			t.Logf("%s: %v", name, err)
+		}
+		if left, _ := os.ReadDir(o.TempDir); len(left) != 0 {
+			t.Errorf("%s: left %v", name, left)
+		}
+	}
+}
+
+// dictOf makes a dictionary of a result.
+func dictOf(t *testing.T, res *builder.Result) *builder.Dict {
+	t.Helper()
+	d := &builder.Dict{ID: res.ManifestDescriptor.Digest.String(), Image: openImage(t, res)}
+	for i, f := range res.Blobs {
+		d.Blobs = append(d.Blobs, builder.StoredBlob{Descriptor: f.Descriptor, Blob: d.Image.Blobs[i], Open: openPath(f.Path)})
+	}
+	return d
+}
+
+// TestDict stores what a dictionary does not have, and refers to its blobs for the rest, also
+// when another compressor made them.
+func TestDict(t *testing.T) {
+	common, own := chunked("abcdefghijklmnopqrstuvwxyz"), string(noise(3, 1<<20))
+	o := builder.DefaultOptions()
+	o.ChunkSize, o.VerifyData = 1<<12, true
+	for _, compressor := range []rafs.Compressor{rafs.CompressorZstd, rafs.CompressorLZ4, rafs.CompressorNone} {
+		from := o
+		from.Compressor = compressor
+		base := convert(t, tars(t, makeTar(t, reg("x", common), reg("unused", "1")), makeTar(t, reg("z", "z"))), from)
+		layers := [][]byte{makeTar(t, reg("only-common", common)), makeTar(t, reg("own", own), reg("mixed", common[:1<<13]+"tail"))}
+		with := o
+		with.Dict, with.List = dictOf(t, base), listOf("/mixed")
+		res := convert(t, tars(t, layers...), with)
+		plain, together := o, withBlobs(res, base)
+		plain.List = with.List
+		if diff := cmp.Diff(dumpImage(t, convert(t, tars(t, layers...), plain)), dumpImage(t, &together)); diff != "" {
+			t.Errorf("%v: the tree differs with a dictionary:\n%s", compressor, diff)
+		}
+		st := res.Stats
+		if st.DictBlobs != 1 || st.DictChunks == 0 || st.Prefetch.Chunks == 0 {
+			t.Errorf("%v: Stats = %+v, want chunks of one blob of the dictionary", compressor, st)
+		}
+		var kinds []bool
+		for _, f := range res.Blobs {
+			kinds = append(kinds, f.Stored)
+		}
+		if diff := cmp.Diff([]bool{false, true, false}, kinds); diff != "" {
+			t.Errorf("blobs stored elsewhere: %s: want the layer's, the dictionary's, the prefetch blob", diff)
+		}
+		checkOCI(t, &together)
+	}
+}
+
+// withBlobs is res with the paths of the blobs that base has stored.
+func withBlobs(res, base *builder.Result) builder.Result {
+	both := *res
+	both.Blobs = slices.Clone(res.Blobs)
+	for i := range both.Blobs {
+		for _, f := range base.Blobs {
+			if f.Descriptor.Digest == both.Blobs[i].Descriptor.Digest {
+				both.Blobs[i].Path = f.Path
+			}
+		}
+	}
+	return both
+}
+
+func TestDictErrors(t *testing.T) {
+	layer := makeTar(t, reg("a", "1"))
+	o := builder.DefaultOptions()
+	base := convert(t, tars(t, layer), o)
+	for want, change := range map[string]func(o *builder.Options){
+		"chunks of 1048576 bytes":     func(o *builder.Options) { o.ChunkSize = 1 << 16 },
+		"digests blake3":              func(o *builder.Options) { o.Digester = rafs.DigesterSHA256 },
+		"dictionary is RAFS v5":       func(o *builder.Options) { o.Dict.Image.Version = rafs.V5 },
+		"do not belong together":      func(o *builder.Options) { o.Dict.Blobs = nil },
+		"cannot be opened":            func(o *builder.Options) { o.Dict.Blobs[0].Open = nil },
+		"its bootstrap says sha256:x": func(o *builder.Options) { o.Dict.Blobs[0].Blob.ID = "x" },
+		"file does not exist": func(o *builder.Options) {
+			o.Dict.Blobs[0].Open = func(context.Context) (io.ReaderAt, error) { return nil, os.ErrNotExist }
+		},
+	} {
+		o := o
+		o.Dict, o.TempDir = dictOf(t, base), t.TempDir()
+		change(&o)
+		if res, err := builder.Convert(t.Context(), tars(t, layer), o); err == nil || res != nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("Convert = %v, %v, want an error with %q", res, err, want)
+		}
+	}
+}

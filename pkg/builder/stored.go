@@ -1,0 +1,264 @@
+package builder
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/headstart-oci/headstart/pkg/rafs"
+)
+
+// StoredBlob is a blob that lies elsewhere, in a registry perhaps. The image refers to it;
+// nothing of it is written. Safe for concurrent use when Open is.
+type StoredBlob struct {
+	// Descriptor is that of the layer that the blob is in its own image. Digest and size must
+	// be those of Blob.
+	Descriptor ocispec.Descriptor
+	// Blob is its entry in a bootstrap's blob table.
+	Blob rafs.Blob
+	// Open returns the stored bytes, for the blob's tables, for the chunks that the prefetch
+	// blob copies and, with VerifyData, for all chunks. What it returns is closed if it is an io.Closer.
+	Open func(ctx context.Context) (io.ReaderAt, error)
+}
+
+// check compares the two descriptions.
+func (s *StoredBlob) check() error {
+	if s.Open == nil {
+		return fmt.Errorf("%w: stored blob %s cannot be opened", ErrInvalid, s.Blob.ID)
+	}
+	if want := digest.NewDigestFromEncoded(digest.SHA256, s.Blob.ID); s.Descriptor.Digest != want {
+		return fmt.Errorf("%w: stored blob has digest %s, its bootstrap says %s", ErrInvalid, s.Descriptor.Digest, want)
+	}
+	if s.Blob.CompressedSize > uint64(s.Descriptor.Size) || s.Descriptor.Size < 0 { //nolint:gosec // not negative
+		return fmt.Errorf("%w: stored blob %s has %d bytes, its bootstrap says %d", ErrInvalid, s.Blob.ID, s.Descriptor.Size, s.Blob.CompressedSize)
+	}
+	return nil
+}
+
+// Dict is a chunk dictionary: the chunks of an image that is kept where the result is going
+// to be. Chunks that it has are not stored again: the result refers to its blobs.
+type Dict struct {
+	// ID names the dictionary, by its manifest's digest perhaps: the blobs of layers depend on it.
+	ID string
+	// Image is the dictionary's bootstrap. Its chunk size, version and digester must be the result's;
+	// its compressor may be another.
+	Image *rafs.Image
+	// Blobs has one for each of Image.Blobs, in their order.
+	Blobs []StoredBlob
+}
+
+// Features of blobs whose chunks do not stand alone; rafs-format.md, 0.3.
+const dependentBlob = 0x8 | 0x10 | 0x40 | 0x80 | 0x100 | 0x800 // zran, separate, tarfs, batch, encrypted, external
+
+// dictKey is what makes two chunks equal.
+type dictKey struct {
+	digest rafs.Digest
+	size   uint32
+}
+
+// dict is a dictionary, indexed. Read only.
+type dict struct {
+	*Dict
+	chunks map[dictKey]rafs.Chunk // Blob is the number in the conversion
+}
+
+// find returns the dictionary's chunk; a nil dictionary has none.
+func (d *dict) find(sum rafs.Digest, size int) (rafs.Chunk, bool) {
+	if d == nil {
+		return rafs.Chunk{}, false
+	}
+	c, ok := d.chunks[dictKey{sum, uint32(size)}] //nolint:gosec // at most the chunk size
+	return c, ok
+}
+
+// index makes the dictionary ready. first is the conversion's number of its first blob.
+// Of equal chunks the first in the tree's order counts.
+func (d *Dict) index(o Options, first int) (*dict, error) {
+	if d == nil {
+		return nil, nil
+	}
+	switch img := d.Image; {
+	case img == nil || len(d.Blobs) != len(img.Blobs):
+		return nil, fmt.Errorf("%w: chunk dictionary: blobs and bootstrap do not belong together", ErrInvalid)
+	case img.Version == rafs.V5:
+		return nil, fmt.Errorf("%w: chunk dictionary is RAFS v5, the image is to be v6", ErrUnsupported)
+	case img.ChunkSize != o.ChunkSize:
+		return nil, fmt.Errorf("%w: chunk dictionary has chunks of %d bytes, the image is to have %d", ErrUnsupported, img.ChunkSize, o.ChunkSize)
+	case img.Digester != o.Digester:
+		return nil, fmt.Errorf("%w: chunk dictionary has digests %v, the image is to have %v", ErrUnsupported, img.Digester, o.Digester)
+	}
+	out := &dict{Dict: d, chunks: map[dictKey]rafs.Chunk{}}
+	for i := range d.Blobs {
+		if d.Image.Blobs[i].Features&dependentBlob != 0 {
+			continue
+		}
+		if err := d.Blobs[i].check(); err != nil {
+			return nil, fmt.Errorf("chunk dictionary: %w", err)
+		}
+		for _, c := range d.Image.BlobChunks(i) {
+			key := dictKey{c.Digest, c.UncompressedSize}
+			if _, ok := out.chunks[key]; !ok && !c.Batch {
+				c.Blob = uint16(first + i) //nolint:gosec // completeLayers and the format bound it
+				out.chunks[key] = c
+			}
+		}
+	}
+	return out, nil
+}
+
+// builtBlob is a blob in a file of the conversion, or a stored one.
+type builtBlob struct {
+	rafs.Blob
+	path   string
+	stored *StoredBlob
+}
+
+// open returns the blob's bytes; who closes them must ask whether they can be.
+func (b *builtBlob) open(ctx context.Context) (io.ReaderAt, error) {
+	if b.stored == nil {
+		return os.Open(b.path)
+	}
+	r, err := b.stored.Open(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("stored blob %s: %w", b.ID, err)
+	}
+	return r, nil
+}
+
+// file describes a blob for a manifest.
+func (b *builtBlob) file(sourceLayer int) File {
+	f := File{
+		Path: b.path, SourceLayer: sourceLayer,
+		Descriptor: ocispec.Descriptor{
+			MediaType:   MediaTypeBlob,
+			Digest:      digest.NewDigestFromEncoded(digest.SHA256, b.ID),
+			Size:        int64(b.CompressedSize), //nolint:gosec // a file's size
+			Annotations: map[string]string{AnnotationBlob: "true"},
+		},
+	}
+	if b.stored != nil {
+		f.Stored, f.Descriptor.Size = true, b.stored.Descriptor.Size
+	}
+	return f
+}
+
+// numberOf is the conversion's number of the prefetch blob; those of layers are below it,
+// those of the dictionary above.
+func (c *conversion) prefetchNumber() int { return len(c.src.Layers) }
+
+// blobAt returns the blob with a conversion's number.
+func (c *conversion) blobAt(n uint16) *builtBlob {
+	if int(n) < len(c.layers) {
+		return c.layers[n].blob
+	}
+	i := int(n) - c.prefetchNumber() - 1
+	return &builtBlob{Blob: c.dict.Image.Blobs[i], stored: &c.dict.Blobs[i]}
+}
+
+// numberBlobs makes the blob table: the blobs that files refer to, those of the layers first,
+// then those of the dictionary, the prefetch blob last, and points every chunk at its place.
+// Layers with the same blob share one entry.
+func (c *conversion) numberBlobs(files []*rafs.Inode, records map[rafs.Digest]rafs.Chunk) ([]rafs.Blob, error) {
+	prefetch, dictBlobs := c.prefetchNumber(), 0
+	if c.dict != nil {
+		dictBlobs = len(c.dict.Blobs)
+	}
+	used := make([]bool, prefetch+1+dictBlobs)
+	for _, f := range files {
+		for i := range f.Chunks {
+			if rec, ok := records[f.Chunks[i].Digest]; ok {
+				f.Chunks[i] = rec
+				f.Chunks[i].Blob = uint16(prefetch) //nolint:gosec // completeLayers bounds it
+			}
+			used[f.Chunks[i].Blob] = true
+		}
+	}
+	var blobs []rafs.Blob
+	index := make([]uint16, len(used))
+	byID := map[string]uint16{}
+	add := func(from, sourceLayer int, b *builtBlob) {
+		if n, ok := byID[b.ID]; ok {
+			index[from] = n
+			return
+		}
+		index[from] = uint16(len(blobs)) //nolint:gosec // below the number of layers
+		byID[b.ID] = index[from]
+		blobs = append(blobs, b.Blob)
+		c.res.Blobs = append(c.res.Blobs, b.file(sourceLayer))
+		if sourceLayer >= 0 {
+			c.res.Stats.BlobBytes += int64(b.CompressedSize) //nolint:gosec // a file's size
+		}
+	}
+	for i := range c.layers {
+		switch b := c.layers[i].blob; {
+		case b != nil && used[i]:
+			add(i, i, b)
+		case b != nil:
+			c.res.Stats.BlobsDropped++
+		}
+	}
+	for i := prefetch + 1; i < len(used); i++ {
+		if used[i] {
+			add(i, -1, c.blobAt(uint16(i))) //nolint:gosec // a blob's number
+			c.res.Stats.DictBlobs++
+		}
+	}
+	if c.prefetch != nil {
+		add(prefetch, -1, c.prefetch)
+	}
+	if len(blobs) > rafs.MaxBlobs {
+		return nil, fmt.Errorf("%w: the image needs %d blobs, the format counts %d; squash layers", ErrUnsupported, len(blobs), rafs.MaxBlobs)
+	}
+	for _, f := range files {
+		for i := range f.Chunks {
+			f.Chunks[i].Blob = index[f.Chunks[i].Blob]
+		}
+	}
+	return blobs, nil
+}
+
+// blobReaders opens blobs when they are first needed. Not safe for concurrent use.
+type blobReaders struct {
+	files   []io.ReaderAt
+	readers map[string]*rafs.BlobReader
+}
+
+func (r *blobReaders) get(ctx context.Context, b *builtBlob) (*rafs.BlobReader, error) {
+	if br := r.readers[b.ID]; br != nil {
+		return br, nil
+	}
+	f, err := b.open(ctx)
+	if err != nil {
+		return nil, err
+	}
+	r.files = append(r.files, f)
+	br, err := rafs.OpenBlob(f, b.Blob)
+	if err != nil {
+		return nil, err
+	}
+	if r.readers == nil {
+		r.readers = map[string]*rafs.BlobReader{}
+	}
+	r.readers[b.ID] = br
+	return br, nil
+}
+
+func (r *blobReaders) Close() error {
+	var errs []error
+	for _, f := range r.files {
+		errs = append(errs, closeReader(f))
+	}
+	return errors.Join(errs...)
+}
+
+func closeReader(r io.ReaderAt) error {
+	if c, ok := r.(io.Closer); ok {
+		return c.Close()
+	}
+	return nil
+}
