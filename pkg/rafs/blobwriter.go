@@ -32,6 +32,9 @@ type BlobOptions struct {
 	// MarkPrefetch sets blob feature 0x400. Readers before nydus 2.4 refuse an image
 	// that has it and none acts on it.
 	MarkPrefetch bool
+	// Version is that of the image; 0: V6. A V5 blob is nothing but its chunks, one behind the
+	// other in the file and in the cache file: its records are in the bootstrap alone.
+	Version Version
 	// TOC adds the blob.digest section and the table of contents.
 	TOC bool
 }
@@ -54,7 +57,8 @@ type BlobWriter struct {
 
 	seen         map[chunkKey]uint32 // index of the chunk
 	records      []disk.MetaV1
-	digests      []byte // blob.digest content, with TOC only
+	offsets      []uint64 // uncompressed ones of V5, which the records cannot say
+	digests      []byte   // blob.digest content, with TOC only
 	uncompressed uint64
 }
 
@@ -75,6 +79,9 @@ func NewBlobWriter(w io.Writer, o BlobOptions) (*BlobWriter, error) {
 	}
 	if _, err := NewEncoder(o.Compressor, LevelDefault); err != nil {
 		return nil, err
+	}
+	if o.Version = o.Version.orDefault(); o.Version != V5 && o.Version != V6 || o.Version == V5 && o.TOC {
+		return nil, fmt.Errorf("%w: blob of version %v, with a TOC: %v", ErrUnsupported, o.Version, o.TOC)
 	}
 	if o.Digester > DigesterSHA256 {
 		return nil, fmt.Errorf("%w: %v", ErrUnsupported, o.Digester)
@@ -105,6 +112,9 @@ func (b *BlobWriter) Append(c EncodedChunk) (Chunk, error) {
 	key := chunkKey{c.Digest, c.UncompressedSize}
 	if i, ok := b.seen[key]; ok {
 		r := decodeV1(b.records[i])
+		if b.options.Version == V5 {
+			r.uncompressedOffset = b.offsets[i]
+		}
 		return b.chunk(i, r, c.Digest), nil
 	}
 	if err := b.checkAppend(c); err != nil {
@@ -126,6 +136,11 @@ func (b *BlobWriter) Append(c EncodedChunk) (Chunk, error) {
 	b.records = append(b.records, encodeV1(chunk))
 	if b.options.TOC {
 		b.digests = append(b.digests, c.Digest[:]...)
+	}
+	if b.options.Version == V5 {
+		b.offsets = append(b.offsets, b.uncompressed)
+		b.uncompressed += uint64(c.UncompressedSize)
+		return chunk, nil
 	}
 	b.uncompressed += alignUp(uint64(c.UncompressedSize), disk.BlockSize)
 	return chunk, nil
@@ -207,7 +222,9 @@ func (b *BlobWriter) Close() (Blob, error) {
 	if b.options.TOC {
 		blob.Features |= disk.FeatureTOC | disk.FeatureInlinedDigest
 	}
-	if err := b.writeTail(&blob); err != nil {
+	if b.options.Version == V5 {
+		blob.Features = blob.Features&disk.FeaturePrefetch | disk.FeatureCapTOC
+	} else if err := b.writeTail(&blob); err != nil {
 		b.err = err
 		return Blob{}, err
 	}

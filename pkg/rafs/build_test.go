@@ -89,7 +89,7 @@ func (b *imageBuilder) build() *stored {
 	s := &stored{blobs: map[string][]byte{}}
 	for _, files := range b.files {
 		var out bytes.Buffer
-		w, err := rafs.NewBlobWriter(&out, rafs.BlobOptions{Compressor: b.o.compressor, Digester: b.o.digester, ChunkSize: b.o.chunkSize, TOC: b.o.toc})
+		w, err := rafs.NewBlobWriter(&out, rafs.BlobOptions{Version: b.img.Version, Compressor: b.o.compressor, Digester: b.o.digester, ChunkSize: b.o.chunkSize, TOC: b.o.toc && b.img.Version != rafs.V5})
 		must(b.t, err)
 		index := uint16(len(b.img.Blobs))
 		for _, f := range files {

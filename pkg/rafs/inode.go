@@ -126,11 +126,11 @@ func checkInode(i *Inode) error {
 }
 
 // checkChunks makes sure that the chunks of a regular file cover it and lie in their blobs.
-func (p *v6Plan) checkChunks(ino *Inode) error {
+func checkChunks(img *Image, ino *Inode) error {
 	if fileType(ino.Mode) != modeRegular {
 		return nil
 	}
-	unit := uint64(p.img.ChunkSize)
+	unit := uint64(img.ChunkSize)
 	if want := ino.Size/unit + min(1, ino.Size%unit); uint64(len(ino.Chunks)) != want {
 		return invalid("chunks", -1, "number", len(ino.Chunks), want)
 	}
@@ -139,10 +139,10 @@ func (p *v6Plan) checkChunks(ino *Inode) error {
 		if want := min(unit, ino.Size-uint64(i)*unit); uint64(c.UncompressedSize) != want {
 			return invalid(fmt.Sprintf("chunk %d", i), -1, "size", c.UncompressedSize, want)
 		}
-		if int(c.Blob) >= len(p.img.Blobs) {
-			return invalid(fmt.Sprintf("chunk %d", i), -1, "blob", c.Blob, fmt.Sprintf("below %d", len(p.img.Blobs)))
+		if int(c.Blob) >= len(img.Blobs) {
+			return invalid(fmt.Sprintf("chunk %d", i), -1, "blob", c.Blob, fmt.Sprintf("below %d", len(img.Blobs)))
 		}
-		if err := p.img.Blobs[c.Blob].checkChunk(c); err != nil {
+		if err := img.Blobs[c.Blob].checkChunk(c); err != nil {
 			return fmt.Errorf("chunk %d: %w", i, err)
 		}
 	}
@@ -165,21 +165,28 @@ func (b *Blob) checkChunk(c *Chunk) error {
 	return nil
 }
 
-// checkChildren makes sure that a directory's names are usable and sorted; it counts subdirectories.
-func (w *v6Walk) checkChildren(ino *Inode, dirName string) (subdirs uint32, err error) {
+// checkChildren makes sure that a directory's names are usable and sorted; it counts
+// subdirectories. path names the directory, for errors.
+func checkChildren(ino *Inode, path func() string) (subdirs uint32, err error) {
+	bad := func(field string, got, want any) error { return invalid("directory "+path(), -1, field, got, want) }
 	for i, c := range ino.Children {
 		switch {
 		case c.Inode == nil:
-			return 0, invalid("directory "+w.path(dirName), -1, fmt.Sprintf("child %.300q", c.Name), "without an inode", nil)
-		case len(c.Name) == 0 || len(c.Name) > MaxName || c.Name == "." || c.Name == ".." || strings.ContainsAny(c.Name, "/\x00"):
-			return 0, invalid("directory "+w.path(dirName), -1, "name", fmt.Sprintf("%.300q", c.Name), fmt.Sprintf("1 to %d bytes without / and NUL, not . or ..", MaxName))
+			return 0, bad(fmt.Sprintf("child %.300q", c.Name), "without an inode", nil)
+		case !validName(c.Name):
+			return 0, bad("name", fmt.Sprintf("%.300q", c.Name), fmt.Sprintf("1 to %d bytes without / and NUL, not . or ..", MaxName))
 		case i > 0 && ino.Children[i-1].Name >= c.Name:
-			return 0, invalid("directory "+w.path(dirName), -1, "children", fmt.Sprintf("%.300q after %.300q", c.Name, ino.Children[i-1].Name), "sorted names, each once")
-		case fileType(c.Inode.Mode) == modeDir:
+			return 0, bad("children", fmt.Sprintf("%.300q after %.300q", c.Name, ino.Children[i-1].Name), "sorted names, each once")
+		case c.Inode.IsDir():
 			subdirs++
 		}
 	}
 	return subdirs, nil
+}
+
+// validName reports whether name can be an entry of a directory.
+func validName(name string) bool {
+	return name != "" && len(name) <= MaxName && name != "." && name != ".." && !strings.ContainsAny(name, "/\x00")
 }
 
 // xattrPrefixes are the prefixes v6 can store, by number; a full name is a prefix without a remainder.

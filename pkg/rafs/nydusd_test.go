@@ -19,6 +19,34 @@ import (
 // TestNydusd lets the real nydusd 2.2.0 serve our images by FUSE: it reads blob.meta and chunk data
 // with its own code. POSIX ACLs are left out, see combo.acl.
 func TestNydusd(t *testing.T) {
+	for i, o := range nydusdCombos {
+		t.Run(o.String(), func(t *testing.T) {
+			randomImage(t, uint64(200+i), o).build().compareNydusd(t)
+		})
+	}
+}
+
+// TestNydusdV5 does the same with v5 images, whose chunks nydusd finds through the bootstrap alone.
+func TestNydusdV5(t *testing.T) {
+	for i, o := range nydusdCombos {
+		t.Run(o.String(), func(t *testing.T) {
+			b := randomImage(t, uint64(300+i), o)
+			b.img.Version = rafs.V5
+			b.build().compareNydusd(t)
+		})
+	}
+}
+
+var nydusdCombos = []combo{
+	{compressor: rafs.CompressorZstd, chunkSize: 1 << 20},
+	{compressor: rafs.CompressorZstd, chunkSize: 4096, digester: rafs.DigesterSHA256, level: rafs.LevelBest},
+	{compressor: rafs.CompressorLZ4, chunkSize: 64 << 10, toc: true},
+	{compressor: rafs.CompressorNone, chunkSize: 64 << 10},
+}
+
+// compareNydusd serves the image by the real nydusd and compares every entry.
+func (s *stored) compareNydusd(t *testing.T) {
+	t.Helper()
 	testenv.Root(t)
 	nydusd := testenv.Tool(t, "nydusd")
 	if f, err := os.OpenFile("/dev/fuse", os.O_RDWR, 0); err != nil {
@@ -26,26 +54,15 @@ func TestNydusd(t *testing.T) {
 	} else {
 		must(t, f.Close())
 	}
-	for i, o := range []combo{
-		{compressor: rafs.CompressorZstd, chunkSize: 1 << 20},
-		{compressor: rafs.CompressorZstd, chunkSize: 4096, digester: rafs.DigesterSHA256, level: rafs.LevelBest},
-		{compressor: rafs.CompressorLZ4, chunkSize: 64 << 10, toc: true},
-		{compressor: rafs.CompressorNone, chunkSize: 64 << 10},
-	} {
-		t.Run(o.String(), func(t *testing.T) {
-			b := randomImage(t, uint64(200+i), o)
-			s := b.build()
-			img := s.open(t)
-			want := flatten(t, img, img.FS(s.reader))
-			got := flattenDir(t, mountNydusd(t, nydusd, s), want)
-			for i := range min(len(got), len(want)) {
-				if want[i].Mtime == 0 { // nydusd shows the time of the mount then
-					got[i].Mtime, got[i].Nsec, want[i].Nsec = 0, 0, 0
-				}
-			}
-			diff(t, "tree through nydusd", got, want)
-		})
+	img := s.open(t)
+	want := flatten(t, img, img.FS(s.reader))
+	got := flattenDir(t, mountNydusd(t, nydusd, s), want)
+	for i := range min(len(got), len(want)) {
+		if want[i].Mtime == 0 { // nydusd shows the time of the mount then
+			got[i].Mtime, got[i].Nsec, want[i].Nsec = 0, 0, 0
+		}
 	}
+	diff(t, "tree through nydusd", got, want)
 }
 
 // mountNydusd serves the image at a directory until the test ends.

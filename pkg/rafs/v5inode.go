@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"encoding/binary"
 	"fmt"
-	"strings"
 
 	"github.com/headstart-oci/headstart/pkg/rafs/internal/disk"
 )
@@ -238,9 +237,4 @@ func (l *v5Loader) keepChunk(c Chunk, section string, at uint64) error {
 	l.lookup[id] = uint32(len(l.chunks)) //nolint:gosec // fewer than 2^32 ids
 	l.chunks = append(l.chunks, c)
 	return nil
-}
-
-// validName reports whether name can be an entry of a directory.
-func validName(name string) bool {
-	return name != "" && len(name) <= MaxName && name != "." && name != ".." && !strings.ContainsAny(name, "/\x00")
 }

@@ -181,7 +181,7 @@ func (w *v6Walk) dir(n v6Node, name string) error {
 	if _, ok := p.index[ino]; ok {
 		return invalid("inode "+w.path(name), -1, "directory", "in the tree twice", "one entry")
 	}
-	subdirs, err := w.checkChildren(ino, name)
+	subdirs, err := checkChildren(ino, func() string { return w.path(name) })
 	if err != nil {
 		return err
 	}
@@ -233,7 +233,7 @@ func (w *v6Walk) add(n v6Node, name string) (uint32, error) {
 		n.xattrs, err = xattrSize(n.inode.Xattrs)
 	}
 	if err == nil {
-		err = p.checkChunks(n.inode)
+		err = checkChunks(p.img, n.inode)
 	}
 	if err != nil {
 		return 0, fmt.Errorf("inode %q: %w", w.path(name), err)

@@ -98,8 +98,8 @@ func countTree(root *Inode) (entries, chunks int) {
 	return entries, chunks
 }
 
-func (p *v6Plan) checkImage() error {
-	img := p.img
+// checkHead applies the rules that hold for the image whatever its version.
+func (img *Image) checkHead() error {
 	switch {
 	case img.Root == nil || fileType(img.Root.Mode) != modeDir:
 		return fmt.Errorf("%w: image without a root directory", ErrInvalid)
@@ -111,6 +111,14 @@ func (p *v6Plan) checkImage() error {
 		return unsupported("image", -1, "digester", img.Digester, nil)
 	case len(img.Blobs) > MaxBlobs:
 		return invalid("image", -1, "number of blobs", len(img.Blobs), fmt.Sprintf("at most %d", MaxBlobs))
+	}
+	return nil
+}
+
+func (p *v6Plan) checkImage() error {
+	img := p.img
+	if err := img.checkHead(); err != nil {
+		return err
 	}
 	seen := map[string]bool{}
 	for i := range img.Blobs {

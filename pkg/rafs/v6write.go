@@ -28,7 +28,7 @@ func (p *v6Plan) write(out *placedWriter) {
 	p.writeMeta(out)
 	var buf []byte
 	for i, c := range p.chunk {
-		buf = appendRecord(buf[:0], chunkRecord(c))
+		buf = appendRecord(buf[:0], chunkRecord(c.chunk, c.fileOffset))
 		out.at(p.sizes.chunks+uint64(i)*disk.SizeChunkRecord, buf)
 	}
 	out.at(p.sizes.total, nil)
@@ -103,17 +103,18 @@ func blobEntry(b *Blob, index uint32) disk.BlobEntry {
 	return e
 }
 
-func chunkRecord(c v6ChunkRef) *disk.ChunkRecord {
+// chunkRecord returns the record of c, as v6 has it in the chunk table and v5 in the inode.
+func chunkRecord(c *Chunk, fileOffset uint64) *disk.ChunkRecord {
 	r := &disk.ChunkRecord{
-		Digest: c.chunk.Digest, Blob: uint32(c.chunk.Blob), Index: c.chunk.Index,
-		CompressedSize: c.chunk.CompressedSize, UncompressedSize: c.chunk.UncompressedSize,
-		CompressedOffset: c.chunk.CompressedOffset, UncompressedOffset: c.chunk.UncompressedOffset,
-		FileOffset: c.fileOffset,
+		Digest: c.Digest, Blob: uint32(c.Blob), Index: c.Index,
+		CompressedSize: c.CompressedSize, UncompressedSize: c.UncompressedSize,
+		CompressedOffset: c.CompressedOffset, UncompressedOffset: c.UncompressedOffset,
+		FileOffset: fileOffset,
 	}
-	if c.chunk.Compressed {
+	if c.Compressed {
 		r.Flags |= disk.ChunkCompressed
 	}
-	if c.chunk.Batch {
+	if c.Batch {
 		r.Flags |= disk.ChunkBatch
 	}
 	return r

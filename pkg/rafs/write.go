@@ -8,15 +8,39 @@ import (
 
 // BootstrapInfo describes a written bootstrap.
 type BootstrapInfo struct {
-	Size     int64 // bytes
-	RootNid  uint64
-	Inodes   int // distinct inodes
-	Entries  int // directory entries, the root included
-	Chunks   int // records of the chunk table
-	Prefetch int // entries of the prefetch table
+	Size     int64  // bytes
+	RootNid  uint64 // v5: the root's inode number
+	Inodes   int    // distinct inodes
+	Entries  int    // directory entries, the root included
+	Chunks   int    // distinct chunks
+	Prefetch int    // entries of the prefetch table
 }
 
-// WriteBootstrap writes img as a RAFS v6 bootstrap, front to back. Everything is planned before
+// bootstrapPlan is a bootstrap of one version of the format with everything decided.
+type bootstrapPlan interface {
+	write(out *placedWriter)
+	info() BootstrapInfo
+}
+
+func planBootstrap(img *Image) (bootstrapPlan, error) {
+	switch img.Version {
+	case V5:
+		p, err := planV5(img)
+		if err != nil {
+			return nil, err
+		}
+		return p, nil
+	case V6, 0:
+		p, err := planV6(img)
+		if err != nil {
+			return nil, err
+		}
+		return p, nil
+	}
+	return nil, unsupported("image", -1, "version", uint8(img.Version), "5 or 6")
+}
+
+// WriteBootstrap writes img as a bootstrap of its version, front to back. Everything is planned before
 // the first byte is written; the same image always gives the same bytes. Beside img it
 // holds about 120 bytes an inode and 16 a chunk in memory.
 //
@@ -24,9 +48,11 @@ type BootstrapInfo struct {
 // sorted, names longer than 255 bytes, symlink targets that are empty or longer
 // than 4096, xattrs of another prefix than user, trusted, security and POSIX ACLs or longer than 65535 bytes, chunks that do not
 // cover their file or lie outside their blob, more than MaxBlobs blobs, blobs
-// without chunks. It does not change img; calls may overlap.
+// without chunks; v5: blobs of several compressors, more than 2 GiB in all. Names of one inode that is no
+// regular file become files of their own in v5. A v5 bootstrap can refer to v6 blobs, but not to their
+// batches (ErrUnsupported), and not the other way round. It does not change img; calls may overlap.
 func WriteBootstrap(w io.Writer, img *Image) (BootstrapInfo, error) {
-	plan, err := planV6(img)
+	plan, err := planBootstrap(img)
 	if err != nil {
 		return BootstrapInfo{}, fmt.Errorf("plan bootstrap: %w", err)
 	}
