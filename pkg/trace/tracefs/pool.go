@@ -1,0 +1,285 @@
+package tracefs
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// Defaults of [PoolOptions].
+const (
+	DefaultReady = 2
+	DefaultMax   = 64
+)
+
+// PoolOptions says how a pool is kept. The zero value is the default.
+type PoolOptions struct {
+	// Instance is what every instance is like.
+	Instance Options
+	// Ready is how many instances are kept waiting, at least 0; 0: DefaultReady.
+	Ready int
+	// Max is how many there are at most, waiting ones included, at least 0; 0: DefaultMax.
+	// Max times Instance.Ring bounds the memory of the kernel.
+	Max int
+	// Log is told what goes wrong in the background, one error each; nil: nobody is. It may
+	// be called at any time until Close returns, from one goroutine at a time.
+	Log func(error)
+}
+
+// Pool keeps instances ready, so that nobody waits while they are made, reset or removed. It
+// is safe for concurrent use.
+type Pool struct {
+	fs   *FS
+	o    PoolOptions
+	wake chan struct{} // one token: there is work
+	quit chan struct{}
+	done chan struct{} // closed when the worker has ended
+
+	// mu guards what follows.
+	mu     sync.Mutex
+	ready  []*Instance
+	used   []*Instance // given back, not yet reset
+	broken []*Instance // given back, to be removed
+	count  int         // instances that there are, wherever they are
+	failed error       // of the last attempt to make one; nil after a success
+	closed bool
+}
+
+// NewPool removes the instances that dead processes left and begins to make new ones, in
+// the background: it returns at once. The caller closes the pool before fs.
+func NewPool(fs *FS, o PoolOptions) (*Pool, error) {
+	if o.Ready < 0 || o.Max < 0 {
+		return nil, fmt.Errorf("pool of trace instances: %d ready of %d at most", o.Ready, o.Max)
+	}
+	if o.Ready == 0 {
+		o.Ready = DefaultReady
+	}
+	if o.Max == 0 {
+		o.Max = DefaultMax
+	}
+	o.Ready = min(o.Ready, o.Max)
+	if o.Log == nil {
+		o.Log = func(error) {}
+	}
+	p := &Pool{fs: fs, o: o, wake: make(chan struct{}, 1), quit: make(chan struct{}), done: make(chan struct{})}
+	go p.work()
+	return p, nil
+}
+
+// Get returns an instance that is as new: a waiting one, else one made for this call. The
+// caller hands it back with [Pool.Put] and does not close it. It returns [ErrLimit] when all
+// are in use, [ErrClosed] after Close, what [FS.Create] does, and ctx's error when it is over.
+func (p *Pool) Get(ctx context.Context) (*Instance, error) {
+	if err := ctx.Err(); err != nil {
+		return nil, err
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.closed {
+		return nil, fmt.Errorf("pool of trace instances: %w", ErrClosed)
+	}
+	defer p.signal()
+	if n := len(p.ready); n > 0 {
+		i := p.ready[n-1]
+		p.ready = p.ready[:n-1]
+		return i, nil
+	}
+	if p.count >= p.o.Max {
+		return nil, fmt.Errorf("pool of trace instances: %w: all %d are in use", ErrLimit, p.o.Max)
+	}
+	p.count++
+	p.mu.Unlock()
+	i, err := p.fs.Create(p.o.Instance)
+	p.mu.Lock()
+	if err != nil {
+		p.count--
+		return nil, err
+	}
+	return i, nil
+}
+
+// Put takes back what Get returned, in whatever state it is; it returns at once. All readers
+// of it should be closed: until they are it cannot be removed.
+func (p *Pool) Put(i *Instance) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if !p.closed {
+		p.used = append(p.used, i)
+		p.signal()
+		return
+	}
+	// The worker has ended.
+	p.mu.Unlock()
+	defer p.mu.Lock()
+	if err := errors.Join(i.Disarm(), i.Close()); err != nil {
+		p.o.Log(err)
+	}
+}
+
+func (p *Pool) signal() {
+	select {
+	case p.wake <- struct{}{}:
+	default:
+	}
+}
+
+// again is when the worker tries once more what did not work.
+const again = time.Second
+
+// work makes, resets and removes instances until the pool is closed.
+func (p *Pool) work() {
+	defer close(p.done)
+	if err := p.fs.Clean(); err != nil {
+		p.o.Log(err)
+	}
+	timer := time.NewTimer(again)
+	defer timer.Stop()
+	for {
+		if p.step() {
+			continue
+		}
+		timer.Reset(again)
+		select {
+		case <-p.quit:
+			return
+		case <-p.wake:
+		case <-timer.C:
+		}
+		p.mu.Lock()
+		p.failed = nil
+		p.mu.Unlock()
+	}
+}
+
+// step does one piece of work and reports whether there may be more.
+func (p *Pool) step() bool {
+	select {
+	case <-p.quit:
+		return false
+	default:
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	switch {
+	case len(p.used) > 0:
+		p.recycle()
+		return true
+	case len(p.ready) < p.o.Ready && p.count < p.o.Max && p.failed == nil:
+		p.count++
+		p.mu.Unlock()
+		i, err := p.fs.Create(p.o.Instance)
+		p.mu.Lock()
+		if p.failed = err; err != nil {
+			p.count--
+			p.o.Log(err)
+			return false
+		}
+		p.ready = append(p.ready, i)
+		return true
+	case len(p.broken) > 0:
+		return p.remove()
+	}
+	return false
+}
+
+// recycle resets an instance that came back. Called with mu held, which it gives up while
+// it works.
+func (p *Pool) recycle() {
+	i := p.used[0]
+	p.used = p.used[1:]
+	p.mu.Unlock()
+	err := i.Reset()
+	p.mu.Lock()
+	if err != nil {
+		p.o.Log(err)
+	}
+	if err != nil || len(p.ready) >= p.o.Ready {
+		p.broken = append(p.broken, i)
+		return
+	}
+	p.ready = append(p.ready, i)
+}
+
+// remove removes one instance and reports whether that worked. Called with mu held, like
+// recycle.
+func (p *Pool) remove() bool {
+	i := p.broken[0]
+	p.broken = p.broken[1:]
+	p.mu.Unlock()
+	err := i.Close()
+	p.mu.Lock()
+	if err != nil { // busy: somebody reads it still
+		p.broken = append(p.broken, i)
+		return false
+	}
+	p.count--
+	return true
+}
+
+// Close removes the instances that are not in use; those that are go when they are put
+// back. It takes tens of milliseconds for each. Later calls return nil.
+func (p *Pool) Close() error {
+	p.mu.Lock()
+	if p.closed {
+		p.mu.Unlock()
+		return nil
+	}
+	p.closed = true
+	p.mu.Unlock()
+	close(p.quit)
+	<-p.done
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	var errs []error
+	for _, i := range p.used {
+		errs = append(errs, i.Disarm(), i.Close())
+	}
+	for _, i := range append(p.ready, p.broken...) {
+		errs = append(errs, i.Close())
+	}
+	p.ready, p.used, p.broken = nil, nil, nil
+	return errors.Join(errs...)
+}
+
+// Clean removes the instances of this package that nobody holds: their makers, and who
+// inherited them, are dead. It leaves those of other programs alone.
+func (f *FS) Clean() error {
+	names, err := f.root.names("instances")
+	if err != nil {
+		return fmt.Errorf("clean trace instances: %w", explain(err))
+	}
+	var errs []error
+	for _, name := range names {
+		if !strings.HasPrefix(name, Prefix) {
+			continue
+		}
+		if err := f.clean(name); err != nil {
+			errs = append(errs, fmt.Errorf("clean trace instance %s: %w", name, explain(err)))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// clean removes the instance name unless somebody holds it.
+func (f *FS) clean(name string) error {
+	d, err := f.instances.sub(name)
+	if errors.Is(err, unix.ENOENT) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	if err = d.lock(); err == nil {
+		if err = f.instances.rmdir(name); errors.Is(err, unix.ENOENT) {
+			err = nil
+		}
+	} else if errors.Is(err, unix.EWOULDBLOCK) {
+		err = nil
+	}
+	return errors.Join(err, d.close())
+}

@@ -1,0 +1,81 @@
+package tracefs
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"slices"
+	"strconv"
+	"strings"
+)
+
+// Threads returns the threads that process pid has, itself among them, for [Instance.Arm].
+// It looks until nothing new turns up; one that the process starts later is missed unless
+// the process is armed by then. The error is one of fs.ErrNotExist when there is no such
+// process.
+func Threads(pid int) ([]int, error) {
+	var before []int
+	for {
+		entries, err := os.ReadDir(fmt.Sprintf("/proc/%d/task", pid))
+		if err != nil {
+			return nil, fmt.Errorf("threads of process %d: %w", pid, err)
+		}
+		var threads []int
+		for _, e := range entries {
+			if n, err := strconv.Atoi(e.Name()); err == nil {
+				threads = append(threads, n)
+			}
+		}
+		if slices.Equal(threads, before) {
+			return threads, nil
+		}
+		before = threads
+	}
+}
+
+// descendants returns the threads of process pid and of all its descendants, as far as they
+// can be found (CONFIG_PROC_CHILDREN).
+func descendants(pid int) []int {
+	var all []int
+	seen := map[int]bool{}
+	for next := []int{pid}; len(next) > 0; next = next[1:] {
+		if seen[next[0]] {
+			continue
+		}
+		seen[next[0]] = true
+		threads, err := Threads(next[0])
+		if err != nil {
+			continue // gone
+		}
+		for _, t := range threads {
+			text, err := os.ReadFile(fmt.Sprintf("/proc/%d/task/%d/children", next[0], t))
+			if err != nil {
+				continue
+			}
+			for child := range strings.FieldsSeq(string(text)) {
+				if n, err := strconv.Atoi(child); err == nil {
+					next = append(next, n)
+				}
+			}
+		}
+		all = append(all, threads...)
+	}
+	return all
+}
+
+// startTime returns when process pid began, in clock ticks since boot: together with pid it
+// names a process for as long as the machine runs.
+func startTime(pid int) (uint64, error) {
+	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	if err != nil {
+		return 0, err
+	}
+	// The name of the program may hold anything, also spaces and parentheses.
+	s := string(text)
+	fields := strings.Fields(s[strings.LastIndexByte(s, ')')+1:])
+	const start = 22 - 3 // field 22 of proc_pid_stat(5); the first behind the name is number 3
+	if len(fields) <= start {
+		return 0, errors.New("short stat of a process")
+	}
+	return strconv.ParseUint(fields[start], 10, 64)
+}
