@@ -134,3 +134,17 @@ func (n interner) intern(l *List) {
 		one(&l.Accesses[i].Command)
 	}
 }
+
+// ReadAnyProfile parses a profile, or a list in one of the formats of [ReadAny], which is
+// the profile of one run. Bounds and errors are theirs.
+func ReadAnyProfile(r io.Reader) (*Profile, error) {
+	b := bufio.NewReaderSize(r, 1<<16)
+	if head, err := b.Peek(len(profileName)); err == nil && string(head) == profileName {
+		return ReadProfile(b)
+	}
+	l, err := ReadAny(b)
+	if err != nil {
+		return nil, err
+	}
+	return NewProfile(l)
+}

@@ -1,0 +1,85 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"io"
+
+	"github.com/spf13/cobra"
+
+	"github.com/headstart-oci/headstart/pkg/persist"
+)
+
+type profileMergeOptions struct {
+	*global
+	output string
+	mixed  bool
+}
+
+func newProfileMerge(g *global) *cobra.Command {
+	o := &profileMergeOptions{global: g}
+	cmd := &cobra.Command{
+		Use:   "merge LIST... -o FILE",
+		Short: "Merge lists and profiles of one workload into a profile",
+		Long: fmt.Sprintf(`merge writes the profile of all runs that the arguments hold, lists or profiles, each run
+once, in whatever order they come. Of more than %d runs the complete and then the latest
+ones are kept. A run with losses is kept too: it adds what it saw, and counts for nothing
+it did not see.`, persist.MaxRuns),
+		Example: `  optimizer profile merge run1.list run2.list -o app.profile
+  optimizer profile merge app.profile run3.list -o app.profile`,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			switch {
+			case len(args) == 0:
+				return usagef(cmd, "want at least one list or profile")
+			case o.output == "":
+				return usagef(cmd, "want --output FILE, or --output - for standard output")
+			}
+			return o.run(cmd, args)
+		},
+	}
+	f := cmd.Flags()
+	f.StringVarP(&o.output, "output", "o", "", "the profile to write, - for standard output; may be one of the arguments")
+	f.BoolVar(&o.mixed, "mixed", false, "merge runs of different images, platforms or commands too")
+	return cmd
+}
+
+func (o *profileMergeOptions) run(cmd *cobra.Command, args []string) error {
+	var first, all *persist.Profile
+	seen := 0
+	for _, name := range args {
+		p, err := o.readProfile(cmd, name)
+		if err != nil {
+			return err
+		}
+		seen += len(p.Runs)
+		if all == nil {
+			first, all = p, p
+		}
+		options := persist.MergeOptions{Mixed: o.mixed}
+		if _, err := persist.Merge(options, first, p); err != nil {
+			return o.refused(err, args[0], name)
+		}
+		if all, err = persist.Merge(options, all, p); err != nil {
+			return o.refused(err, args[0], name)
+		}
+	}
+	if err := o.writeOutput(o.output, func(w io.Writer) error { _, err := all.WriteTo(w); return err }); err != nil {
+		return err
+	}
+	o.note("%d runs, %d of them complete, from %d in %d files", len(all.Runs), all.Complete(), seen, len(args))
+	if len(all.Runs) == persist.MaxRuns && seen > persist.MaxRuns {
+		o.note("a profile keeps %d runs: the complete and the latest ones", persist.MaxRuns)
+	}
+	return nil
+}
+
+// refused names the files that do not go together.
+func (o *profileMergeOptions) refused(err error, first, name string) error {
+	if !errors.Is(err, persist.ErrMixed) {
+		return err
+	}
+	if first == name {
+		return fmt.Errorf("%s: %w; --mixed merges them all the same", name, err)
+	}
+	return fmt.Errorf("%s and %s: %w; --mixed merges them all the same", first, name, err)
+}
