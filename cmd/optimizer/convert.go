@@ -83,7 +83,7 @@ func (o *convertOptions) addFlags(cmd *cobra.Command) {
 	f.StringSliceVar(&o.platforms, "platform", nil, "OS/ARCH[/VARIANT] of an image for several (default this machine's); several make an index")
 	f.BoolVar(&o.allPlatforms, "all-platforms", false, "convert the image of every Linux platform; the target is an index where the source is one")
 	f.BoolVar(&o.mergePlatform, "merge-platform", false, "make the target an index of the Nydus images and the plain images they are made of")
-	f.StringVar(&o.fsVersion, "fs-version", "6", "RAFS version: 6")
+	f.StringVar(&o.fsVersion, "fs-version", "6", "RAFS version: 5 or 6; the kernel mounts 6")
 	f.StringVar(&o.compressor, "compressor", "zstd", "compression of chunks: zstd, lz4 or none")
 	f.StringVar(&o.digester, "digester", "blake3", "digest of chunks: blake3 or sha256")
 	f.StringVar(&o.chunkSize, "chunk-size", "1MiB", "bytes of a chunk, a power of two from 4KiB to 16MiB")
@@ -114,10 +114,10 @@ func (o *convertOptions) options(cmd *cobra.Command) (convert.Options, error) {
 	fail := func(flag string, err error) (convert.Options, error) {
 		return convert.Options{}, usagef(cmd, "--%s: %w", flag, err)
 	}
-	if o.fsVersion != "6" {
-		return fail("fs-version", fmt.Errorf("got %q, want 6", o.fsVersion))
-	}
 	var err error
+	if b.FSVersion, err = rafs.ParseVersion(o.fsVersion); err != nil {
+		return fail("fs-version", err)
+	}
 	if b.Compressor, err = rafs.ParseCompressor(o.compressor); err != nil {
 		return fail("compressor", err)
 	}

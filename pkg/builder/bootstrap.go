@@ -49,7 +49,7 @@ func (c *conversion) writeBootstrap(img *rafs.Image) error {
 // there is a prefetch blob. It returns the digest of the uncompressed tar.
 func (c *conversion) packBootstrap(ctx context.Context) (_ digest.Digest, err error) {
 	var list []byte
-	annotations := map[string]string{AnnotationBootstrap: "true", AnnotationFSVersion: fsVersion}
+	annotations := map[string]string{AnnotationBootstrap: "true", AnnotationFSVersion: c.o.FSVersion.String()}
 	if c.prefetch != nil {
 		var b bytes.Buffer
 		if _, err := c.o.List.WriteJSON(&b); err != nil {

@@ -45,6 +45,7 @@ type Layer struct {
 // Options say how an image is built. [DefaultOptions] gives what most callers want; the
 // zero value differs from it only in that chunks are stored uncompressed.
 type Options struct {
+	FSVersion  rafs.Version    // rafs.V5 or rafs.V6; 0 means V6
 	Compressor rafs.Compressor // CompressorZstd, CompressorLZ4 or CompressorNone
 	Digester   rafs.Digester   // the zero value is BLAKE3
 	ChunkSize  uint32          // bytes, a power of two in [rafs.MinChunkSize, rafs.MaxChunkSize]; 0 means rafs.DefaultChunkSize

@@ -24,7 +24,7 @@ const (
 	layersAtOnce = 2
 )
 
-// Convert reads the layers of src, merges them, and writes the RAFS v6 image that o asks
+// Convert reads the layers of src, merges them, and writes the RAFS image that o asks
 // for. The image has been read back and verified when Convert returns; the caller closes
 // the Result. On error nothing is left on disk; what killed builders have left in
 // o.TempDir is removed first. It returns ErrInvalid, ErrUnsupported or ErrDigest for what
@@ -66,6 +66,13 @@ func Convert(ctx context.Context, src Source, o Options) (_ *Result, err error) 
 
 // complete returns o with defaults filled in, or what is wrong with it.
 func (o Options) complete() (Options, error) {
+	switch o.FSVersion {
+	case rafs.V5, rafs.V6:
+	case 0:
+		o.FSVersion = rafs.V6
+	default:
+		return Options{}, fmt.Errorf("%w: RAFS version %v, want 5 or 6", ErrUnsupported, o.FSVersion)
+	}
 	if o.ChunkSize == 0 {
 		o.ChunkSize = rafs.DefaultChunkSize
 	}
@@ -190,7 +197,7 @@ func (c *conversion) run(ctx context.Context, cfg sourceConfig) error {
 		return err
 	}
 	img := &rafs.Image{
-		Root: final.root, Blobs: blobs, ChunkSize: c.o.ChunkSize,
+		Version: c.o.FSVersion, Root: final.root, Blobs: blobs, ChunkSize: c.o.ChunkSize,
 		Compressor: c.o.Compressor, Digester: c.o.Digester, Prefetch: plan.inodes,
 	}
 	c.progress(Event{Stage: StageBootstrap})
@@ -339,7 +346,7 @@ func (c *conversion) createBlob(name string, prefetch bool) (*blobFile, error) {
 	}
 	b := &blobFile{f: f, w: bufio.NewWriterSize(f, blobBuffer), path: f.Name()}
 	b.BlobWriter, err = rafs.NewBlobWriter(b.w, rafs.BlobOptions{
-		Compressor: c.o.Compressor, Digester: c.o.Digester, ChunkSize: c.o.ChunkSize,
+		Version: c.o.FSVersion, Compressor: c.o.Compressor, Digester: c.o.Digester, ChunkSize: c.o.ChunkSize,
 		MarkPrefetch: prefetch && c.o.MarkPrefetchBlob,
 	})
 	if err != nil {

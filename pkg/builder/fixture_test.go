@@ -177,14 +177,13 @@ func checkTools(t *testing.T, res *builder.Result) {
 			t.Errorf("fsck.erofs: %v\n%s", err, out)
 		}
 	})
+	checkNydusImage(t, res)
+}
+
+func checkNydusImage(t *testing.T, res *builder.Result) {
+	t.Helper()
 	t.Run("nydus-image", func(t *testing.T) {
-		dir := t.TempDir()
-		for _, b := range res.Blobs {
-			if err := os.Link(b.Path, filepath.Join(dir, b.Descriptor.Digest.Encoded())); err != nil {
-				t.Fatal(err)
-			}
-		}
-		out, err := exec.Command(testenv.Tool(t, "nydus-image"), "check", "--bootstrap", res.BootstrapPath, "--blob-dir", dir, "--verbose").CombinedOutput()
+		out, err := exec.Command(testenv.Tool(t, "nydus-image"), "check", "--bootstrap", res.BootstrapPath, "--blob-dir", blobDir(t, res), "--verbose").CombinedOutput()
 		if err != nil {
 			t.Errorf("nydus-image check: %v\n%s", err, out)
 		}
@@ -265,7 +264,7 @@ func checkOCI(t *testing.T, res *builder.Result) {
 
 func checkBootstrapLayer(t *testing.T, res *builder.Result, d ocispec.Descriptor, diffID digest.Digest) {
 	t.Helper()
-	want := map[string]string{builder.AnnotationBootstrap: "true", builder.AnnotationFSVersion: "6"}
+	want := map[string]string{builder.AnnotationBootstrap: "true", builder.AnnotationFSVersion: openImage(t, res).Version.String()}
 	entries := []string{"image 755", "image/image.boot 444"}
 	if last := len(res.Blobs) - 1; res.Stats.Prefetch.Chunks > 0 {
 		want[builder.AnnotationPrefetchBlob] = res.Blobs[last].Descriptor.Digest.Encoded()

@@ -24,9 +24,6 @@ const (
 	AnnotationSourceDigest = "containerd.io/snapshot/nydus-source-digest"
 )
 
-// fsVersion is the value of AnnotationFSVersion.
-const fsVersion = "6"
-
 // sourceConfig is an image config: what is needed of it, and all of it.
 type sourceConfig struct {
 	all     map[string]json.RawMessage
@@ -173,7 +170,7 @@ func (r *Result) describe(src Source, cfg sourceConfig, bootstrapDiffID digest.D
 	if annotations == nil {
 		annotations = map[string]string{}
 	}
-	annotations[AnnotationFSVersion] = fsVersion
+	annotations[AnnotationFSVersion] = r.Bootstrap.Descriptor.Annotations[AnnotationFSVersion]
 	if src.Manifest.Digest != "" {
 		annotations[AnnotationSourceDigest] = src.Manifest.Digest.String()
 	}

@@ -49,7 +49,11 @@ func RecordKey(diffID digest.Digest, o Options) string {
 	if o.Dict != nil {
 		dict = o.Dict.ID
 	}
-	text := fmt.Sprintf("%s%s %v %v %d %s", recordMagic, diffID, o.Compressor, o.Digester, chunk, dict)
+	version := o.FSVersion
+	if version == 0 {
+		version = rafs.V6
+	}
+	text := fmt.Sprintf("%s%s %v %v %v %d %s", recordMagic, diffID, version, o.Compressor, o.Digester, chunk, dict)
 	return digest.FromString(text).Encoded()
 }
 

@@ -85,8 +85,8 @@ func (d *Dict) index(o Options, first int) (*dict, error) {
 	switch img := d.Image; {
 	case img == nil || len(d.Blobs) != len(img.Blobs):
 		return nil, fmt.Errorf("%w: chunk dictionary: blobs and bootstrap do not belong together", ErrInvalid)
-	case img.Version == rafs.V5:
-		return nil, fmt.Errorf("%w: chunk dictionary is RAFS v5, the image is to be v6", ErrUnsupported)
+	case img.Version.String() != o.FSVersion.String(): // 0 is a version too
+		return nil, fmt.Errorf("%w: chunk dictionary is RAFS v%v, the image is to be v%v", ErrUnsupported, img.Version, o.FSVersion)
 	case img.ChunkSize != o.ChunkSize:
 		return nil, fmt.Errorf("%w: chunk dictionary has chunks of %d bytes, the image is to have %d", ErrUnsupported, img.ChunkSize, o.ChunkSize)
 	case img.Digester != o.Digester:

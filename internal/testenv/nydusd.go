@@ -1,0 +1,74 @@
+package testenv
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// MountNydusd serves a Nydus image by FUSE through the real nydusd, in its work directory's own cache, and returns
+// the mount point. blobs is a directory with the blobs by id. It is unmounted, and nydusd ended, when the test ends.
+// It needs root and /dev/fuse. nydusd 2.2.0 shows files of mtime 0 with the time of the mount.
+func MountNydusd(t testing.TB, bootstrap, blobs string) string {
+	t.Helper()
+	Root(t)
+	nydusd := Tool(t, "nydusd")
+	if f, err := os.OpenFile("/dev/fuse", os.O_RDWR, 0); err != nil {
+		Kernel(t, "FUSE", err)
+	} else if err := f.Close(); err != nil {
+		t.Fatal(err)
+	}
+	dir := t.TempDir()
+	mountpoint, work := filepath.Join(dir, "mnt"), filepath.Join(dir, "work")
+	config, err := json.Marshal(map[string]any{
+		"device": map[string]any{
+			"backend": map[string]any{"type": "localfs", "config": map[string]any{"dir": blobs}},
+			"cache":   map[string]any{"type": "blobcache", "config": map[string]any{"work_dir": work}},
+		},
+		"mode": "direct", "enable_xattr": true,
+	})
+	configFile := filepath.Join(dir, "config.json")
+	if err := errors.Join(err, os.Mkdir(mountpoint, 0o700), os.Mkdir(work, 0o700), os.WriteFile(configFile, config, 0o600)); err != nil {
+		t.Fatal(err)
+	}
+	var log bytes.Buffer
+	cmd := exec.Command(nydusd, "fuse", "--mountpoint", mountpoint, "--bootstrap", bootstrap, "--config", configFile, "--rlimit-nofile", "0")
+	cmd.Stdout, cmd.Stderr = &log, &log
+	wait := Start(t, cmd)
+	t.Cleanup(func() {
+		if err := unix.Unmount(mountpoint, 0); err != nil && !errors.Is(err, unix.EINVAL) {
+			t.Errorf("unmount: %v", err)
+			_ = unix.Unmount(mountpoint, unix.MNT_DETACH)
+		}
+		// On SIGTERM it unmounts as well, and where the mount is gone already it may hang instead of ending.
+		_ = cmd.Process.Kill()
+		_ = wait()
+		if t.Failed() {
+			t.Logf("nydusd: %.3000s", log.String())
+		}
+	})
+	ended := make(chan struct{})
+	go func() { _ = wait(); close(ended) }()
+	for deadline := time.Now().Add(20 * time.Second); ; time.Sleep(20 * time.Millisecond) {
+		var st unix.Statfs_t
+		err := unix.Statfs(mountpoint, &st)
+		if err == nil && st.Type == unix.FUSE_SUPER_MAGIC {
+			return mountpoint
+		}
+		select {
+		case <-ended:
+			t.Fatal("nydusd ended")
+		default:
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("nydusd does not mount: %v, type %#x", err, st.Type)
+		}
+	}
+}
