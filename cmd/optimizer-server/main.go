@@ -2,7 +2,7 @@
 // standard output, as package internal/tracer/stream describes. It is started by the NRI
 // plugin and by optimizer record, one process per container.
 //
-//	optimizer-server --pid PID [--root DIR] [--max-files N]
+//	optimizer-server --pid PID [--root DIR] [--max-files N] [--pages SPEC 3<instance]
 //
 // It ends when the process does, on SIGTERM or SIGINT, and when its standard input, if
 // that is a pipe, is closed; everything that happened before is written first. Exit status:
@@ -34,6 +34,9 @@ const (
 	gcPercent   = 40
 	memoryLimit = 64 << 20 // bytes; soft
 )
+
+// pagesFD is the descriptor of the instance of tracefs: the first after standard error.
+const pagesFD = 3
 
 func main() {
 	runtime.LockOSThread() // the server joins another mount namespace
@@ -68,6 +71,8 @@ func parse(args []string, env func(string) string, stderr io.Writer) (server.Con
 	var c server.Config
 	flags.IntVar(&c.PID, "pid", 0, "trace the container of process `PID`, as the host numbers it (default: $_MNTNS_PID)")
 	flags.StringVar(&c.Root, "root", "", "trace `DIR` inside that process' root (default: $_TARGET, else /)")
+	var spec string
+	flags.StringVar(&spec, "pages", "", "read page events too, from the instance of tracefs that is open as descriptor 3 and that `SPEC` describes")
 	flags.IntVar(&c.MaxFiles, "max-files", server.DefaultMaxFiles, "list at most `N` files; more are counted as lost")
 	if err := flags.Parse(args); err != nil {
 		if errors.Is(err, flag.ErrHelp) {
@@ -77,6 +82,12 @@ func parse(args []string, env func(string) string, stderr io.Writer) (server.Con
 	}
 	if flags.NArg() > 0 {
 		return server.Config{}, fmt.Errorf("%w: unexpected argument %q", errUsage, flags.Arg(0))
+	}
+	if spec != "" {
+		if err := c.Pages.Spec.UnmarshalText([]byte(spec)); err != nil {
+			return server.Config{}, fmt.Errorf("%w: --pages: %w", errUsage, err)
+		}
+		c.Pages.Instance = os.NewFile(pagesFD, "tracefs instance")
 	}
 	if v := env("_MNTNS_PID"); c.PID == 0 && v != "" {
 		pid, err := strconv.Atoi(v)

@@ -191,6 +191,9 @@ func startUnarmed(t *testing.T, pid int, o tracer.Options) *tracer.Session {
 		o.Server = testenv.Binary(t, "optimizer-server")
 	}
 	o.Log = zaptest.NewLogger(t)
+	if usePages {
+		o.Pages = pool(t)
+	}
 	s, err := tracer.Start(context.Background(), o)
 	if err != nil {
 		t.Fatal(err)

@@ -31,6 +31,7 @@ func (s *Session) run(ctx context.Context, stdout io.ReadCloser) {
 	close(ended)
 	<-watched
 	exit := s.cmd.Wait()
+	s.giveBack()
 	s.res = in.result(err, asExit(exit))
 	close(s.done)
 }
@@ -111,6 +112,7 @@ type receiver struct {
 	armed   time.Time
 	began   time.Time // monotonic
 	mark    string
+	engine  string
 	end     *stream.End
 	failure *stream.Failure
 }
@@ -142,11 +144,22 @@ func (r *receiver) frame(f stream.Frame) error {
 		if !r.began.IsZero() {
 			return fmt.Errorf("%w: ready twice", stream.ErrInvalid)
 		}
-		r.armed, r.began, r.mark = f.Armed, time.Now(), f.Mark
+		r.armed, r.began, r.mark, r.engine = f.Armed, time.Now(), f.Mark, f.Engine
+		if f.Note != "" {
+			r.s.filesOnly(f.Note)
+		}
 		close(r.s.ready)
 	case stream.Touch:
 		token(r.s.touched)
 		return r.rec.Touch(f.ID, f.Access)
+	case stream.Found:
+		return r.rec.Found(f.ID, f.Access)
+	case stream.Rename:
+		return r.rec.Rename(f.ID, f.Path)
+	case stream.Ranges:
+		r.rec.Ranges(f.ID, f.Ranges)
+	case stream.Process:
+		r.rec.Process(f.Process)
 	case stream.Pending:
 		token(r.s.touched)
 	case stream.Merge:
@@ -174,7 +187,7 @@ func (r *receiver) result(err error, exit string) Result {
 	s.mu.Lock()
 	why := s.why
 	s.mu.Unlock()
-	res := Result{Armed: r.armed, Mark: r.mark, End: why}
+	res := Result{Armed: r.armed, Mark: r.mark, End: why, Engine: r.engine, Grade: trace.GradeFile}
 	switch {
 	case r.end != nil && err == nil:
 		r.rec.Saw(r.end.Events)
@@ -183,6 +196,7 @@ func (r *receiver) result(err error, exit string) Result {
 			r.rec.Lose(l)
 		}
 		res.Duration = r.end.Elapsed
+		res.Engine, res.Grade = r.end.Engine, r.end.Grade
 		if r.end.Reason == EndExit || why == "" {
 			res.End = r.end.Reason
 		}

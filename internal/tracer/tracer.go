@@ -29,6 +29,7 @@ import (
 	"go.uber.org/zap"
 
 	"github.com/headstart-oci/headstart/pkg/trace"
+	"github.com/headstart-oci/headstart/pkg/trace/tracefs"
 )
 
 // Reasons for the end of a recording, as [Result.End] has them.
@@ -62,6 +63,7 @@ const waitDelay = time.Second
 // Options says what to trace and for how long.
 type Options struct {
 	Server  string        // path of the optimizer-server binary
+	Pages   *tracefs.Pool // where page events come from; nil: whole files only
 	PID     int           // the container's first process, as the host numbers it
 	Timeout time.Duration // 0: none; the recording ends then, counted from arming
 	Idle    time.Duration // 0: none; ends when no file was touched for the first time for that long
@@ -75,6 +77,8 @@ type Result struct {
 	End      string        // one of the End constants, or the reason handed to Stop
 	Armed    time.Time     // wall clock of arming; zero when it never armed
 	Duration time.Duration // from arming to the end
+	Engine   string        // what recorded: "fanotify", or that and what told the pages
+	Grade    string        // how exact the ranges are: one of the trace package's grades
 	Mark     string        // what was marked: "filesystem", or "mount", which misses other mounts of the same files
 	Err      error         // the tracer could not start or died; the Trace then has a Loss
 }
@@ -86,6 +90,7 @@ type Session struct {
 	cmd   *exec.Cmd
 	stdin io.Closer
 	err   tail
+	pages *tracefs.Instance // nil: none
 
 	ready   chan struct{}
 	done    chan struct{}
@@ -124,8 +129,10 @@ func Start(ctx context.Context, o Options) (*Session, error) {
 		ready: make(chan struct{}), done: make(chan struct{}), stop: make(chan struct{}),
 		touched: make(chan struct{}, 1), alive: make(chan struct{}, 1),
 	}
+	s.takePages(ctx)
 	stdout, err := s.spawn()
 	if err != nil {
+		s.giveBack()
 		return nil, fmt.Errorf("start tracer %s: %w", o.Server, err)
 	}
 	go s.run(ctx, stdout)
@@ -136,6 +143,14 @@ func Start(ctx context.Context, o Options) (*Session, error) {
 // asks the server to finish, and comes by itself when this process dies.
 func (s *Session) spawn() (io.ReadCloser, error) {
 	cmd := exec.Command(s.o.Server, "--pid", strconv.Itoa(s.o.PID))
+	if s.pages != nil {
+		spec, err := s.pages.Spec().MarshalText()
+		if err != nil {
+			return nil, err
+		}
+		cmd.Args = append(cmd.Args, "--pages", string(spec))
+		cmd.ExtraFiles = []*os.File{s.pages.File()} // descriptor 3
+	}
 	cmd.Env = []string{"GOMAXPROCS=2", "GOTRACEBACK=single"}
 	cmd.Dir = "/"
 	cmd.Stderr = &s.err
@@ -156,6 +171,32 @@ func (s *Session) spawn() (io.ReadCloser, error) {
 	}
 	s.cmd, s.stdin = cmd, stdin
 	return stdout, nil
+}
+
+// takePages gets an instance for the page events. Without one the recording goes on.
+func (s *Session) takePages(ctx context.Context) {
+	if s.o.Pages == nil {
+		return
+	}
+	in, err := s.o.Pages.Get(ctx)
+	if err != nil {
+		s.filesOnly(err.Error())
+		return
+	}
+	s.pages = in
+}
+
+// filesOnly logs why there are no page events.
+func (s *Session) filesOnly(why string) {
+	s.log.Warn("recording whole files, not ranges: " + oneLine(why))
+}
+
+// giveBack returns the instance to its pool.
+func (s *Session) giveBack() {
+	if s.pages != nil {
+		s.o.Pages.Put(s.pages)
+		s.pages = nil
+	}
 }
 
 // Ready returns a channel that is closed once the marks are in place; it never is when

@@ -50,9 +50,17 @@ type Access struct {
 	Ranges []Range
 }
 
+// Grades of a trace: how exact its ranges are.
+const (
+	GradeExact       = "exact"        // every range is certain: the run touched each of its pages
+	GradeFaultAround = "fault-around" // ranges, some of them an upper bound
+	GradeFile        = "file"         // whole files
+)
+
 // Loss is something a trace is known to miss.
 type Loss struct {
-	// Reason is a short word: "overflow", "late", "killed", "unresolved", "limit".
+	// Reason is a short word: "overflow", "overrun", "late", "killed",
+	// "unresolved", "pages", "limit".
 	Reason string
 	// Count is how many events or files are missing; -1 when nobody knows.
 	Count int64

@@ -80,3 +80,54 @@ func TestRecorderRefuses(t *testing.T) {
 		}
 	}
 }
+
+// TestRecorderEngines holds how what two engines tell becomes one trace.
+func TestRecorderEngines(t *testing.T) {
+	const ms = time.Millisecond
+	var r trace.Recorder
+	must := func(err error) {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	at := func(p string, elapsed time.Duration) trace.Access { return trace.Access{Path: p, Elapsed: elapsed} }
+	// Heard of late, together: the pages know better, and what came before is not later.
+	must(r.Touch(0, at("/opened", 30*ms)))
+	must(r.Touch(1, at("/read", 30*ms)))
+	must(r.Touch(2, at("/early", 30*ms)))
+	must(r.Touch(3, at("/newname", 30*ms)))
+	must(r.Touch(4, at("/alias", 31*ms)))
+	must(r.Touch(5, at("/whole", 40*ms)))
+	must(r.Found(6, at("/found", 15*ms)))
+	must(r.Found(7, at("/whole", 20*ms))) // the other engine found a file that is listed
+	r.Ranges(0, nil)
+	r.Ranges(1, []trace.Range{{Offset: 4096, Length: 1, Elapsed: 10 * ms, Certain: true}})
+	r.Ranges(1, []trace.Range{{Offset: 0, Length: 1, Elapsed: 20 * ms}})
+	r.Ranges(6, []trace.Range{{Length: 9, Elapsed: 15 * ms}})
+	r.Ranges(99, []trace.Range{{Length: 1}}) // never recorded
+	must(r.Rename(3, "/oldname"))
+	must(r.Rename(4, "/early"))
+	must(r.Rename(99, "/x"))
+	if err := r.Rename(0, "relative"); err == nil {
+		t.Error("Rename to a relative path = nil")
+	}
+	r.Ranges(4, []trace.Range{{Length: 5, Elapsed: 32 * ms}})
+	r.Process(trace.Process{PID: 2, Parent: 1, Command: "c"})
+	r.Process(trace.Process{PID: 1})
+
+	want := trace.Trace{
+		Accesses: []trace.Access{
+			{Path: "/opened", Elapsed: 10 * ms, Ranges: []trace.Range{}},
+			{Path: "/read", Elapsed: 10 * ms, Ranges: []trace.Range{{Offset: 4096, Length: 1, Elapsed: 10 * ms, Certain: true}, {Length: 1, Elapsed: 20 * ms}}},
+			{Path: "/found", Elapsed: 15 * ms, Ranges: []trace.Range{{Length: 9, Elapsed: 15 * ms}}},
+			{Path: "/early", Elapsed: 30 * ms, Ranges: []trace.Range{{Length: 5, Elapsed: 32 * ms}}},
+			{Path: "/oldname", Elapsed: 30 * ms},
+			{Path: "/whole", Elapsed: 40 * ms},
+		},
+		Processes: []trace.Process{{PID: 2, Parent: 1, Command: "c"}, {PID: 1}},
+	}
+	if diff := cmp.Diff(want, r.Trace()); diff != "" {
+		t.Errorf("Trace (-want +got):\n%s", diff)
+	}
+}

@@ -2,8 +2,10 @@ package server
 
 import (
 	"bytes"
+	"os"
 	"path"
 	"strconv"
+	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -22,10 +24,18 @@ const (
 	maxComms = 4096
 )
 
-// comms tells the command names of processes.
+// comms tells the command names of processes and who made them. Safe for concurrent use.
 type comms struct {
-	proc  int // the host's /proc
+	proc    int   // the host's /proc
+	first   int32 // the container's first process
+	outside int32 // this process
+
+	// mu guards what follows.
+	mu    sync.Mutex
 	cache map[int32]comm
+	names map[int32]string // the last name of each process of the tree
+	tree  map[int32]relative
+	born  map[int32]int32 // by a fork: who made it
 }
 
 type comm struct {
@@ -35,7 +45,12 @@ type comm struct {
 	next  string // what it will be called then, as far as the file's name tells
 }
 
-func newComms(proc int) *comms { return &comms{proc: proc, cache: make(map[int32]comm)} }
+func newComms(proc, first int) *comms {
+	return &comms{
+		proc: proc, first: int32(first), outside: int32(os.Getpid()), //nolint:gosec // process ids fit: the kernel's limit is 2^22
+		cache: make(map[int32]comm), names: make(map[int32]string), tree: make(map[int32]relative), born: make(map[int32]int32),
+	}
+}
 
 // of returns the command name of process pid, "" when it is unknown. exec says that the
 // process is executing a file, after which its name will be another.
@@ -43,6 +58,8 @@ func (c *comms) of(pid int32, exec bool) string {
 	if pid <= 0 {
 		return ""
 	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
 	now := time.Now()
 	have, ok := c.cache[pid]
 	if ok && !have.stale && now.Sub(have.at) < commFresh {
@@ -63,11 +80,17 @@ func (c *comms) of(pid int32, exec bool) string {
 		clear(c.cache)
 	}
 	c.cache[pid] = comm{name: name, at: now, stale: exec}
+	c.place(pid)
+	if _, ok := c.tree[pid]; ok && name != "" {
+		c.names[pid] = name
+	}
 	return name
 }
 
 // changes notes that process pid is about to execute a file that is known already.
 func (c *comms) changes(pid int32) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
 	if have, ok := c.cache[pid]; ok {
 		have.stale, have.next = true, ""
 		c.cache[pid] = have
@@ -77,6 +100,8 @@ func (c *comms) changes(pid int32) {
 // executes notes the file that process pid, of which c was asked, is about to execute. The
 // first one counts: interpreters follow. Source: fs/exec.c begin_new_exec.
 func (c *comms) executes(pid int32, file string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
 	have, ok := c.cache[pid]
 	if !ok || !have.stale || have.next != "" {
 		return

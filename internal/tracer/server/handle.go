@@ -127,7 +127,7 @@ func (s *session) first(f file, fd int, raw string, how trace.How, pid int32, st
 		s.losses.Lose(trace.Loss{Reason: "limit", Count: -1, Detail: fmt.Sprintf("more than %d files were touched", s.c.MaxFiles)})
 		return
 	}
-	e := entry{id: s.nextID, how: how}
+	e := entry{ino: f.ino, id: s.nextID, how: how}
 	s.nextID++
 	a := trace.Access{
 		How: how, Size: size(st), Elapsed: s.since(), PID: pid,
@@ -160,6 +160,7 @@ func (s *session) name(e *entry, a trace.Access, raw string, st *unix.Statx_t, w
 		if a.How&trace.Executed != 0 {
 			s.comms.executes(a.PID, p)
 		}
+		s.noted(e, p)
 		s.out.send(stream.Touch{ID: e.id, Access: a})
 	case !s.t.whole():
 		e.state = left // a file of the same mount that lies outside the root

@@ -20,6 +20,7 @@ import (
 
 	"github.com/headstart-oci/headstart/internal/tracer/stream"
 	"github.com/headstart-oci/headstart/pkg/fanotify"
+	"github.com/headstart-oci/headstart/pkg/trace/tracefs"
 )
 
 // DefaultMaxFiles is how many files one trace holds unless told otherwise; more become a
@@ -29,8 +30,15 @@ const DefaultMaxFiles = 1 << 20
 // Config says what to trace.
 type Config struct {
 	PID      int    // a process of the container, as the host numbers it; greater than 0
+	Pages    Pages  // where page events come from; the zero value: nowhere
 	Root     string // directory inside that process' root; empty means "/"
 	MaxFiles int    // 0 and what exceeds 2^31-1 mean DefaultMaxFiles
+}
+
+// Pages is an instance of tracefs that somebody else made, as its open directory.
+type Pages struct {
+	Instance *os.File // nil: none
+	Spec     tracefs.Spec
 }
 
 // Codes of [stream.Failure].
@@ -103,8 +111,10 @@ func arm(c Config, out *output) (*session, error) {
 	if err != nil {
 		return nil, errors.Join(err, t.close())
 	}
+	s := newSession(c, t, g, out)
+	note := s.openPages()
 	fail := func(err error) (*session, error) {
-		return nil, errors.Join(err, g.Close(), t.close())
+		return nil, errors.Join(err, s.closePages(), g.Close(), t.close())
 	}
 	if err := t.join(c.Root); err != nil {
 		return fail(fmt.Errorf("join process %d: %w", c.PID, err))
@@ -113,9 +123,57 @@ func arm(c Config, out *output) (*session, error) {
 	if err != nil {
 		return fail(fmt.Errorf("mark the root of process %d: %w", c.PID, err))
 	}
-	s := newSession(c, t, g, out)
-	out.send(stream.Ready{Armed: s.armed, Mark: kind.String()})
+	if n := s.armPages(); note == "" {
+		note = n
+	}
+	s.armed = time.Now()
+	if s.pages != nil {
+		s.pages.begin()
+	}
+	out.send(stream.Ready{Armed: s.armed, Mark: kind.String(), Engine: s.engine, Note: note})
 	return s, nil
+}
+
+// openPages makes ready to read page events, which needs to see the host still, and returns why
+// it cannot; "" too when nobody wants it to.
+func (s *session) openPages() string {
+	p := s.c.Pages
+	if p.Instance == nil {
+		return ""
+	}
+	l, err := newPageLog(p, s.t, s.comms, s.c.MaxFiles)
+	if err != nil {
+		return err.Error()
+	}
+	s.pages, s.engine = l, l.engine()
+	return ""
+}
+
+// armPages makes the kernel record page events. It comes after the marks and before the container goes on, and
+// returns why that failed.
+func (s *session) armPages() string {
+	if s.pages == nil {
+		return ""
+	}
+	s.t.takeRoot()
+	err := errNoLayers
+	if s.t.sees() {
+		err = s.pages.arm()
+	}
+	if err == nil {
+		return ""
+	}
+	s.engine = engineFiles
+	return errors.Join(err, s.closePages()).Error()
+}
+
+// closePages gives up the page events.
+func (s *session) closePages() error {
+	l := s.pages
+	if s.pages = nil; l == nil {
+		return nil
+	}
+	return l.close()
 }
 
 // raiseFileLimit lifts the soft limit of open files to the hard one. It is a precaution:

@@ -261,7 +261,7 @@ func TestComms(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer func() { _ = unix.Close(proc) }()
-	c := newComms(proc)
+	c := newComms(proc, 1)
 	b, err := os.ReadFile("/proc/self/comm")
 	if err != nil {
 		t.Fatal(err)

@@ -37,6 +37,9 @@ type session struct {
 	names   *namer
 	origin  *origin
 	others  *outsiders
+	pages   *pageLog // nil: files only
+	engine  string
+	grade   string
 	comms   *comms
 	self    int32
 	armed   time.Time
@@ -64,6 +67,8 @@ type file struct {
 
 // entry is what is known of a file that was touched.
 type entry struct {
+	ino   uint64 // as the root shows it
+	path  string // of those that are listed, where page events are read
 	id    uint32
 	how   trace.How
 	hot   uint8
@@ -91,7 +96,9 @@ func newSession(c Config, t *target, g *fanotify.Group, out *output) *session {
 		c: c, t: t, group: g, out: out,
 		names:   newNamer(t),
 		others:  newOutsiders(t),
-		comms:   newComms(t.proc),
+		comms:   newComms(t.proc, c.PID),
+		engine:  engineFiles,
+		grade:   trace.GradeFile,
 		self:    int32(os.Getpid()), //nolint:gosec // process ids fit: the kernel's limit is 2^22
 		armed:   time.Now(),
 		events:  make([]fanotify.Event, batch),
@@ -239,18 +246,35 @@ func (s *session) finish() error {
 		return err
 	}
 	s.resolvePending()
+	if s.pages != nil {
+		for _, l := range s.pages.stop() {
+			s.losses.Lose(l)
+		}
+		s.seen += s.pages.events
+		s.resolvePages()
+	}
+	for _, p := range s.comms.processes() {
+		s.out.send(stream.Process{Process: p})
+	}
 	return nil
+}
+
+// noted keeps the path of a listed file for when its pages are looked up.
+func (s *session) noted(e *entry, p string) {
+	if s.pages != nil {
+		e.path = p
+	}
 }
 
 // release closes everything of the container.
 func (s *session) release() error {
-	return errors.Join(s.group.Close(), s.t.leave(), s.t.close())
+	return errors.Join(s.closePages(), s.group.Close(), s.t.leave(), s.t.close())
 }
 
 // end is the last frame.
 func (s *session) end() stream.End {
 	return stream.End{
-		Reason: s.reason, Elapsed: s.since(), Events: s.seen, Skipped: s.skipped,
+		Reason: s.reason, Engine: s.engine, Grade: s.grade, Elapsed: s.since(), Events: s.seen, Skipped: s.skipped,
 		Losses: s.losses.Trace().Losses,
 	}
 }

@@ -29,6 +29,7 @@ type target struct {
 	host  int // the host's mountinfo: whatever reads it sees the namespace it was opened in
 
 	hostDev string            // "major:minor" of the server's own root
+	layers  []layer           // where the image's files come from; none when that is not known
 	mounts  []*mountinfo.Info // of the process, before the join
 	mount   *mountinfo.Info   // the mount that root lies on; nil when unknown
 	stat    unix.Statx_t      // of root
@@ -103,7 +104,35 @@ func (t *target) locate() error {
 			t.upper = fd
 		} // else it is not visible from here, and file handles have to do
 	}
-	return nil
+	if len(t.layers) > 0 {
+		return nil
+	}
+	own, err := t.mountinfo(os.Getpid())
+	if err != nil {
+		return fmt.Errorf("read own mountinfo: %w", err)
+	}
+	t.layers, err = openLayers(t.mount, own)
+	if errors.Is(err, errNoLayers) {
+		err = nil
+	}
+	return err
+}
+
+// takeRoot makes the root, which was entered, the one layer where it is no overlay.
+func (t *target) takeRoot() {
+	if t.overlay() || len(t.layers) > 0 || t.mount == nil || t.view < 0 {
+		return
+	}
+	fd, err := unix.FcntlInt(uintptr(t.view), unix.F_DUPFD_CLOEXEC, 0)
+	if err == nil {
+		t.layers = []layer{{fd: fd, dev: deviceOf(t.mount), kind: t.mount.FSType}}
+	}
+}
+
+// sees reports whether page events can be told to be of the image: its layers are known, and one
+// at least is on a filesystem that uses the page cache.
+func (t *target) sees() bool {
+	return len(t.devices()) > 0 && (!t.overlay() || t.whole())
 }
 
 // join moves the calling thread, which must be locked, into the container's mount
@@ -192,11 +221,11 @@ func (t *target) leave() error {
 	for _, fd := range []*int{&t.ns, &t.root, &t.view, &t.upper, &t.host} {
 		err = errors.Join(err, replace(fd, -1))
 	}
-	return err
+	return errors.Join(err, closeLayers(t.layers))
 }
 
 func (t *target) close() error {
-	var err error
+	err := closeLayers(t.layers)
 	for _, fd := range []*int{&t.pidfd, &t.proc, &t.fds, &t.home, &t.ns, &t.root, &t.view, &t.upper, &t.host} {
 		err = errors.Join(err, replace(fd, -1))
 	}
@@ -225,3 +254,25 @@ func readlink(dir int, name string) string {
 
 // pollFD narrows a descriptor to what poll(2) takes; descriptors fit by construction.
 func pollFD(fd int) int32 { return int32(fd) } //nolint:gosec // descriptors are below RLIMIT_NOFILE
+
+// threads returns the threads of the container's first process.
+func (t *target) threads() ([]int, error) {
+	fd, err := unix.Openat(t.proc, strconv.Itoa(t.pid)+"/task", unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, fmt.Errorf("list threads: %w", err)
+	}
+	dir := os.NewFile(uintptr(fd), "task")
+	names, err := dir.Readdirnames(-1)
+	if err = errors.Join(err, dir.Close()); err != nil {
+		return nil, fmt.Errorf("list threads: %w", err)
+	}
+	var threads []int
+	for _, name := range names {
+		n, err := strconv.Atoi(name)
+		if err != nil {
+			return nil, fmt.Errorf("list threads: %w", err)
+		}
+		threads = append(threads, n)
+	}
+	return threads, nil
+}

@@ -1,6 +1,8 @@
 package server
 
 import (
+	"bytes"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"path"
@@ -67,18 +69,22 @@ func (s *session) found(p string, i inode) {
 		}
 		e := &s.entries[w.entry]
 		w.access.Path, w.access.How = p, e.how
+		s.noted(e, p)
 		e.state = listed
 		s.out.send(stream.Touch{ID: e.id, Access: w.access})
 	}
 }
 
-// walk visits the regular files below a directory.
+// walk visits the regular files below a directory, on its filesystem.
 type walk struct {
 	view     int
 	deadline time.Time
 	found    func(p string, i inode)
-	buf      []byte
-	entries  int
+	// wanted, when set, says by the number that a directory has for a file whether it is worth
+	// a visit; what is visited then has that number and no device.
+	wanted  func(ino uint64) bool
+	buf     []byte
+	entries int
 }
 
 var errWalkBound = errors.New("too much to search")
@@ -101,35 +107,84 @@ func (w *walk) run(more func() bool) error {
 // dir visits one directory and returns those in it. A directory that cannot be read, or
 // went away, has nothing in it.
 func (w *walk) dir(dir string) ([]string, error) {
-	const flags = unix.O_RDONLY | unix.O_DIRECTORY | unix.O_NOFOLLOW | unix.O_NOATIME | unix.O_CLOEXEC
-	fd, err := unix.Openat(w.view, path.Join(".", dir), flags, 0)
+	how := unix.OpenHow{
+		Flags:   unix.O_RDONLY | unix.O_DIRECTORY | unix.O_NOFOLLOW | unix.O_NOATIME | unix.O_CLOEXEC,
+		Resolve: unix.RESOLVE_BENEATH | unix.RESOLVE_NO_SYMLINKS | unix.RESOLVE_NO_XDEV,
+	}
+	fd, err := unix.Openat2(w.view, path.Join(".", dir), &how)
 	if err != nil {
 		return nil, nil //nolint:nilerr // as said above
 	}
 	var below []string
-	for err == nil {
-		var n int
-		if n, err = unix.ReadDirent(fd, w.buf); err != nil || n == 0 {
+	for {
+		n, err := unix.ReadDirent(fd, w.buf)
+		if err != nil || n == 0 {
 			break
 		}
-		_, _, names := unix.ParseDirent(w.buf[:n], -1, nil)
-		for _, name := range names {
-			var st unix.Stat_t
-			p := path.Join(dir, name)
-			if len(p) > maxPath || unix.Fstatat(fd, name, &st, unix.AT_SYMLINK_NOFOLLOW) != nil {
-				continue
+		for b := w.buf[:n]; len(b) > 0; {
+			var e dirent
+			e, b = nextDirent(b)
+			if w.visit(fd, dir, e) {
+				below = append(below, path.Join(dir, e.name))
 			}
-			switch st.Mode & unix.S_IFMT {
-			case unix.S_IFDIR:
-				below = append(below, p)
-			case unix.S_IFREG:
-				w.found(p, inode{st.Dev, st.Ino})
-			}
+			w.entries++
 		}
-		w.entries += len(names)
 		if w.entries > maxWalk || time.Now().After(w.deadline) {
 			return nil, errors.Join(errWalkBound, unix.Close(fd))
 		}
 	}
 	return below, unix.Close(fd)
+}
+
+// visit looks at one entry of the open directory and reports whether it is one itself.
+func (w *walk) visit(fd int, dir string, e dirent) bool {
+	if e.name == "" || e.name == "." || e.name == ".." || len(dir)+len(e.name) >= maxPath {
+		return false
+	}
+	if w.wanted != nil && e.kind == unix.DT_REG {
+		if w.wanted(e.ino) {
+			w.found(path.Join(dir, e.name), inode{ino: e.ino})
+		}
+		return false
+	}
+	if e.kind != unix.DT_UNKNOWN && e.kind != unix.DT_REG {
+		return e.kind == unix.DT_DIR
+	}
+	var st unix.Stat_t
+	if unix.Fstatat(fd, e.name, &st, unix.AT_SYMLINK_NOFOLLOW) != nil {
+		return false
+	}
+	if st.Mode&unix.S_IFMT == unix.S_IFREG && (w.wanted == nil || w.wanted(st.Ino)) {
+		w.found(path.Join(dir, e.name), inode{st.Dev, st.Ino})
+	}
+	return st.Mode&unix.S_IFMT == unix.S_IFDIR
+}
+
+// dirent is struct linux_dirent64: ino u64, off s64, reclen u16, type u8, name.
+// Source: include/linux/dirent.h.
+type dirent struct {
+	ino  uint64
+	kind uint8
+	name string
+}
+
+const (
+	offReclen = 8 + 8
+	offType   = offReclen + 2
+	offName   = offType + 1
+)
+
+// nextDirent takes the first entry off b, which the kernel wrote; what is left is empty when b is
+// no such thing.
+func nextDirent(b []byte) (dirent, []byte) {
+	if len(b) < offName {
+		return dirent{}, nil
+	}
+	order := binary.NativeEndian
+	size := int(order.Uint16(b[offReclen:]))
+	if size < offName || size > len(b) {
+		return dirent{}, nil
+	}
+	name, _, _ := bytes.Cut(b[offName:size], []byte{0})
+	return dirent{ino: order.Uint64(b), kind: b[offType], name: string(name)}, b[size:]
 }

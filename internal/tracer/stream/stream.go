@@ -16,7 +16,7 @@ import (
 )
 
 // Magic opens a stream; its last byte is the version of the format.
-const Magic = "HSTRACE\x01"
+const Magic = "HSTRACE\x02"
 
 // MaxFrame bounds the bytes of one frame after its length. A path that the kernel
 // names is at most 4096 bytes; one found by walking the tree can be longer.
@@ -36,17 +36,24 @@ const (
 	kindTouch   = 'T'
 	kindPending = 'P'
 	kindMerge   = 'M'
+	kindFound   = 'O'
+	kindRename  = 'N'
+	kindRanges  = 'G'
+	kindProcess = 'Q'
 	kindFailure = 'F'
 	kindEnd     = 'E'
 )
 
-// Frame is one of [Ready], [Touch], [Pending], [Merge], [Failure] and [End].
+// Frame is one of [Ready], [Touch], [Pending], [Merge], [Found], [Rename], [Ranges],
+// [Process], [Failure] and [End].
 type Frame interface{ append(b []byte) []byte }
 
 // Ready says that the marks are in place.
 type Ready struct {
-	Armed time.Time // wall clock, to the nanosecond
-	Mark  string    // what was marked: "filesystem" or "mount"
+	Armed  time.Time // wall clock, to the nanosecond
+	Mark   string    // what was marked: "filesystem" or "mount"
+	Engine string    // what records besides fanotify; empty: nothing
+	Note   string    // why not a better engine; may be empty
 }
 
 // Touch is the first touch of a file of the image. Ranges of the access are not sent.
@@ -64,6 +71,34 @@ type Merge struct {
 	How trace.How
 }
 
+// Found is the first touch of a file that came to light at the end, by its pages. Ranges of
+// the access are not sent.
+type Found struct {
+	ID     uint32
+	Access trace.Access
+}
+
+// Rename says that the file of an earlier Touch has another path in the image.
+type Rename struct {
+	ID   uint32
+	Path string
+}
+
+// Ranges adds touched ranges to an earlier Touch or Found, at most [MaxRanges] at a time; none at
+// all says that no byte was touched.
+type Ranges struct {
+	ID     uint32
+	Ranges []trace.Range
+}
+
+// MaxRanges is how many ranges one frame holds: 3 int64 and a byte each.
+const MaxRanges = MaxFrame / 2 / sizeRange
+
+const sizeRange = 3*8 + 1
+
+// Process is one process of the run.
+type Process struct{ trace.Process }
+
 // Failure says why the server cannot trace. No End follows.
 type Failure struct {
 	Code string // "late", "privilege", "kernel", "internal"
@@ -73,6 +108,8 @@ type Failure struct {
 // End closes the stream: everything that happened before has been sent.
 type End struct {
 	Reason  string        // "exit" or "stop"
+	Engine  string        // what recorded
+	Grade   string        // one of the trace package's grades
 	Elapsed time.Duration // since arming
 	Events  int64
 	Skipped int64
@@ -97,12 +134,15 @@ func frameLen(b []byte, start int) uint32 {
 }
 
 func (f Ready) append(b []byte) []byte {
-	return append(put64(append(b, kindReady), f.Armed.UnixNano()), f.Mark...)
+	b = put64(append(b, kindReady), f.Armed.UnixNano())
+	return append(putString(putString(b, f.Mark), f.Engine), clip(f.Note, MaxFrame/2)...)
 }
 
-func (f Touch) append(b []byte) []byte {
-	a := &f.Access
-	b = binary.LittleEndian.AppendUint32(append(b, kindTouch), f.ID)
+func (f Touch) append(b []byte) []byte { return putAccess(append(b, kindTouch), f.ID, &f.Access) }
+func (f Found) append(b []byte) []byte { return putAccess(append(b, kindFound), f.ID, &f.Access) }
+
+func putAccess(b []byte, id uint32, a *trace.Access) []byte {
+	b = binary.LittleEndian.AppendUint32(b, id)
 	b = put64(put64(append(b, byte(a.How)), a.Size), int64(a.Elapsed))
 	b = binary.LittleEndian.AppendUint32(b, uint32(a.PID)) //nolint:gosec // the bits are kept
 	return append(putString(b, a.Command), a.Path...)
@@ -114,12 +154,33 @@ func (f Merge) append(b []byte) []byte {
 	return append(binary.LittleEndian.AppendUint32(append(b, kindMerge), f.ID), byte(f.How))
 }
 
+func (f Rename) append(b []byte) []byte {
+	return append(binary.LittleEndian.AppendUint32(append(b, kindRename), f.ID), f.Path...)
+}
+
+func (f Ranges) append(b []byte) []byte {
+	b = binary.LittleEndian.AppendUint32(append(b, kindRanges), f.ID)
+	for _, r := range f.Ranges {
+		b = append(put64(put64(put64(b, r.Offset), r.Length), int64(r.Elapsed)), 0)
+		if r.Certain {
+			b[len(b)-1] = 1
+		}
+	}
+	return b
+}
+
+func (f Process) append(b []byte) []byte {
+	b = binary.LittleEndian.AppendUint32(append(b, kindProcess), uint32(f.PID)) //nolint:gosec // the bits are kept
+	b = binary.LittleEndian.AppendUint32(b, uint32(f.Parent))                   //nolint:gosec // the bits are kept
+	return append(b, clip(f.Command, MaxFrame/2)...)
+}
+
 func (f Failure) append(b []byte) []byte {
 	return append(putString(append(b, kindFailure), f.Code), clip(f.Text, MaxFrame/2)...)
 }
 
 func (f End) append(b []byte) []byte {
-	b = putString(append(b, kindEnd), f.Reason)
+	b = putString(putString(putString(append(b, kindEnd), f.Reason), f.Engine), f.Grade)
 	b = put64(put64(put64(b, int64(f.Elapsed)), f.Events), f.Skipped)
 	for _, l := range f.Losses {
 		b = putString(put64(putString(b, l.Reason), l.Count), l.Detail)
@@ -191,9 +252,17 @@ func decode(b []byte) (Frame, error) {
 	var f Frame
 	switch b[0] {
 	case kindReady:
-		f = Ready{Armed: time.Unix(0, c.int64()), Mark: c.rest()}
+		f = Ready{Armed: time.Unix(0, c.int64()), Mark: c.string(), Engine: c.string(), Note: c.rest()}
 	case kindTouch:
-		f = c.touch()
+		f = Touch{ID: c.uint32(), Access: c.access()}
+	case kindFound:
+		f = Found{ID: c.uint32(), Access: c.access()}
+	case kindRename:
+		f = Rename{ID: c.uint32(), Path: c.rest()}
+	case kindRanges:
+		f = Ranges{ID: c.uint32(), Ranges: c.ranges()}
+	case kindProcess:
+		f = Process{trace.Process{PID: c.int32(), Parent: c.int32(), Command: c.rest()}}
 	case kindPending:
 		f = Pending{}
 	case kindMerge:
@@ -236,19 +305,37 @@ func (c *cursor) int64() int64 {
 	return int64(binary.LittleEndian.Uint64(c.take(8))) //nolint:gosec // the bits are kept
 }
 
-func (c *cursor) touch() Touch {
-	t := Touch{ID: c.uint32()}
-	t.Access.How = trace.How(c.byte())
-	t.Access.Size = c.int64()
-	t.Access.Elapsed = time.Duration(c.int64())
-	t.Access.PID = int32(c.uint32()) //nolint:gosec // the bits are kept
-	t.Access.Command = c.string()
-	t.Access.Path = c.rest()
-	return t
+func (c *cursor) int32() int32 { return int32(c.uint32()) } //nolint:gosec // the bits are kept
+
+func (c *cursor) access() trace.Access {
+	return trace.Access{
+		How: trace.How(c.byte()), Size: c.int64(), Elapsed: time.Duration(c.int64()),
+		PID: c.int32(), Command: c.string(), Path: c.rest(),
+	}
+}
+
+// ranges takes ranges to the frame's end; a certainty that is neither 0 nor 1 spoils the frame.
+func (c *cursor) ranges() []trace.Range {
+	if len(c.b)%sizeRange != 0 || len(c.b)/sizeRange > MaxRanges {
+		c.short = true
+		return nil
+	}
+	var out []trace.Range
+	for len(c.b) > 0 {
+		r := trace.Range{Offset: c.int64(), Length: c.int64(), Elapsed: time.Duration(c.int64())}
+		sure := c.byte()
+		r.Certain = sure == 1
+		if sure > 1 || r.Offset < 0 || r.Length <= 0 || r.Offset > math.MaxInt64-r.Length {
+			c.short = true
+			return nil
+		}
+		out = append(out, r)
+	}
+	return out
 }
 
 func (c *cursor) end() End {
-	e := End{Reason: c.string(), Elapsed: time.Duration(c.int64()), Events: c.int64(), Skipped: c.int64()}
+	e := End{Reason: c.string(), Engine: c.string(), Grade: c.string(), Elapsed: time.Duration(c.int64()), Events: c.int64(), Skipped: c.int64()}
 	for len(c.b) > 0 {
 		e.Losses = append(e.Losses, trace.Loss{Reason: c.string(), Count: c.int64(), Detail: c.string()})
 	}

@@ -19,13 +19,18 @@ import (
 
 func frames() []stream.Frame {
 	return []stream.Frame{
-		stream.Ready{Armed: time.Unix(1700000000, 123456789), Mark: "filesystem"},
+		stream.Ready{Armed: time.Unix(1700000000, 123456789), Mark: "filesystem", Engine: "filemap", Note: "a\nnote"},
 		stream.Touch{ID: 0, Access: trace.Access{Path: "/a\nb\xff\x00c", How: trace.Opened | trace.Executed, Size: math.MaxInt64, Elapsed: 5, PID: math.MaxInt32, Command: "c d\n"}},
 		stream.Touch{ID: math.MaxUint32, Access: trace.Access{Path: "/" + strings.Repeat("x", 4095), PID: -1}},
 		stream.Pending{},
 		stream.Merge{ID: 7, How: trace.Read},
+		stream.Found{ID: 9, Access: trace.Access{Path: "/f", How: trace.Read, Size: 1, Elapsed: 2, PID: 3, Command: "c"}},
+		stream.Rename{ID: 7, Path: "/other\n"},
+		stream.Ranges{ID: 7},
+		stream.Ranges{ID: 8, Ranges: []trace.Range{{Offset: 0, Length: math.MaxInt64, Elapsed: 4, Certain: true}, {Offset: 1, Length: 2}}},
+		stream.Process{Process: trace.Process{PID: math.MaxInt32, Parent: -1, Command: "x y"}},
 		stream.Failure{Code: "late", Text: "gone\nreally"},
-		stream.End{Reason: "exit", Elapsed: time.Minute, Events: 10, Skipped: 2},
+		stream.End{Reason: "exit", Engine: "e+f", Grade: "exact", Elapsed: time.Minute, Events: 10, Skipped: 2},
 		stream.End{Reason: "stop", Losses: []trace.Loss{{Reason: "overflow", Count: -1, Detail: "x"}, {Reason: "limit", Count: 3}}},
 	}
 }
@@ -112,7 +117,7 @@ func TestInvalid(t *testing.T) {
 		text string
 	}{
 		"other program":     {[]byte(`{"path":"/bin/sh"}`), stream.ErrMagic, `starts with "{\"path\"`},
-		"other version":     {[]byte("HSTRACE\x02"), stream.ErrMagic, "want"},
+		"other version":     {[]byte("HSTRACE\x01"), stream.ErrMagic, "want"},
 		"empty frame":       {frame(0, ""), stream.ErrInvalid, "0 bytes, want 1 to 65536"},
 		"huge frame":        {frame(math.MaxUint32, "R"), stream.ErrInvalid, "4294967295 bytes"},
 		"just too large":    {frame(stream.MaxFrame+1, "R"), stream.ErrInvalid, "65537 bytes"},
@@ -122,7 +127,11 @@ func TestInvalid(t *testing.T) {
 		"command past end":  {frame(27, "T"+strings.Repeat("\x00", 25)+"\x05"), stream.ErrInvalid, "does not hold its fields"},
 		"merge with more":   {frame(7, "M12345x"), stream.ErrInvalid, "does not hold its fields"},
 		"pending with more": {frame(2, "Px"), stream.ErrInvalid, "does not hold its fields"},
-		"cut loss":          {frame(27, "E"+strings.Repeat("\x00", 25)+"\x01"), stream.ErrInvalid, "does not hold its fields"},
+		"short process":     {frame(8, "Q1234567"), stream.ErrInvalid, "does not hold its fields"},
+		"cut range":         {frame(6, "G12345"), stream.ErrInvalid, "does not hold its fields"},
+		"empty range":       {frame(30, "G1234"+strings.Repeat("\x00", 25)), stream.ErrInvalid, "does not hold its fields"},
+		"many ranges":       {frame(5+(stream.MaxRanges+1)*25, "G1234"+strings.Repeat(strings.Repeat("\x00", 8)+"\x01"+strings.Repeat("\x00", 16), stream.MaxRanges+1)), stream.ErrInvalid, "does not hold its fields"},
+		"cut loss":          {frame(29, "E"+strings.Repeat("\x00", 27)+"\x01"), stream.ErrInvalid, "does not hold its fields"},
 	}
 	for name, tt := range tests {
 		t.Run(name, func(t *testing.T) {

@@ -1,0 +1,312 @@
+package server
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/headstart-oci/headstart/internal/tracer/stream"
+	"github.com/headstart-oci/headstart/pkg/trace"
+)
+
+// identity joins what the two engines know after a run: files that fanotify named, and
+// inodes whose pages were touched.
+type identity struct {
+	s       *session
+	named   map[inode]struct{}  // inodes with pages whose path is known
+	left    map[uint64]struct{} // numbers of inodes that the run made
+	renamed map[uint64][]uint32 // entries that are not where they were in the image, by inode number
+	wanted  map[inode]*pageFile // inodes with pages whose path is not known
+	sure    bool                // every range so far is certain
+	whole   bool                // some file counts as a whole
+	ranges  bool                // some file has ranges, be they none
+	bound   time.Time           // when to give up the search
+}
+
+// resolvePages gives the accesses their ranges, and the files that only page events show
+// their paths. It runs after the last event.
+func (s *session) resolvePages() {
+	d := &identity{
+		s: s, named: make(map[inode]struct{}), left: make(map[uint64]struct{}),
+		renamed: make(map[uint64][]uint32), wanted: s.pages.files, sure: true, bound: time.Now().Add(walkTime),
+	}
+	for i := range s.entries {
+		d.entry(uint32(i)) //nolint:gosec // at most Config.MaxFiles
+	}
+	for id := range d.named {
+		delete(d.wanted, id)
+	}
+	err := d.search()
+	for id := range d.wanted {
+		_, known := d.left[id.ino]
+		switch {
+		case known: // it was counted already
+		case err != nil:
+			s.unresolved(1, fmt.Sprintf("no path of the image was found for pages that were touched (search ended early: %v)", err))
+		default:
+			s.skipped++
+		}
+	}
+	s.skipped += int64(len(s.pages.others))
+	s.grade = d.grade()
+}
+
+// grade says how exact the list is.
+func (d *identity) grade() string {
+	switch {
+	case !d.ranges || !d.s.pages.exact():
+		return trace.GradeFile
+	case d.sure && !d.whole:
+		return trace.GradeExact
+	}
+	return trace.GradeFaultAround
+}
+
+// entry looks for a file that fanotify named in the layers and sends its ranges.
+func (d *identity) entry(i uint32) {
+	e := &d.s.entries[i]
+	switch {
+	case e.state == left:
+		d.left[e.ino] = struct{}{}
+		return
+	case e.state != listed:
+		return
+	}
+	l, st := d.s.t.inLayers(e.path, e.ino)
+	if l == nil {
+		d.renamed[e.ino] = append(d.renamed[e.ino], i)
+		d.whole = true
+		return
+	}
+	d.send(i, l, &st)
+}
+
+// send sends what is known of the pages of an entry that is file st of a layer.
+func (d *identity) send(i uint32, l *layer, st *unix.Stat_t) {
+	e, id := &d.s.entries[i], inode{l.dev, st.Ino}
+	if !l.visible() {
+		d.whole = true
+		return
+	}
+	f := d.s.pages.files[id]
+	if _, again := d.named[id]; again {
+		f = &pageFile{} // another name of the same inode
+	} else if f == nil {
+		// Bytes that came past the page cache, by direct I/O, leave no page event.
+		unseen := e.how&trace.Read != 0 && !d.s.t.changed(e.path)
+		if unseen || !d.s.pages.exact() {
+			d.whole = true
+			return
+		}
+		f = &pageFile{}
+	}
+	d.named[id] = struct{}{}
+	d.put(e.id, f, st.Size)
+}
+
+// put sends the ranges of a file of size bytes.
+func (d *identity) put(id uint32, f *pageFile, size int64) {
+	ranges := f.set.Ranges(size, os.Getpagesize())
+	if !d.s.pages.exact() && f.set.Len() > 0 {
+		last := time.Duration(0)
+		for _, r := range ranges {
+			last = max(last, r.Elapsed)
+		}
+		ranges = append(ranges, trace.Rest(ranges, size, last)...)
+	}
+	for _, r := range ranges {
+		d.sure = d.sure && r.Certain
+	}
+	d.ranges = true
+	for {
+		n := min(len(ranges), stream.MaxRanges)
+		d.s.out.send(stream.Ranges{ID: id, Ranges: ranges[:n]})
+		if ranges = ranges[n:]; len(ranges) == 0 {
+			break
+		}
+	}
+	if d.s.out.full() {
+		d.s.out.flush()
+	}
+}
+
+// search walks the layers, the topmost first, for the inodes that are missing.
+func (d *identity) search() error {
+	for i := range d.s.t.layers {
+		l := &d.s.t.layers[i]
+		w := walk{view: l.fd, deadline: d.bound, buf: make([]byte, 64<<10), wanted: d.maybe(l), found: func(p string, _ inode) {
+			d.found(i, p)
+		}}
+		err := w.run(d.missing)
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (d *identity) missing() bool { return len(d.wanted) > 0 || len(d.renamed) > 0 }
+
+// maybe returns what tells a walk of l which inode numbers are worth a look.
+func (d *identity) maybe(l *layer) func(ino uint64) bool {
+	return func(ino uint64) bool {
+		if _, ok := d.wanted[inode{l.dev, ino}]; ok {
+			return true
+		}
+		_, ok := d.renamed[ino]
+		return ok
+	}
+}
+
+// found handles a file of layer i that may be one of those that are missing.
+func (d *identity) found(i int, p string) {
+	l := &d.s.t.layers[i]
+	var st unix.Stat_t
+	if unix.Fstatat(l.fd, p[1:], &st, unix.AT_SYMLINK_NOFOLLOW) != nil || st.Mode&unix.S_IFMT != unix.S_IFREG || d.s.t.shadowed(i, p) {
+		return
+	}
+	id := inode{l.dev, st.Ino}
+	for _, e := range d.renamed[st.Ino] {
+		d.s.out.send(stream.Rename{ID: d.s.entries[e].id, Path: p})
+		d.s.entries[e].path = p
+		d.send(e, l, &st)
+	}
+	if _, ok := d.renamed[st.Ino]; ok {
+		delete(d.renamed, st.Ino)
+		delete(d.wanted, id)
+		return
+	}
+	f, ok := d.wanted[id]
+	if !ok {
+		return
+	}
+	delete(d.wanted, id)
+	if !d.s.t.overlay() && d.s.t.younger(l.fd, p, d.s.armed) {
+		d.s.skipped++
+		return
+	}
+	first, _ := f.set.First()
+	a := trace.Access{Path: p, How: f.how, Size: st.Size, Elapsed: first, PID: f.pid, Command: f.comm}
+	d.s.out.send(stream.Found{ID: d.s.nextID, Access: a})
+	d.put(d.s.nextID, f, st.Size)
+	d.s.nextID++
+}
+
+// inLayers returns the layer in which a path of the image is the file with inode number ino, as the
+// root shows it, and its status there; nil when it is in none.
+func (t *target) inLayers(p string, ino uint64) (*layer, unix.Stat_t) {
+	for i := range t.layers {
+		var st unix.Stat_t
+		err := unix.Fstatat(t.layers[i].fd, p[1:], &st, unix.AT_SYMLINK_NOFOLLOW)
+		if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ENOTDIR) {
+			continue
+		}
+		// A file that the run changed may have another number than the one it was copied from.
+		if err == nil && st.Mode&unix.S_IFMT == unix.S_IFREG && (sameNumber(st.Ino, ino) || (t.changed(p) && t.plain(i, p))) {
+			return &t.layers[i], st
+		}
+		break
+	}
+	return nil, unix.Stat_t{}
+}
+
+// sameNumber compares inode numbers of an overlay and of a layer. The overlay may use the highest
+// bits of its own for the layer (fs/overlayfs/util.c, xino).
+func sameNumber(a, b uint64) bool { return (a^b)<<16 == 0 }
+
+// changed reports whether the writable layer has a file at p.
+func (t *target) changed(p string) bool {
+	var st unix.Stat_t
+	return t.upper >= 0 && unix.Fstatat(t.upper, p[1:], &st, unix.AT_SYMLINK_NOFOLLOW) == nil && st.Mode&unix.S_IFMT == unix.S_IFREG
+}
+
+// plain reports whether no symbolic link is on the way to p in layer i.
+func (t *target) plain(i int, p string) bool {
+	fd, err := beneath(t.layers[i].fd, p, unix.O_PATH)
+	return err == nil && unix.Close(fd) == nil
+}
+
+func beneath(dir int, p string, flags uint64) (int, error) {
+	return unix.Openat2(dir, p[1:], &unix.OpenHow{
+		Flags: flags | unix.O_NOFOLLOW | unix.O_CLOEXEC, Resolve: unix.RESOLVE_BENEATH | unix.RESOLVE_NO_SYMLINKS,
+	})
+}
+
+// shadowed reports whether a layer above layer i hides its file at p: by a whiteout or anything else at
+// p, or by something that is no directory, or an opaque directory, on the way.
+func (t *target) shadowed(i int, p string) bool {
+	for j := range t.layers[:i] {
+		for at := 1; at <= len(p); at++ {
+			if at < len(p) && p[at] != '/' {
+				continue
+			}
+			var st unix.Stat_t
+			if unix.Fstatat(t.layers[j].fd, p[1:at], &st, unix.AT_SYMLINK_NOFOLLOW) != nil {
+				break
+			}
+			if at == len(p) || st.Mode&unix.S_IFMT != unix.S_IFDIR || t.opaque(j, p[:at]) {
+				return true
+			}
+		}
+	}
+	return false
+}
+
+// opaque reports whether a directory of layer j hides what layers below have there.
+func (t *target) opaque(j int, dir string) bool {
+	fd, err := beneath(t.layers[j].fd, dir, unix.O_RDONLY|unix.O_DIRECTORY)
+	if err != nil {
+		return false
+	}
+	defer func() { _ = unix.Close(fd) }()
+	for _, name := range []string{"trusted.overlay.opaque", "user.overlay.opaque"} {
+		var v [1]byte
+		if n, err := unix.Fgetxattr(fd, name, v[:]); err == nil && n == 1 && v[0] == 'y' {
+			return true
+		}
+	}
+	return false
+}
+
+// younger reports whether a file was made after a point in time.
+func (t *target) younger(dir int, p string, than time.Time) bool {
+	var st unix.Statx_t
+	err := unix.Statx(dir, p[1:], unix.AT_SYMLINK_NOFOLLOW, unix.STATX_BTIME, &st)
+	return err == nil && st.Mask&unix.STATX_BTIME != 0 && !time.Unix(st.Btime.Sec, int64(st.Btime.Nsec)).Before(than)
+}
+
+// devices returns the device numbers of the layers' filesystems.
+func (t *target) devices() map[uint64]bool {
+	d := make(map[uint64]bool)
+	for i := range t.layers {
+		if t.layers[i].visible() {
+			d[t.layers[i].dev] = true
+		}
+	}
+	return d
+}
+
+// bound returns files that are on the layers' filesystems and not of the image, as far as that
+// is known beforehand: what is mounted over a file, as resolv.conf is, and the program that is to
+// execute the container's command.
+func (t *target) bound() map[inode]struct{} {
+	out := make(map[inode]struct{})
+	devices := t.devices()
+	for _, m := range t.mounts {
+		var st unix.Stat_t
+		if devices[deviceOf(m)] && m.Mountpoint != "/" &&
+			unix.Fstatat(t.root, strings.TrimPrefix(path.Clean(m.Mountpoint), "/"), &st, unix.AT_SYMLINK_NOFOLLOW) == nil && st.Mode&unix.S_IFMT == unix.S_IFREG {
+			out[inode{deviceOf(m), st.Ino}] = struct{}{}
+		}
+	}
+	var st unix.Stat_t
+	if unix.Fstatat(t.proc, fmt.Sprintf("%d/exe", t.pid), &st, 0) == nil {
+		out[inode{st.Dev, st.Ino}] = struct{}{}
+	}
+	return out
+}

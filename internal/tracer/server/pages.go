@@ -1,0 +1,207 @@
+package server
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"slices"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/headstart-oci/headstart/pkg/trace"
+	"github.com/headstart-oci/headstart/pkg/trace/tracefs"
+)
+
+const (
+	// pageBatch is how many page events are taken from the reader at once.
+	pageBatch = 512
+	// maxThreads bounds the cache of threads, and of the table of processes.
+	maxThreads = 1 << 16
+)
+
+// pageLog folds page events, file by file. One goroutine reads them; what it found is for
+// others after stop.
+type pageLog struct {
+	spec     tracefs.Spec
+	instance *tracefs.Instance
+	reader   *tracefs.Reader
+	devices  map[uint64]bool    // of the image's layers
+	outside  map[inode]struct{} // files on those devices that are none of the image's
+	t        *target
+	comms    *comms
+	max      int   // files
+	start    int64 // CLOCK_MONOTONIC at arming, in nanoseconds
+
+	done    chan struct{}
+	err     error // of reading; nil at the regular end
+	files   map[inode]*pageFile
+	others  map[inode]struct{} // on other filesystems: volumes and the like
+	threads map[int32]int32    // thread to process
+	events  int64
+	full    bool // more files than max were touched
+}
+
+// pageFile is what is known of one inode.
+type pageFile struct {
+	set  trace.PageSet
+	pid  int32 // of the first touch
+	how  trace.How
+	comm string
+}
+
+// newPageLog returns a log of an instance that is handed over; the instance stays its
+// owner's.
+func newPageLog(p Pages, t *target, c *comms, maxFiles int) (*pageLog, error) {
+	in, err := tracefs.FromFile(p.Instance, p.Spec)
+	if err != nil {
+		return nil, err
+	}
+	r, err := in.Reader()
+	if err != nil {
+		return nil, errors.Join(err, in.Close())
+	}
+	return &pageLog{
+		spec: p.Spec, instance: in, reader: r, t: t, comms: c, max: maxFiles,
+		done: make(chan struct{}), files: make(map[inode]*pageFile),
+		others: make(map[inode]struct{}), threads: make(map[int32]int32),
+	}, nil
+}
+
+// arm names the threads of the container's first process to the kernel. Threads that appear while it does so are asked for again; those made later the kernel follows by itself.
+func (l *pageLog) arm() error {
+	l.devices, l.outside = l.t.devices(), l.t.bound()
+	threads, err := l.t.threads()
+	if err != nil {
+		return err
+	}
+	if err := l.instance.Arm(threads...); err != nil {
+		return err
+	}
+	late, err := l.t.threads()
+	if err == nil && !slices.Equal(threads, late) {
+		err = l.instance.Add(late...)
+	}
+	return err
+}
+
+// begin starts the clock and the reading.
+func (l *pageLog) begin() {
+	l.start = monotonic()
+	go l.run()
+}
+
+// Engines, as lists name them.
+const (
+	engineFiles   = "fanotify"
+	enginePages   = "fanotify+filemap"    // tracefs: reads and faults
+	engineInserts = "fanotify+page-cache" // tracefs: what was read into the page cache
+)
+
+// exact reports whether the events show everything that is touched, cached or not.
+func (l *pageLog) exact() bool { return l.spec.Events.Contains(tracefs.Pages) }
+
+func (l *pageLog) engine() string {
+	if l.exact() {
+		return enginePages
+	}
+	return engineInserts
+}
+
+// monotonic is CLOCK_MONOTONIC in nanoseconds, which never fails.
+func monotonic() int64 {
+	var ts unix.Timespec
+	_ = unix.ClockGettime(unix.CLOCK_MONOTONIC, &ts)
+	return ts.Nano()
+}
+
+func (l *pageLog) run() {
+	defer close(l.done)
+	events := make([]tracefs.Event, pageBatch)
+	for {
+		n, err := l.reader.Read(events)
+		for i := range events[:n] {
+			l.fold(&events[i])
+		}
+		switch {
+		case errors.Is(err, io.EOF):
+			return
+		case errors.Is(err, tracefs.ErrInvalid):
+			l.err = err // of one page; the others tell more
+		case err != nil:
+			l.err = err
+			return
+		}
+	}
+}
+
+// fold adds one event to what is known of its file.
+func (l *pageLog) fold(e *tracefs.Event) {
+	l.events++
+	at := time.Duration(e.Time - l.start)
+	switch e.Kind {
+	case tracefs.Fork:
+		l.comms.forked(e.Other, l.process(e.PID))
+		return
+	case tracefs.Read, tracefs.Fault, tracefs.Around, tracefs.Insert:
+	default:
+		return
+	}
+	id := inode{unix.Mkdev(e.Major(), e.Minor()), e.Inode}
+	f := l.files[id]
+	if f == nil {
+		if _, out := l.outside[id]; out || !l.devices[id.dev] {
+			if len(l.others) < l.max {
+				l.others[id] = struct{}{}
+			}
+			return
+		}
+		if len(l.files) >= l.max {
+			l.full = true
+			return
+		}
+		f = &pageFile{pid: l.process(e.PID), how: trace.Opened}
+		f.comm = l.comms.of(f.pid, false)
+		l.files[id] = f
+	}
+	if e.Kind == tracefs.Read {
+		f.how |= trace.Read
+	}
+	f.set.Add(e.First, e.Last, at, l.exact() && (e.Kind == tracefs.Read || e.Kind == tracefs.Fault))
+}
+
+// process returns the process of a thread, or the thread's own number when it is gone.
+func (l *pageLog) process(thread int32) int32 {
+	if p, ok := l.threads[thread]; ok {
+		return p
+	}
+	p := l.comms.process(thread)
+	if len(l.threads) >= maxThreads {
+		clear(l.threads)
+	}
+	l.threads[thread] = p
+	return p
+}
+
+// stop reads what happened before and ends the log. It returns what is known to be missing.
+func (l *pageLog) stop() []trace.Loss {
+	l.reader.Stop()
+	<-l.done
+	var losses []trace.Loss
+	if l.err != nil {
+		losses = append(losses, trace.Loss{Reason: "pages", Count: -1, Detail: fmt.Sprintf("page events could not be read: %v", l.err)})
+	}
+	lost, err := l.instance.Lost()
+	if err != nil {
+		losses = append(losses, trace.Loss{Reason: "pages", Count: -1, Detail: fmt.Sprintf("how many page events were lost is not known: %v", err)})
+	} else if lost.Total() > 0 {
+		losses = append(losses, trace.Loss{Reason: "overrun", Count: lost.Total(), Detail: "the ring buffers of page events were full"})
+	}
+	if l.full {
+		losses = append(losses, trace.Loss{Reason: "limit", Count: -1, Detail: fmt.Sprintf("pages of more than %d files were touched", l.max)})
+	}
+	return losses
+}
+
+// close gives up the descriptors.
+func (l *pageLog) close() error { return errors.Join(l.reader.Close(), l.instance.Close()) }

@@ -1,0 +1,92 @@
+package server
+
+import (
+	"bytes"
+	"strconv"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/headstart-oci/headstart/pkg/trace"
+)
+
+// maxStatus is more than the head of /proc/PID/status takes that is read, in bytes.
+const maxStatus = 1 << 10
+
+// relative is what is known of a process' place in the tree.
+type relative struct {
+	parent int32
+	seen   int // in what order processes were seen
+}
+
+// process returns the process that a thread belongs to, the thread itself when it is gone.
+func (c *comms) process(thread int32) int32 {
+	if p, ok := c.status(thread, "Tgid"); ok && p > 0 {
+		return p
+	}
+	return thread
+}
+
+// forked notes that a thread or process was made by a process. Which of the two it is shows when
+// it does something, and then what is noted here counts for those that are gone by then.
+func (c *comms) forked(child, parent int32) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if len(c.born) < maxThreads {
+		c.born[child] = parent
+	}
+}
+
+// place notes a process and its ancestors, as far as they are known. The caller holds mu.
+func (c *comms) place(pid int32) {
+	for range maxDepth {
+		if pid <= 0 || pid == c.outside {
+			return
+		}
+		if _, ok := c.tree[pid]; ok || len(c.tree) >= maxThreads {
+			return
+		}
+		parent, ok := c.born[pid]
+		if !ok {
+			parent, _ = c.status(pid, "PPid")
+		}
+		if pid == c.first || parent == c.outside {
+			parent = 0 // outside the container
+		}
+		c.tree[pid] = relative{parent: parent, seen: len(c.tree)}
+		if name, alive := c.read(pid); alive {
+			c.names[pid] = name
+		}
+		pid = parent
+	}
+}
+
+// maxDepth bounds the way from a process to the container's first.
+const maxDepth = 256
+
+// processes returns those that were noted, in the order of first sight, and their ancestors.
+func (c *comms) processes() []trace.Process {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	out := make([]trace.Process, len(c.tree))
+	for pid, r := range c.tree {
+		out[r.seen] = trace.Process{PID: pid, Parent: r.parent, Command: c.names[pid]}
+	}
+	return out
+}
+
+// status returns a number from /proc/PID/status; false when the process is gone.
+func (c *comms) status(pid int32, field string) (int32, bool) {
+	fd, err := unix.Openat(c.proc, strconv.Itoa(int(pid))+"/status", unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return 0, false
+	}
+	var b [maxStatus]byte
+	n, err := unix.Read(fd, b[:])
+	if cerr := unix.Close(fd); err != nil || cerr != nil {
+		return 0, false
+	}
+	_, rest, ok := bytes.Cut(b[:n], []byte("\n"+field+":\t"))
+	line, _, ended := bytes.Cut(rest, []byte("\n"))
+	v, err := strconv.ParseInt(string(line), 10, 32)
+	return int32(v), ok && ended && err == nil
+}
