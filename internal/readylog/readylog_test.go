@@ -1,0 +1,148 @@
+package readylog_test
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/headstart-oci/headstart/internal/readylog"
+)
+
+const stamp = "2026-01-02T03:04:05.678901234Z "
+
+func write(t *testing.T, path, text string, flag int) {
+	t.Helper()
+	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|flag, 0o600)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := f.WriteString(text); err != nil {
+		t.Fatal(err)
+	}
+	if err := f.Close(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestWaitForms(t *testing.T) {
+	long := strings.Repeat("x", readylog.MaxLine)
+	for name, tc := range map[string]struct{ log, pattern, want string }{
+		"whole":            {stamp + "stdout F one\n" + stamp + "stderr F ready now\n", "^ready", "ready now"},
+		"parts":            {stamp + "stdout P rea\n" + stamp + "stderr F noise\n" + stamp + "stdout P dy \n" + stamp + "stdout F now\n", "^ready now$", "ready now"},
+		"tag with more":    {stamp + "stdout F:x ready\n", "ready", "ready"},
+		"empty text":       {stamp + "stdout F \n", "^$", ""},
+		"no text":          {stamp + "stdout F\n", "^$", ""},
+		"other lines":      {"garbage\n\n" + stamp + "stdlog F ready\n" + stamp + "stdout F ready 2\n", "ready", "ready 2"},
+		"after a long one": {stamp + "stdout F " + long + "ready\n" + stamp + "stdout F ready\n", "ready", "ready"},
+		"after long parts": {strings.Repeat(stamp+"stdout P "+long[:16<<10]+"\n", 9) + stamp + "stdout F ready\n" + stamp + "stdout F ready 3\n", "ready", "ready 3"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			path := filepath.Join(t.TempDir(), "0.log")
+			write(t, path, tc.log, 0)
+			ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+			defer cancel()
+			if got, err := readylog.Wait(ctx, path, regexp.MustCompile(tc.pattern)); err != nil || got != tc.want {
+				t.Errorf("Wait = %.40q, %v, want %q", got, err, tc.want)
+			}
+		})
+	}
+}
+
+// A file that appears late, is rotated twice and truncated in between.
+func TestWaitFollows(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "0.log")
+	type result struct {
+		line string
+		err  error
+	}
+	got := make(chan result, 1)
+	go func() {
+		line, err := readylog.Wait(t.Context(), path, regexp.MustCompile("ready"))
+		got <- result{line, err}
+	}()
+	pause := func() { time.Sleep(120 * time.Millisecond) }
+	pause()
+	write(t, path, stamp+"stdout F first\n"+stamp+"stdout P rea", 0)
+	pause()
+	write(t, path, stamp+"stdout F cut\n", os.O_TRUNC)
+	pause()
+	for range 2 {
+		if err := os.Rename(path, path+".old"); err != nil {
+			t.Fatal(err)
+		}
+		pause()
+		write(t, path, stamp+"stdout F rotated\n", 0)
+		pause()
+	}
+	// Rotated again with the line still unread: the open file is read to its end.
+	write(t, path, stamp+"stdout F ready at last\n", os.O_APPEND)
+	if err := os.Rename(path, path+".older"); err != nil {
+		t.Fatal(err)
+	}
+	select {
+	case r := <-got:
+		if r.err != nil || r.line != "ready at last" {
+			t.Errorf("Wait = %q, %v", r.line, r.err)
+		}
+	case <-time.After(10 * time.Second):
+		t.Fatal("Wait does not return")
+	}
+}
+
+func TestWaitEnds(t *testing.T) {
+	dir := t.TempDir()
+	ctx, cancel := context.WithTimeout(t.Context(), 150*time.Millisecond)
+	defer cancel()
+	if _, err := readylog.Wait(ctx, filepath.Join(dir, "missing"), regexp.MustCompile("x")); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("Wait for a file that never comes = %v", err)
+	}
+	if _, err := readylog.Wait(t.Context(), dir, regexp.MustCompile("x")); err == nil || !strings.Contains(err.Error(), dir) {
+		t.Errorf("Wait for a directory = %v, want an error with its name", err)
+	}
+}
+
+func TestCompile(t *testing.T) {
+	if _, err := readylog.Compile(strings.Repeat("x", readylog.MaxPattern+1)); err == nil {
+		t.Error("a pattern that is too long is taken")
+	}
+	if _, err := readylog.Compile("("); err == nil {
+		t.Error("a bad pattern is taken")
+	}
+}
+
+func TestTee(t *testing.T) {
+	var out bytes.Buffer
+	var lines []string
+	w := readylog.NewTee(&out, regexp.MustCompile("^ready"), func(line string) { lines = append(lines, line) })
+	text := "not ready\nrea" + "dy 1\nready 2\n"
+	for _, b := range []byte(text) {
+		if n, err := w.Write([]byte{b}); n != 1 || err != nil {
+			t.Fatal(n, err)
+		}
+	}
+	if out.String() != text || len(lines) != 1 || lines[0] != "ready 1" {
+		t.Errorf("passed on %q, found %q", out.String(), lines)
+	}
+}
+
+func FuzzWait(f *testing.F) {
+	f.Add([]byte(stamp + "stdout P a\n" + stamp + "stdout F b\n"))
+	f.Add([]byte("\n \n  \n   \n stdout P \nx stderr F"))
+	f.Fuzz(func(t *testing.T, log []byte) {
+		path := filepath.Join(t.TempDir(), "log")
+		if err := os.WriteFile(path, append(bytes.Clone(log), "\nt stderr F the end\n"...), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		line, err := readylog.Wait(t.Context(), path, regexp.MustCompile("the end$"))
+		if err != nil || !strings.HasSuffix(line, "the end") || len(line) > readylog.MaxLine {
+			t.Errorf("Wait = %q, %v", line, err)
+		}
+	})
+}
