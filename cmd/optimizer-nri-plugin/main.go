@@ -17,6 +17,7 @@ import (
 
 	"go.uber.org/zap"
 
+	"github.com/headstart-oci/headstart/internal/metrics"
 	"github.com/headstart-oci/headstart/internal/nriplugin"
 	"github.com/headstart-oci/headstart/internal/rebuild"
 )
@@ -70,8 +71,8 @@ type flags struct {
 
 // options are the flags that are part of the configuration.
 type options struct {
-	config, events, server, dir, timeout string
-	readable, overwrite                  bool
+	config, events, server, dir, timeout, metrics string
+	readable, overwrite                           bool
 }
 
 func (o *options) define(fs *flag.FlagSet, f *flags) {
@@ -85,6 +86,7 @@ func (o *options) define(fs *flag.FlagSet, f *flags) {
 	fs.StringVar(&o.dir, "persist-dir", f.base.PersistDir, "`directory` of lists, queue and built images")
 	fs.BoolVar(&o.readable, "readable", false, "make the csv file human readable")
 	fs.StringVar(&o.timeout, "timeout", "0", "end a recording after `seconds` (or a duration such as 90s); 0: no limit")
+	fs.StringVar(&o.metrics, "metrics-address", "", "serve Prometheus metrics at this `address`: HOST:PORT of the loopback interface, or unix:PATH (default none)")
 	fs.BoolVar(&o.overwrite, "overwrite", false, "replace the lists that are there, and rebuild images again for other lists")
 }
 
@@ -102,6 +104,8 @@ func (o *options) apply(fs *flag.FlagSet, c *nriplugin.Config) (err error) {
 			c.Readable = o.readable
 		case "timeout":
 			c.Timeout, err = nriplugin.ParseTimeout(o.timeout)
+		case "metrics-address":
+			c.MetricsAddress = o.metrics
 		case "overwrite":
 			c.Overwrite = o.overwrite
 		}
@@ -198,11 +202,14 @@ func serve(ctx context.Context, f *flags, launch *nriplugin.Launch, stderr io.Wr
 	}
 	defer func() { err = errors.Join(err, closer.Close()) }()
 	signal.Ignore(syscall.SIGPIPE) // a reader of our stderr may go away
+	counts, server := metrics.New(), &metrics.Server{}
+	defer func() { err = errors.Join(err, server.Close()) }()
 	p, err := nriplugin.New(nriplugin.Options{
-		Own: f.own, Base: f.base, Log: log,
+		Own: f.own, Base: f.base, Log: log, Metrics: counts,
 		Open: func(c nriplugin.Config) (*nriplugin.Backend, error) {
 			return nriplugin.OpenBackend(c, nriplugin.BackendOptions{
 				Stderr: stderr, Launched: launch != nil, Command: rebuild.Self(verbRebuild),
+				Metrics: counts, Server: server,
 			})
 		},
 		Expired: func(hook string) { expire(log, hook) },

@@ -312,9 +312,12 @@ func (h *host) runtime(running ...*api.Container) *runtime {
 	return r
 }
 
+// noProcess is no process: Linux numbers them to 2^22 at most (PID_MAX_LIMIT).
+const noProcess = 1<<22 + 1
+
 func testContainer(id string) *api.Container {
 	return &api.Container{
-		Id: id, PodSandboxId: "pod", Name: "app", Pid: 1, Args: []string{"app"},
+		Id: id, PodSandboxId: "pod", Name: "app", Pid: noProcess, Args: []string{"app"},
 		Annotations: map[string]string{"io.kubernetes.cri.image-name": "docker.io/library/app:latest"},
 	}
 }

@@ -9,6 +9,8 @@ import (
 
 	"go.uber.org/zap"
 
+	"github.com/headstart-oci/headstart/internal/creation"
+	"github.com/headstart-oci/headstart/internal/metrics"
 	"github.com/headstart-oci/headstart/internal/rebuild"
 	"github.com/headstart-oci/headstart/internal/tracer"
 	"github.com/headstart-oci/headstart/pkg/persist"
@@ -21,6 +23,10 @@ type BackendOptions struct {
 	Launched bool // by containerd, which gives no stderr
 	// Command builds a job; see [rebuild.RunChild].
 	Command rebuild.Command
+	// Metrics counts rebuilds; nil: nothing does. Server, when set, serves them where the
+	// configuration says.
+	Metrics *metrics.Metrics
+	Server  *metrics.Server
 	// Queue, when set, changes the queue's options; for tests.
 	Queue func(*rebuild.QueueOptions)
 }
@@ -47,17 +53,28 @@ func OpenBackend(c Config, o BackendOptions) (*Backend, error) {
 		Resolver: &containerdResolver{address: c.ContainerdAddress, namespace: c.ContainerdNamespace, remote: remote.Options{
 			ContainerdAddress: c.ContainerdAddress, Namespace: c.ContainerdNamespace, Log: log,
 		}},
+		Created: creation.Files,
+		LogPath: func(ctx context.Context, container string) (string, error) {
+			return LogPath(ctx, c.ContainerdAddress, container)
+		},
 		Store: store,
 		Log:   log,
 		Close: func() error { return errors.Join(store.Close(), logCloser.Close()) },
 	}
 	if !c.Rebuild.Enabled {
+		o.serve(&c, log)
 		return b, nil
 	}
 	qo := rebuild.QueueOptions{
 		Command: o.Command, Log: log,
-		Built:  func(j rebuild.Job, r rebuild.Result) { LogBuilt(log, j, r) },
-		Failed: func(j rebuild.Job, f rebuild.Failure) { LogFailed(log, j, f) },
+		Built: func(j rebuild.Job, r rebuild.Result) {
+			o.Metrics.Rebuild(metrics.Built)
+			LogBuilt(log, j, r)
+		},
+		Failed: func(j rebuild.Job, f rebuild.Failure) {
+			o.Metrics.Rebuild(metrics.NotBuilt)
+			LogFailed(log, j, f)
+		},
 	}
 	if o.Queue != nil {
 		o.Queue(&qo)
@@ -67,7 +84,18 @@ func OpenBackend(c Config, o BackendOptions) (*Backend, error) {
 		return nil, errors.Join(fmt.Errorf("key persist_dir: %w", err), b.Close())
 	}
 	b.runQueue(queue, log)
+	o.serve(&c, log)
 	return b, nil
+}
+
+// serve serves the metrics where c says. An address that cannot be had costs the metrics, not the tracing.
+func (o *BackendOptions) serve(c *Config, log *zap.Logger) {
+	if o.Server == nil {
+		return
+	}
+	if err := o.Server.Listen(c.MetricsAddress, o.Metrics); err != nil {
+		log.Warn("no metrics: "+oneLine(err.Error()), zap.String("metrics_address", c.MetricsAddress))
+	}
 }
 
 // runQueue works on the queue until the backend is retired.

@@ -5,12 +5,15 @@ import (
 	"fmt"
 	"math"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
 
 	"go.uber.org/zap/zapcore"
 
+	"github.com/headstart-oci/headstart/internal/metrics"
+	"github.com/headstart-oci/headstart/internal/readylog"
 	"github.com/headstart-oci/headstart/internal/rebuild"
 	"github.com/headstart-oci/headstart/pkg/rafs"
 )
@@ -56,6 +59,13 @@ type Config struct {
 	StartDeadline time.Duration `toml:"-"`
 	// IdleTimeout ends a recording when no file was touched for the first time for so long; 0: never.
 	IdleTimeout time.Duration `toml:"-"`
+	// ReadyLog is a regular expression: a recording ends with the first line of the container's
+	// log that matches it. Empty: none.
+	ReadyLog string `toml:"ready_log"`
+	// Overrides change limits for some images; the first that names an image counts.
+	Overrides []Override `toml:"-"`
+	// MetricsAddress is where metrics are served, see [metrics.CheckAddress]; empty: nowhere.
+	MetricsAddress string `toml:"metrics_address"`
 	// LogFile receives the log besides stderr. Empty: a file under PersistDir when
 	// containerd launched the plugin (which gives it no stderr), none otherwise; "none": no file.
 	LogFile string `toml:"log_file"`
@@ -73,6 +83,15 @@ type Config struct {
 	Namespaces []string `toml:"namespaces"`
 	// Rebuild says what happens to a complete list.
 	Rebuild RebuildConfig `toml:"rebuild"`
+}
+
+// Override is an [[override]] table: it replaces what it sets for images that match.
+type Override struct {
+	// Images are glob patterns as in [Config.Images]; at least one.
+	Images []string
+	// ReadyLog, Timeout and IdleTimeout are as in [Config]; nil: as there.
+	ReadyLog             *string
+	Timeout, IdleTimeout *time.Duration
 }
 
 // RebuildConfig is the [rebuild] table.
@@ -156,11 +175,22 @@ func (c *Config) faults() []*keyError {
 	if c.StartDeadline <= 0 || c.StartDeadline > MaxStartDeadline {
 		bad("start_deadline", "got %v, want more than 0 and at most %v", c.StartDeadline, MaxStartDeadline)
 	}
-	if c.Timeout < 0 || c.Timeout > maxTimeout {
-		bad("timeout", "got %v, want 0 (none) to %v", c.Timeout, maxTimeout)
+	if err := checkLimit(c.Timeout); err != nil {
+		bad("timeout", "%v", err)
 	}
-	if c.IdleTimeout < 0 || c.IdleTimeout > maxTimeout {
-		bad("idle_timeout", "got %v, want 0 (none) to %v", c.IdleTimeout, maxTimeout)
+	if err := checkLimit(c.IdleTimeout); err != nil {
+		bad("idle_timeout", "%v", err)
+	}
+	if _, err := readylog.Compile(c.ReadyLog); err != nil {
+		bad("ready_log", "%v", err)
+	}
+	if err := metrics.CheckAddress(c.MetricsAddress); err != nil {
+		bad("metrics_address", "%v", err)
+	}
+	for i := range c.Overrides {
+		for _, text := range c.Overrides[i].faults() {
+			bad(fmt.Sprintf("override[%d]", i), "%s", text)
+		}
 	}
 	for _, p := range c.Images {
 		if p == "" {
@@ -173,6 +203,41 @@ func (c *Config) faults() []*keyError {
 		}
 	}
 	return append(faults, c.Rebuild.faults()...)
+}
+
+// checkLimit returns nil for the length of a recording that may be asked for.
+func checkLimit(d time.Duration) error {
+	if d < 0 || d > maxTimeout {
+		return fmt.Errorf("got %v, want 0 (none) to %v", d, maxTimeout)
+	}
+	return nil
+}
+
+func (o *Override) faults() []string {
+	var faults []string
+	if len(o.Images) == 0 {
+		faults = append(faults, "images: is missing, want at least one pattern")
+	}
+	if slices.Contains(o.Images, "") {
+		faults = append(faults, "images: holds an empty pattern")
+	}
+	if o.ReadyLog != nil {
+		if _, err := readylog.Compile(*o.ReadyLog); err != nil {
+			faults = append(faults, fmt.Sprintf("ready_log: %v", err))
+		}
+	}
+	for _, d := range []struct {
+		key   string
+		value *time.Duration
+	}{{"timeout", o.Timeout}, {"idle_timeout", o.IdleTimeout}} {
+		if d.value == nil {
+			continue
+		}
+		if err := checkLimit(*d.value); err != nil {
+			faults = append(faults, fmt.Sprintf("%s: %v", d.key, err))
+		}
+	}
+	return faults
 }
 
 func (r *RebuildConfig) faults() []*keyError {

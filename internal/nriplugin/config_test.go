@@ -70,7 +70,7 @@ func TestSampleHasEveryKey(t *testing.T) {
 	for _, key := range []string{
 		"persist_dir", "readable", "server_path", "timeout", "overwrite", "events",
 		"start_deadline", "idle_timeout", "log_file", "log_level", "containerd_address", "containerd_namespace",
-		"hosts_dir", "docker_config", "images", "namespaces",
+		"hosts_dir", "docker_config", "images", "namespaces", "ready_log", "metrics_address",
 		"enabled", "target", "layout_dir", "reference", "compressor", "digester", "chunk_size", "workers", "mark_prefetch_blob",
 	} {
 		if n := len(regexp.MustCompile(`(?m)^`+key+` = `).FindAllString(text, -1)); n < 1 {

@@ -30,7 +30,13 @@ type document struct {
 	Timeout       *text `toml:"timeout"`
 	StartDeadline *text `toml:"start_deadline"`
 	IdleTimeout   *text `toml:"idle_timeout"`
-	Rebuild       struct {
+	Override      []struct {
+		Images      []string `toml:"images"`
+		ReadyLog    *string  `toml:"ready_log"`
+		Timeout     *text    `toml:"timeout"`
+		IdleTimeout *text    `toml:"idle_timeout"`
+	} `toml:"override"`
+	Rebuild struct {
 		RebuildConfig
 		Timeout *text `toml:"timeout"`
 	} `toml:"rebuild"`
@@ -72,6 +78,9 @@ func ParseConfig(data []byte, base Config) (Config, error) {
 		}
 		*d.to = v
 	}
+	if err := doc.overrides(&c); err != nil {
+		return Config{}, err
+	}
 	faults := c.faults()
 	for _, f := range faults {
 		f.line = lineOf(data, f.key)
@@ -80,6 +89,36 @@ func ParseConfig(data []byte, base Config) (Config, error) {
 		return Config{}, err
 	}
 	return c, nil
+}
+
+// overrides works out what the [[override]] tables say.
+func (doc *document) overrides(c *Config) error {
+	if len(doc.Override) > 0 {
+		c.Overrides = nil // those of base are replaced, as every key is
+	}
+	for i, from := range doc.Override {
+		to := Override{Images: from.Images, ReadyLog: from.ReadyLog}
+		for _, d := range []struct {
+			key   string
+			from  *text
+			to    **time.Duration
+			parse func(string) (time.Duration, error)
+		}{
+			{"timeout", from.Timeout, &to.Timeout, ParseTimeout},
+			{"idle_timeout", from.IdleTimeout, &to.IdleTimeout, parseDuration},
+		} {
+			if d.from == nil {
+				continue
+			}
+			v, err := d.parse(string(*d.from))
+			if err != nil {
+				return &keyError{key: fmt.Sprintf("override[%d].%s", i, d.key), text: err.Error()}
+			}
+			*d.to = &v
+		}
+		c.Overrides = append(c.Overrides, to)
+	}
+	return nil
 }
 
 // keyError is a value that cannot be used.

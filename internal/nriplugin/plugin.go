@@ -11,9 +11,12 @@ import (
 	"github.com/containerd/nri/pkg/api"
 	"go.uber.org/zap"
 
+	"github.com/headstart-oci/headstart/internal/creation"
+	"github.com/headstart-oci/headstart/internal/metrics"
 	"github.com/headstart-oci/headstart/internal/rebuild"
 	"github.com/headstart-oci/headstart/internal/tracer"
 	"github.com/headstart-oci/headstart/pkg/persist"
+	"github.com/headstart-oci/headstart/pkg/trace"
 )
 
 // Session is one recording, as [tracer.Session] is: Ready is closed when it is armed, Done
@@ -57,6 +60,10 @@ type Backend struct {
 	Store    Store
 	Builds   Builds // nil: nothing is rebuilt
 	Log      *zap.Logger
+	// Created finds what the runtime read to create a container, as [creation.Files] does; nil: nothing.
+	Created func(ctx context.Context, o creation.Options) []trace.Access
+	// LogPath returns the path of a container's log in the CRI's form; nil: nobody knows it.
+	LogPath func(ctx context.Context, container string) (string, error)
 	// Retire ends what runs in the background and leaves a running build alone when
 	// detach is set; runs that began with this backend may still use it. Close comes
 	// last. Either may be nil.
@@ -74,6 +81,8 @@ type Options struct {
 	Open func(Config) (*Backend, error)
 	// Log is for what happens outside of a configuration.
 	Log *zap.Logger
+	// Metrics counts; nil: nothing is counted.
+	Metrics *metrics.Metrics
 	// HookLimit is after how long Expired is called for a hook that runs; 0: [DefaultHookLimit].
 	HookLimit time.Duration
 	// Expired must end the process. Nil: nothing ends it.
@@ -247,6 +256,7 @@ func (p *Plugin) Synchronize(_ context.Context, _ []*api.PodSandbox, ctrs []*api
 // at the deadline. It never returns an error.
 func (p *Plugin) StartContainer(_ context.Context, pod *api.PodSandbox, ctr *api.Container) (_ error) {
 	entered := time.Now()
+	defer p.timed("StartContainer", entered)
 	defer p.watch.enter("StartContainer")()
 	defer p.recovered("StartContainer")
 	if r := p.begin(pod, ctr); r != nil {
@@ -257,6 +267,7 @@ func (p *Plugin) StartContainer(_ context.Context, pod *api.PodSandbox, ctr *api
 
 // StopContainer ends the container's recording, if there is one.
 func (p *Plugin) StopContainer(_ context.Context, _ *api.PodSandbox, ctr *api.Container) (_ []*api.ContainerUpdate, _ error) {
+	defer p.timed("StopContainer", time.Now())
 	defer p.watch.enter("StopContainer")()
 	defer p.recovered("StopContainer")
 	p.mu.Lock()
@@ -267,6 +278,9 @@ func (p *Plugin) StopContainer(_ context.Context, _ *api.PodSandbox, ctr *api.Co
 	}
 	return nil, nil
 }
+
+// timed counts a hook that began at entered.
+func (p *Plugin) timed(hook string, entered time.Time) { p.o.Metrics.Hook(hook, time.Since(entered)) }
 
 // Shutdown is told by a runtime that goes down; what follows is the connection's end.
 func (p *Plugin) Shutdown(context.Context) {}
@@ -281,10 +295,20 @@ func (p *Plugin) begin(pod *api.PodSandbox, ctr *api.Container) *run {
 	if ctr.GetPid() == 0 && reason == "" {
 		reason = "the runtime gave no process id"
 	}
-	if warn != "" || reason != "" {
+	var warns []string
+	if warn != "" {
+		warns = append(warns, warn)
+	}
+	var until limits
+	if reason == "" {
+		var more []string
+		until, more = s.choose.limitsOf(pod, ctr)
+		warns = append(warns, more...)
+	}
+	if len(warns) > 0 || reason != "" {
 		id, name := ctr.GetId(), ctr.GetName()
 		p.aside(func() {
-			if warn != "" {
+			for _, warn := range warns {
 				s.backend.Log.Warn("annotation ignored", zap.String("container", id), zap.String("name", name), zap.String("why", warn))
 			}
 			if reason != "" {
@@ -296,6 +320,7 @@ func (p *Plugin) begin(pod *api.PodSandbox, ctr *api.Container) *run {
 		return nil
 	}
 	r := newRun(p, s, pod, ctr)
+	r.until = until
 	p.mu.Lock()
 	old := p.runs[r.id]
 	if p.closed {
@@ -305,6 +330,7 @@ func (p *Plugin) begin(pod *api.PodSandbox, ctr *api.Container) *run {
 	p.runs[r.id], p.all[r] = r, true
 	p.work.Add(1)
 	p.mu.Unlock()
+	p.o.Metrics.Began()
 	if old != nil {
 		old.stop("stop") // the id starts again: what was recorded before is a run of its own
 	}

@@ -13,6 +13,8 @@ import (
 	"github.com/containerd/nri/pkg/api"
 	"go.uber.org/zap"
 
+	"github.com/headstart-oci/headstart/internal/creation"
+	"github.com/headstart-oci/headstart/internal/metrics"
 	"github.com/headstart-oci/headstart/internal/rebuild"
 	"github.com/headstart-oci/headstart/internal/tracer"
 	"github.com/headstart-oci/headstart/pkg/persist"
@@ -41,6 +43,8 @@ type run struct {
 	image                    string // as the runtime names it, may be empty
 	args                     []string
 	pid                      int
+	volumes                  []creation.Volume
+	until                    limits
 
 	free     chan struct{} // closed when nothing is left to wait for: armed, or failed
 	freeOnce func()
@@ -64,8 +68,8 @@ func newRun(p *Plugin, s *settings, pod *api.PodSandbox, ctr *api.Container) *ru
 		id: ctr.GetId(), name: ctr.GetName(), pod: pod.GetName(), namespace: pod.GetNamespace(),
 		image: ctr.GetAnnotations()[annotationImage],
 		args:  slices.Clone(ctr.GetArgs()),
-		pid:   int(ctr.GetPid()),
-		free:  free, freeOnce: sync.OnceFunc(func() { close(free) }),
+		pid:   int(ctr.GetPid()), volumes: volumes(ctr),
+		free: free, freeOnce: sync.OnceFunc(func() { close(free) }),
 		released: make(chan struct{}),
 		stopping: make(chan struct{}),
 		began:    time.Now(),
@@ -84,6 +88,7 @@ func (r *run) hold(d time.Duration) {
 		r.mu.Lock()
 		if !r.armed {
 			r.held = time.Since(r.began)
+			r.plugin.o.Metrics.Late()
 		}
 		r.mu.Unlock()
 	}
@@ -130,6 +135,7 @@ func (r *run) main() {
 	log := r.settings.backend.Log.With(zap.String("container", r.id))
 	defer r.plugin.work.Done()
 	defer r.plugin.forget(r)
+	defer r.plugin.o.Metrics.Ended()
 	defer r.freeOnce()
 	defer func() {
 		if v := recover(); v != nil {
@@ -137,9 +143,12 @@ func (r *run) main() {
 		}
 	}()
 	c := &r.settings.cfg
+	ctx, end := context.WithCancel(context.Background())
+	defer end()
+	created := r.created(ctx)
 	// The session ends by its own rules or by Stop; a context would kill it with its trace.
 	s, err := r.settings.backend.Start(context.Background(), tracer.Options{
-		Server: c.ServerPath, PID: r.pid, Timeout: c.Timeout, Idle: c.IdleTimeout, Log: log,
+		Server: c.ServerPath, PID: r.pid, Timeout: r.until.timeout, Idle: r.until.idle, Log: log,
 	})
 	if err != nil {
 		r.freeOnce()
@@ -149,14 +158,20 @@ func (r *run) main() {
 	r.attach(s)
 	resolved := r.resolve()
 	r.awaitReady(s)
+	if r.until.ready != nil {
+		r.plugin.work.Go(func() { r.watchLog(ctx, log) })
+	}
 	if !r.awaitEnd(s) {
 		r.failed(fmt.Errorf("the tracer did not end within %v of being told to", endLimit))
 		return
 	}
+	end() // the log is not watched any longer
 	found := <-resolved
+	res := s.Result()
+	res.Trace.Accesses = creation.Merge(res.Trace.Accesses, created())
 	r.plugin.finishing <- struct{}{}
 	defer func() { <-r.plugin.finishing }()
-	r.finish(s.Result(), found)
+	r.finish(res, found)
 }
 
 // awaitReady waits until the session is ready or over, and frees the hook.
@@ -238,6 +253,7 @@ func (r *run) ask() (res resolution) {
 
 // failed logs the one line of a run that recorded nothing.
 func (r *run) failed(err error) {
+	r.plugin.o.Metrics.Run(metrics.Failed, 0)
 	r.settings.backend.Log.Warn("not recorded: "+err.Error(), zap.String("image", r.image), zap.String("container", r.id),
 		zap.String("name", r.name), zap.String("pod", r.pod), zap.String("namespace", r.namespace))
 }
@@ -259,7 +275,8 @@ func (r *run) finish(res tracer.Result, found resolution) {
 	}
 	list := r.list(res, found.image)
 	c := &r.settings.cfg
-	saved, err := r.settings.backend.Store.Save(list, persist.SaveOptions{Readable: c.Readable, Overwrite: c.Overwrite, Timeout: c.Timeout})
+	saved, err := r.settings.backend.Store.Save(list, persist.SaveOptions{Readable: c.Readable, Overwrite: c.Overwrite, Timeout: r.until.timeout})
+	r.count(list, saved, err)
 	rec := r.recording(list, saved)
 	var outcome string
 	switch {
@@ -301,18 +318,27 @@ func (r *run) list(res tracer.Result, image Image) *persist.List {
 
 // queue asks for a rebuild and returns what the log says about it.
 func (r *run) queue(l *persist.List, rec rebuild.Recording, found resolution) string {
+	outcome, queued := r.enqueue(l, rec, found)
+	if !queued && r.settings.backend.Builds != nil {
+		r.plugin.o.Metrics.Rebuild(metrics.NotQueued)
+	}
+	return outcome
+}
+
+func (r *run) enqueue(l *persist.List, rec rebuild.Recording, found resolution) (outcome string, queued bool) {
 	b := r.settings.backend
 	switch {
 	case b.Builds == nil:
-		return "off"
+		return "off", false
 	case !l.Complete():
-		return "not queued: the list is incomplete"
-	case len(l.Accesses) == 0:
-		return "not queued: the list is empty"
+		return "not queued: the list is incomplete", false
+	case !slices.ContainsFunc(l.Accesses, func(a trace.Access) bool { return a.How != trace.Runtime }):
+		// Nothing, or what is read of every image: the container was gone before it did anything.
+		return "not queued: the list is empty", false
 	case found.image.Optimized:
-		return "not queued: the image is a Nydus image already"
+		return "not queued: the image is a Nydus image already", false
 	case found.image.Digest == "":
-		return "not queued: the image's digest is not known: " + oneLine(fmt.Sprint(found.err))
+		return "not queued: the image's digest is not known: " + oneLine(fmt.Sprint(found.err)), false
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), queueLimit)
 	defer cancel()
@@ -325,7 +351,7 @@ func (r *run) queue(l *persist.List, rec rebuild.Recording, found resolution) st
 		Overwrite: r.settings.cfg.Overwrite,
 	})
 	if err != nil {
-		return "not queued: " + oneLine(err.Error())
+		return "not queued: " + oneLine(err.Error()), false
 	}
-	return verdict(d)
+	return verdict(d), d.Verdict == rebuild.Queued || d.Verdict == rebuild.Replaced
 }

@@ -11,14 +11,17 @@ import (
 	"github.com/distribution/reference"
 )
 
-// Annotations that decide whether a container is recorded, whatever the allow lists say.
-// The value is a boolean as strconv.ParseBool reads it. The container's own wins over
-// its pod's, and the pod's for one container name over the pod's for all.
+// Annotations of a pod or a container. The container's own wins over its pod's, and the pod's for
+// one container, which has a dot and the container's name behind the key, over the pod's for all.
 const (
-	// AnnotationTrace is for a pod or a container.
+	// AnnotationTrace decides whether a container is recorded, whatever the allow lists say. The
+	// value is a boolean as strconv.ParseBool reads it.
 	AnnotationTrace = "headstart.dev/trace"
-	// AnnotationTraceOne followed by a container's name is for that container of a pod.
-	AnnotationTraceOne = AnnotationTrace + "."
+	// AnnotationReadyLog, AnnotationTimeout and AnnotationIdleTimeout win over the configuration's
+	// keys and have their values; an empty pattern is none.
+	AnnotationReadyLog    = "headstart.dev/ready-log"
+	AnnotationTimeout     = "headstart.dev/timeout"
+	AnnotationIdleTimeout = "headstart.dev/idle-timeout"
 )
 
 // Annotations of containerd's CRI plugin. Source: containerd pkg/cri/annotations.
@@ -28,14 +31,21 @@ const (
 	typeSandbox     = "sandbox"
 )
 
-// selector decides which containers are recorded. It is immutable.
+// selector decides which containers are recorded, and until when. It is immutable.
 type selector struct {
 	images     []*regexp.Regexp
 	namespaces []*regexp.Regexp
+	limits     limits
+	overrides  []override
 }
 
 func newSelector(c *Config) *selector {
-	return &selector{images: globs(c.Images), namespaces: globs(c.Namespaces)}
+	s := &selector{images: globs(c.Images), namespaces: globs(c.Namespaces)}
+	s.limits = limits{timeout: c.Timeout, idle: c.IdleTimeout, ready: readyPattern(c.ReadyLog)}
+	for i := range c.Overrides {
+		s.overrides = append(s.overrides, newOverride(&c.Overrides[i]))
+	}
+	return s
 }
 
 // globs compiles patterns in which * is any run of characters, slashes too, and ? any one.
@@ -55,21 +65,10 @@ func (s *selector) choose(pod *api.PodSandbox, ctr *api.Container) (reason, warn
 	if ctr.GetAnnotations()[annotationType] == typeSandbox {
 		return "it is a pod's sandbox", ""
 	}
-	for _, a := range []struct {
-		from map[string]string
-		key  string
-	}{
-		{ctr.GetAnnotations(), AnnotationTrace},
-		{pod.GetAnnotations(), AnnotationTraceOne + ctr.GetName()},
-		{pod.GetAnnotations(), AnnotationTrace},
-	} {
-		v, ok := a.from[a.key]
-		if !ok {
-			continue
-		}
-		on, err := strconv.ParseBool(v)
+	for _, a := range annotated(pod, ctr, AnnotationTrace) {
+		on, err := strconv.ParseBool(a.value)
 		if err != nil {
-			warn = fmt.Sprintf("annotation %s: got %q, want true or false", a.key, v)
+			warn = fmt.Sprintf("annotation %s: got %q, want true or false", a.key, clip(a.value))
 			continue
 		}
 		if !on {

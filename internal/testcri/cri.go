@@ -45,7 +45,8 @@ type ContainerOptions struct {
 	Annotations map[string]string
 	Mounts      []*runtimeapi.Mount
 	Privileged  bool
-	ReadOnly    bool // the root filesystem
+	Attempt     uint32 // how often a container of this name was started before in the pod
+	ReadOnly    bool   // the root filesystem
 }
 
 // Container is a container of a [Pod].
@@ -124,7 +125,7 @@ func (p *Pod) Create(ctx context.Context, o ContainerOptions) (*Container, error
 		o.Name = "main"
 	}
 	config := &runtimeapi.ContainerConfig{
-		Metadata:    &runtimeapi.ContainerMetadata{Name: o.Name},
+		Metadata:    &runtimeapi.ContainerMetadata{Name: o.Name, Attempt: o.Attempt},
 		Image:       &runtimeapi.ImageSpec{Image: o.Image},
 		Command:     o.Command,
 		Args:        o.Args,

@@ -1,0 +1,36 @@
+package nriplugin
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+)
+
+// maxStatus bounds the answer about one container, in bytes: its labels and annotations are in it.
+const maxStatus = 4 << 20
+
+// LogPath asks the CRI at containerd's socket for the path of a container's log, which NRI does not
+// tell. A container whose pod has no log directory has none, which is an error.
+func LogPath(ctx context.Context, address, container string) (_ string, err error) {
+	conn, err := grpc.NewClient("unix://"+strings.TrimPrefix(address, "unix://"),
+		grpc.WithTransportCredentials(insecure.NewCredentials()),
+		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxStatus)))
+	if err != nil {
+		return "", fmt.Errorf("ask the CRI at %s: %w", address, err)
+	}
+	defer func() { err = errors.Join(err, conn.Close()) }()
+	r, err := runtimeapi.NewRuntimeServiceClient(conn).ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: container})
+	if err != nil {
+		return "", fmt.Errorf("ask the CRI at %s for container %s: %w", address, container, err)
+	}
+	path := r.GetStatus().GetLogPath()
+	if path == "" {
+		return "", fmt.Errorf("container %s has no log file", container)
+	}
+	return path, nil
+}
