@@ -33,6 +33,9 @@ type convertOptions struct {
 	digester       string
 	chunkSize      string
 	markPrefetch   bool
+	chunkDict      string
+	buildCache     string
+	cacheMax       int
 	workers        int
 	tempDir        string
 	output         string
@@ -53,6 +56,7 @@ verified before TARGET names it. The digest of its manifest goes to standard out
 		Example: `  optimizer convert nginx registry.example/nginx:optimized --profile nginx.list
   optimizer convert oci:images:app oci:images:app-optimized --chunk-size 256KiB --compressor lz4
   optimizer convert nginx registry.example/nginx:both --all-platforms --merge-platform
+  optimizer convert app:2 registry.example/app:2-nydus --build-cache registry.example/app:cache
   optimizer convert --source nginx --target me/nginx:v6 --fs-version 6 --prefetch-patterns < paths`,
 		Args: atMost(2, "SOURCE and TARGET"),
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -88,6 +92,9 @@ func (o *convertOptions) addFlags(cmd *cobra.Command) {
 	f.StringVar(&o.digester, "digester", "blake3", "digest of chunks: blake3 or sha256")
 	f.StringVar(&o.chunkSize, "chunk-size", "1MiB", "bytes of a chunk, a power of two from 4KiB to 16MiB")
 	f.BoolVar(&o.markPrefetch, "mark-prefetch-blob", false, "set the feature flag of prefetch blobs (Nydus before 2.4 refuses such an image)")
+	f.StringVar(&o.chunkDict, "chunk-dict", "", "Nydus image whose chunks are referred to and not stored again")
+	f.StringVar(&o.buildCache, "build-cache", "", "reference of the artifact that keeps built layers for later conversions; made if it is missing")
+	f.IntVar(&o.cacheMax, "build-cache-max-records", 200, "layers that the build cache keeps at most")
 	f.IntVar(&o.workers, "workers", 0, "goroutines that compress (default one per CPU)")
 	f.StringVar(&o.tempDir, "temp-dir", "", "where the image is built before it is published (default $TMPDIR or /tmp)")
 	f.StringVarP(&o.output, "output", "o", "text", "what standard output gets: text (the digest) or json (a summary)")
@@ -145,6 +152,9 @@ func (o *convertOptions) options(cmd *cobra.Command) (convert.Options, error) {
 		return fail("prefetch-patterns", fmt.Errorf("--profile names a list already"))
 	}
 	b.Workers, b.TempDir, b.MarkPrefetchBlob = o.workers, o.tempDir, o.markPrefetch
+	if o.cacheMax < 1 {
+		return fail("build-cache-max-records", fmt.Errorf("got %d, want at least 1", o.cacheMax))
+	}
 	if o.allPlatforms && len(o.platforms) > 0 {
 		return fail("all-platforms", fmt.Errorf("--platform chooses some"))
 	}
@@ -152,6 +162,7 @@ func (o *convertOptions) options(cmd *cobra.Command) (convert.Options, error) {
 	return convert.Options{
 		Source: o.source, Target: o.target, Build: b, SourceRemote: r, TargetRemote: r,
 		Platforms: o.platforms, AllPlatforms: o.allPlatforms, MergePlatform: o.mergePlatform,
+		ChunkDict: o.chunkDict, BuildCache: o.buildCache, BuildCacheMax: o.cacheMax,
 	}, nil
 }
 
@@ -217,6 +228,12 @@ func (o *convertOptions) describe(s convert.Summary) {
 	o.note("%s (%s) is now %s", s.Source, s.Platform, s.Target)
 	o.note("layers: %s in, %s out, of which bootstrap %s unpacked; %d blobs uploaded, %d were there",
 		progress.Bytes(s.SourceBytes), progress.Bytes(s.TargetBytes), progress.Bytes(s.BootstrapBytes), s.Uploaded, s.Existed)
+	if s.LayersReused > 0 {
+		o.note("%d layers were taken from the build cache as they were", s.LayersReused)
+	}
+	if s.DictChunks > 0 {
+		o.note("%d chunks are in %d blobs of the chunk dictionary", s.DictChunks, s.DictBlobs)
+	}
 	if p := s.Prefetch; p.Listed > 0 {
 		o.note("prefetch blob: %s, %d chunks (%s) of %d files", progress.Bytes(p.Bytes), p.Chunks, progress.Bytes(p.RawBytes), p.Files)
 		if p.Missing > 0 {

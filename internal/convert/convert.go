@@ -52,6 +52,14 @@ type Options struct {
 	List *persist.List
 	// Build says how the image is built; its List and Progress are set by Run.
 	Build builder.Options
+	// ChunkDict is a reference to a Nydus image: chunks that it has are not stored again. Its blobs
+	// that the result refers to are brought to the target with it.
+	ChunkDict string
+	// BuildCache is a reference to the artifact that keeps what layers were built into, for later
+	// conversions: a registry's or a layout's. It is made when it is not there, and believed. BuildCacheMax is the
+	// number of layers it may have; 0: 200.
+	BuildCache    string
+	BuildCacheMax int
 	// SourceRemote and TargetRemote configure how source and target are reached.
 	SourceRemote, TargetRemote remote.Options
 	// Progress, when set, is told how far the conversion is, from one goroutine at a time. It
@@ -82,7 +90,11 @@ type Summary struct {
 	Prefetch       Prefetch      `json:"prefetch"`
 	Uploaded       int           `json:"uploaded"`        // blobs that were written to the target
 	UploadedBytes  int64         `json:"uploaded_bytes"`  // their bytes
-	Existed        int           `json:"existed"`         // blobs that the target had
+	Existed        int           `json:"existed"`         // blobs that the target had, or took from another of its repositories
+	Mounted        int           `json:"mounted"`         // those of the latter kind
+	LayersReused   int           `json:"layers_reused"`   // layers that the build cache had
+	DictChunks     int           `json:"dict_chunks"`     // chunks of layers that the dictionary had
+	DictBlobs      int           `json:"dict_blobs"`      // its blobs that the image refers to
 	Files          int           `json:"files"`           // regular files of the image
 	VerifiedChunks int           `json:"verified_chunks"` // chunks of the result that were read back before it was published
 	Elapsed        time.Duration `json:"elapsed_ns"`
@@ -116,7 +128,14 @@ func Run(ctx context.Context, o Options) (Summary, error) {
 	if err != nil {
 		return Summary{}, fmt.Errorf("open source %s: %w", source, err)
 	}
-	sum, err := convert(ctx, o, source, target, src)
+	h, err := openHelpers(ctx, o, source, target)
+	if err != nil {
+		return Summary{}, errors.Join(err, src.Close())
+	}
+	sum, err := convert(ctx, o, source, target, src, h)
+	if cerr := h.Close(); err == nil && cerr != nil {
+		err = cerr
+	}
 	if cerr := src.Close(); err == nil && cerr != nil {
 		err = fmt.Errorf("close source %s: %w", source, cerr)
 	}
@@ -140,9 +159,9 @@ func parse(o Options) (source, target remote.Reference, err error) {
 	return source, target, nil
 }
 
-func convert(ctx context.Context, o Options, source, target remote.Reference, src remote.Source) (Summary, error) {
+func convert(ctx context.Context, o Options, source, target remote.Reference, src remote.Source, h *helpers) (Summary, error) {
 	if o.AllPlatforms || o.MergePlatform || len(o.Platforms) > 1 {
-		return convertIndex(ctx, o, source, target, src)
+		return convertIndex(ctx, o, source, target, src, h)
 	}
 	if len(o.Platforms) == 1 {
 		o.Platform = o.Platforms[0]
@@ -151,20 +170,20 @@ func convert(ctx context.Context, o Options, source, target remote.Reference, sr
 	if err != nil {
 		return Summary{}, fmt.Errorf("source %s: %w", source, err)
 	}
-	return convertOne(ctx, o, source, target, src, img)
+	return convertOne(ctx, o, source, target, src, img, h)
 }
 
 // convertOne makes target one manifest.
-func convertOne(ctx context.Context, o Options, source, target remote.Reference, src remote.Source, img remote.Image) (Summary, error) {
+func convertOne(ctx context.Context, o Options, source, target remote.Reference, src remote.Source, img remote.Image, h *helpers) (Summary, error) {
 	if err := checkPair(ctx, o, source, target, img); err != nil {
 		return Summary{}, err
 	}
 	report := &reporter{to: o.Progress, layers: len(img.Layers)}
-	res, err := build(ctx, o, src, img, report)
+	res, err := h.build(ctx, o, src, img, report)
 	if err != nil {
 		return Summary{}, fmt.Errorf("build %s: %w", source, err)
 	}
-	sum, err := publish(ctx, o, target, img, res, report)
+	sum, err := publish(ctx, o, target, img, res, report, h)
 	if cerr := res.Close(); err == nil && cerr != nil {
 		err = fmt.Errorf("remove temporary files: %w", cerr)
 	}
@@ -172,7 +191,8 @@ func convertOne(ctx context.Context, o Options, source, target remote.Reference,
 		return Summary{}, err
 	}
 	sum.Source, sum.Target = source.String(), target.String()
-	sum.Warnings = warnings(o.List, img)
+	h.keep(ctx)
+	sum.Warnings = append(warnings(o.List, img), h.warnings()...)
 	return sum, nil
 }
 
@@ -190,13 +210,6 @@ func checkPair(ctx context.Context, o Options, source, target remote.Reference, 
 		}
 	}
 	return nil
-}
-
-func build(ctx context.Context, o Options, src remote.Source, img remote.Image, report *reporter) (*builder.Result, error) {
-	o.Build.List, o.Build.Progress = o.List, report.build
-	res, err := builder.Convert(ctx, builderSource(src, img), o.Build)
-	report.finish()
-	return res, err
 }
 
 // reach asks a registry something, so that one that is not there or refuses us is found out
@@ -227,12 +240,12 @@ func builderSource(src remote.Source, img remote.Image) builder.Source {
 }
 
 // publish checks the documents of res and pushes everything, the manifest last.
-func publish(ctx context.Context, o Options, ref remote.Reference, img remote.Image, res *builder.Result, report *reporter) (Summary, error) {
+func publish(ctx context.Context, o Options, ref remote.Reference, img remote.Image, res *builder.Result, report *reporter, h *helpers) (Summary, error) {
 	target, err := remote.OpenTarget(ctx, ref, o.TargetRemote)
 	if err != nil {
 		return Summary{}, fmt.Errorf("open target %s: %w", ref, err)
 	}
-	sum, err := push(ctx, target, img, res, report, remote.Publish)
+	sum, err := push(ctx, target, img, res, report, h, remote.Publish)
 	if cerr := target.Close(); err == nil && cerr != nil {
 		err = cerr
 	}
@@ -243,19 +256,16 @@ func publish(ctx context.Context, o Options, ref remote.Reference, img remote.Im
 }
 
 // push pushes res with how, one of remote's ways to publish.
-func push(ctx context.Context, target remote.Target, img remote.Image, res *builder.Result, report *reporter,
+func push(ctx context.Context, target remote.Target, img remote.Image, res *builder.Result, report *reporter, h *helpers,
 	how func(context.Context, remote.Target, []remote.Blob, remote.Document, remote.Document, remote.PublishOptions) (remote.Published, error),
 ) (Summary, error) {
 	if err := checkResult(res); err != nil {
 		return Summary{}, fmt.Errorf("the built image contradicts itself: %w", err)
 	}
 	files := append(append([]builder.File(nil), res.Blobs...), res.Bootstrap)
-	blobs := make([]remote.Blob, 0, len(files))
-	for _, f := range files {
-		blobs = append(blobs, remote.Blob{
-			Descriptor: f.Descriptor,
-			Open:       func(context.Context) (io.ReadCloser, error) { return os.Open(f.Path) },
-		})
+	blobs, err := h.blobs(files)
+	if err != nil {
+		return Summary{}, err
 	}
 	published, err := how(ctx, target, blobs,
 		remote.Document{Descriptor: res.ConfigDescriptor, Data: res.Config},
@@ -263,6 +273,9 @@ func push(ctx context.Context, target remote.Target, img remote.Image, res *buil
 		remote.PublishOptions{Progress: report.push})
 	if err != nil {
 		return Summary{}, err
+	}
+	if h.cache != nil {
+		h.cache.add(ctx, res)
 	}
 	return summarize(img, res, files, published), nil
 }
@@ -290,6 +303,9 @@ func checkResult(res *builder.Result) error {
 		}
 	}
 	for _, f := range append(append([]builder.File(nil), res.Blobs...), res.Bootstrap) {
+		if f.Stored {
+			continue
+		}
 		info, err := os.Stat(f.Path)
 		if err != nil {
 			return err
@@ -311,6 +327,10 @@ func summarize(img remote.Image, res *builder.Result, files []builder.File, p re
 		Uploaded:       p.Uploaded,
 		UploadedBytes:  p.UploadedBytes,
 		Existed:        p.Existed + p.Mounted,
+		Mounted:        p.Mounted,
+		LayersReused:   res.Stats.LayersReused,
+		DictChunks:     res.Stats.DictChunks,
+		DictBlobs:      res.Stats.DictBlobs,
 		Files:          res.Stats.Files,
 		VerifiedChunks: res.Stats.VerifiedChunks,
 	}

@@ -28,25 +28,25 @@ type indexRun struct {
 	src            remote.Source
 	index          remote.Index
 	to             remote.Target
+	helpers        *helpers
 	sum            Summary
 }
 
 // convertIndex makes target an index: the images of the platforms that o asks for, and
 // beside them, with MergePlatform, what they were made of. Each image is pushed when it is
 // built; the index comes last.
-func convertIndex(ctx context.Context, o Options, source, target remote.Reference, src remote.Source) (Summary, error) {
+func convertIndex(ctx context.Context, o Options, source, target remote.Reference, src remote.Source, h *helpers) (Summary, error) {
 	index, err := remote.ReadIndex(ctx, src)
 	if err != nil {
 		return Summary{}, fmt.Errorf("source %s: %w", source, err)
 	}
-	r := &indexRun{o: o, source: source, target: target, src: src, index: index}
+	r := &indexRun{o: o, source: source, target: target, src: src, index: index, helpers: h}
 	imgs, err := r.choose(ctx)
 	if err != nil {
 		return Summary{}, fmt.Errorf("source %s: %w", source, err)
 	}
 	if index.Plain && !o.MergePlatform {
-		sum, err := convertOne(ctx, o, source, target, src, imgs[0])
-		return sum, err
+		return convertOne(ctx, o, source, target, src, imgs[0], h)
 	}
 	for _, img := range imgs {
 		if err := checkPair(ctx, o, source, target, img); err != nil {
@@ -63,6 +63,8 @@ func convertIndex(ctx context.Context, o Options, source, target remote.Referenc
 	if err != nil {
 		return Summary{}, err
 	}
+	h.keep(ctx)
+	r.sum.Warnings = append(r.sum.Warnings, h.warnings()...)
 	return r.sum, nil
 }
 
@@ -152,7 +154,7 @@ func (r *indexRun) image(ctx context.Context, img remote.Image) (_ ocispec.Descr
 	report := &reporter{to: r.o.Progress, layers: len(img.Layers), prefix: name + ": "}
 	o := r.o
 	o.List = listFor(o.List, *img.Descriptor.Platform)
-	res, err := build(ctx, o, r.src, img, report)
+	res, err := r.helpers.build(ctx, o, r.src, img, report)
 	if err != nil {
 		return ocispec.Descriptor{}, fmt.Errorf("build %s (%s): %w", r.source, name, err)
 	}
@@ -161,7 +163,7 @@ func (r *indexRun) image(ctx context.Context, img remote.Image) (_ ocispec.Descr
 			err = fmt.Errorf("remove temporary files: %w", cerr)
 		}
 	}()
-	sum, err := push(ctx, r.to, img, res, report, remote.PublishUnnamed)
+	sum, err := push(ctx, r.to, img, res, report, r.helpers, remote.PublishUnnamed)
 	if err != nil {
 		return ocispec.Descriptor{}, fmt.Errorf("publish %s (%s): %w", r.target, name, err)
 	}
@@ -189,6 +191,10 @@ func (s *Summary) add(i Summary) {
 	s.Uploaded += i.Uploaded
 	s.UploadedBytes += i.UploadedBytes
 	s.Existed += i.Existed
+	s.Mounted += i.Mounted
+	s.LayersReused += i.LayersReused
+	s.DictChunks += i.DictChunks
+	s.DictBlobs += i.DictBlobs
 	s.Files += i.Files
 	s.VerifiedChunks += i.VerifiedChunks
 	p := &s.Prefetch
@@ -279,6 +285,7 @@ func (r *indexRun) copy(ctx context.Context, d ocispec.Descriptor) error {
 	r.sum.Uploaded += p.Uploaded
 	r.sum.UploadedBytes += p.UploadedBytes
 	r.sum.Existed += p.Existed + p.Mounted
+	r.sum.Mounted += p.Mounted
 	return err
 }
 

@@ -47,6 +47,14 @@ func (r *reporter) push(p remote.Progress) {
 	})
 }
 
+// again forgets which tasks were finished: the image is built a second time.
+func (r *reporter) again() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.finishAll("")
+	r.past = nil
+}
+
 // finish ends every task that is open.
 func (r *reporter) finish() {
 	r.mu.Lock()

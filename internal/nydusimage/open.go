@@ -261,3 +261,25 @@ func (i *Image) Digest() digest.Digest {
 	}
 	return i.Source.Descriptor.Digest
 }
+
+// Layer returns the descriptor of the layer that is the blob with this id.
+func (i *Image) Layer(id string) (ocispec.Descriptor, error) {
+	if i.Document != nil {
+		for _, l := range i.Document.Blobs() {
+			if l.Digest.Encoded() == id {
+				return l, nil
+			}
+		}
+	}
+	return ocispec.Descriptor{}, fmt.Errorf("%w: blob %s is no layer of the image", ErrInvalid, id)
+}
+
+// ReaderAt reads a layer by ranges, unverified, until ctx ends or the image is closed.
+func (i *Image) ReaderAt(ctx context.Context, l ocispec.Descriptor) io.ReaderAt {
+	return remote.NewReaderAt(ctx, i.src, l)
+}
+
+// Fetch returns a layer's bytes, verified. The caller closes it.
+func (i *Image) Fetch(ctx context.Context, l ocispec.Descriptor) (io.ReadCloser, error) {
+	return i.src.Fetch(ctx, l)
+}

@@ -1,0 +1,154 @@
+package convert
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"strings"
+
+	"github.com/opencontainers/go-digest"
+
+	"github.com/headstart-oci/headstart/internal/nydusimage"
+	"github.com/headstart-oci/headstart/pkg/builder"
+	"github.com/headstart-oci/headstart/pkg/remote"
+)
+
+// helpers are what a conversion may take blobs from instead of making them.
+type helpers struct {
+	dict  *nydusimage.Image // nil: none
+	of    *builder.Dict
+	cache *cache // nil: none
+	// stored has how to bring each blob that lies elsewhere to the target.
+	stored map[digest.Digest]remote.Blob
+}
+
+// openHelpers opens the chunk dictionary and reads the build cache.
+func openHelpers(ctx context.Context, o Options, source, target remote.Reference) (_ *helpers, err error) {
+	h := &helpers{stored: map[digest.Digest]remote.Blob{}}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, h.Close())
+		}
+	}()
+	if o.ChunkDict != "" {
+		if err := h.openDict(ctx, o, target); err != nil {
+			return nil, fmt.Errorf("chunk dictionary: %w", err)
+		}
+	}
+	if o.BuildCache != "" {
+		if h.cache, err = openCache(ctx, o, source, target); err != nil {
+			return nil, fmt.Errorf("build cache: %w", err)
+		}
+	}
+	return h, nil
+}
+
+// Close closes what was opened.
+func (h *helpers) Close() error {
+	var errs []error
+	if h.dict != nil {
+		errs = append(errs, h.dict.Close())
+	}
+	if h.cache != nil {
+		errs = append(errs, h.cache.Close())
+	}
+	return errors.Join(errs...)
+}
+
+// dictReference takes nydusify's way to write a dictionary, "bootstrap:registry:REF", too.
+func dictReference(s string) string {
+	if rest, ok := strings.CutPrefix(s, "bootstrap:"); ok {
+		return strings.TrimPrefix(rest, "registry:")
+	}
+	return s
+}
+
+func (h *helpers) openDict(ctx context.Context, o Options, target remote.Reference) error {
+	name := dictReference(o.ChunkDict)
+	ref, err := remote.Parse(name)
+	if err != nil {
+		return err
+	}
+	h.dict, err = nydusimage.Open(ctx, name, nydusimage.Options{Platform: o.Platform, Remote: o.TargetRemote, TempDir: o.Build.TempDir})
+	if err != nil {
+		return err
+	}
+	h.of = &builder.Dict{ID: h.dict.Digest().String(), Image: h.dict.RAFS}
+	for _, b := range h.dict.RAFS.Blobs {
+		l, err := h.dict.Layer(b.ID)
+		if err != nil {
+			return err
+		}
+		h.of.Blobs = append(h.of.Blobs, builder.StoredBlob{
+			Descriptor: l, Blob: b,
+			Open: func(ctx context.Context) (io.ReaderAt, error) { return h.dict.ReaderAt(ctx, l), nil },
+		})
+		h.stored[l.Digest] = remote.Blob{
+			Descriptor: l, MountFrom: mountFrom(ref, target),
+			Open: func(ctx context.Context) (io.ReadCloser, error) { return h.dict.Fetch(ctx, l) },
+		}
+	}
+	return nil
+}
+
+// build converts img with what the helpers have. When that fails on account of the cache it
+// is done once more without.
+func (h *helpers) build(ctx context.Context, o Options, src remote.Source, img remote.Image, report *reporter) (*builder.Result, error) {
+	o.Build.List, o.Build.Progress, o.Build.Dict = o.List, report.build, h.of
+	from := builderSource(src, img)
+	if h.cache == nil {
+		res, err := builder.Convert(ctx, from, o.Build)
+		report.finish()
+		return res, err
+	}
+	o.Build.Records = true
+	reused := h.cache.apply(ctx, &from, o.Build, h.stored)
+	res, err := builder.Convert(ctx, from, o.Build)
+	if err != nil && reused > 0 && ctx.Err() == nil {
+		h.cache.warn("it is not used: %v", err)
+		h.cache.forget(reused)
+		report.again()
+		res, err = builder.Convert(ctx, builderSource(src, img), o.Build)
+	}
+	report.finish()
+	return res, err
+}
+
+// blobs returns the files of res as what is pushed.
+func (h *helpers) blobs(files []builder.File) ([]remote.Blob, error) {
+	blobs := make([]remote.Blob, 0, len(files))
+	for _, f := range files {
+		b := remote.Blob{Descriptor: f.Descriptor, Open: func(context.Context) (io.ReadCloser, error) { return f.Open() }}
+		if f.Stored {
+			stored, ok := h.stored[f.Descriptor.Digest]
+			if !ok {
+				return nil, fmt.Errorf("blob %s is stored nowhere", f.Descriptor.Digest)
+			}
+			b.Open, b.MountFrom = stored.Open, stored.MountFrom
+		}
+		blobs = append(blobs, b)
+	}
+	return blobs, nil
+}
+
+// warnings returns what a person should know of the helpers, once.
+func (h *helpers) warnings() []string {
+	if h.cache == nil {
+		return nil
+	}
+	out := h.cache.warnings
+	h.cache.warnings = nil
+	return out
+}
+
+// keep writes the build cache, after the image has its name. One that cannot be written
+// costs a warning.
+func (h *helpers) keep(ctx context.Context) {
+	if h.cache == nil {
+		return
+	}
+	if err := h.cache.write(ctx); err != nil {
+		h.cache.warn("it is not written: %v", err)
+	}
+}
