@@ -22,6 +22,10 @@
 // posix_fadvise(2) (which touch no page on behalf of the program), and touches of pages that
 // are mapped already.
 //
+// From Linux 6.18 on a fault maps the whole of a large folio that lies in its window, which
+// [Around] does not say: a [Widener] finds such folios, and only with it is what was faulted
+// on and mapped around an upper bound. tmpfs has its own way to read and raises no [Read].
+//
 // Who is seen: the threads handed to [Instance.Arm], what they fork, clone, vfork or start
 // by posix_spawn, whatever sessions or namespaces that enters; not a process that somebody
 // else puts into the container's namespaces (kubectl exec, probes).
