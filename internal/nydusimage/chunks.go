@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"sync"
 
@@ -45,15 +46,18 @@ func (c *Chunks) blob(ctx context.Context, n int) (*rafs.BlobReader, error) {
 		return c.open[n], nil
 	}
 	b := c.img.RAFS.Blobs[n]
-	f, err := c.img.OpenBlob(ctx, b)
+	r, err := rafs.OpenBlobFrom(func(b rafs.Blob) (io.ReaderAt, error) {
+		f, err := c.img.OpenBlob(ctx, b)
+		if err != nil {
+			return nil, err // not f: a nil file in an interface is not nil
+		}
+		c.files = append(c.files, f) // until Close, also when the table of a blob is missing
+		return f, nil
+	}, b)
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("blob %s: %w", b.ID, err)
 	}
-	r, err := rafs.OpenBlob(f, b)
-	if err != nil {
-		return nil, errors.Join(fmt.Errorf("blob %s: %w", b.ID, err), f.Close())
-	}
-	c.open[n], c.files = r, append(c.files, f)
+	c.open[n] = r
 	return r, nil
 }
 

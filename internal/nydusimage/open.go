@@ -80,7 +80,7 @@ func open(ctx context.Context, ref remote.Reference, src remote.Source, o Option
 	}
 	img := &Image{Reference: ref.String(), Source: &sel, Document: doc, bootstrap: file, size: size, src: src}
 	img.blobFile = func(ctx context.Context, id string) (*os.File, error) {
-		return fetchBlob(ctx, ref, src, doc, id, o.TempDir)
+		return img.fetchBlob(ctx, ref, id, o.TempDir)
 	}
 	img.RAFS, err = rafs.Open(file, size)
 	if err == nil {
@@ -131,10 +131,13 @@ func (i *Image) Close() error {
 // Bootstrap returns the bare bootstrap and its size in bytes, valid until Close.
 func (i *Image) Bootstrap() (io.ReaderAt, int64) { return i.bootstrap, i.size }
 
+// blobIDs returns the ids of the files that the manifest must list: of the blobs, or of their tables
+// where the data are in the layers of the image that this one refers to (OCI-ref).
 func (i *Image) blobIDs() []string {
 	var ids []string
 	for _, b := range i.RAFS.Blobs {
-		ids = append(ids, b.ID)
+		listed, _ := b.MetaBlob()
+		ids = append(ids, listed.ID)
 	}
 	return ids
 }
@@ -154,10 +157,16 @@ func (i *Image) OpenBlob(ctx context.Context, b rafs.Blob) (*os.File, error) {
 	return f, nil
 }
 
-// fetchBlob opens the layer whose digest is the blob's id. A layout has it as a file;
-// from elsewhere it is copied, verified on the way, into a file without a name.
-func fetchBlob(ctx context.Context, ref remote.Reference, src remote.Source, doc *Document, id, tempDir string) (*os.File, error) {
-	for _, l := range doc.Blobs() {
+// fetchBlob opens the layer whose digest is the blob's id, or the layer of another image in the same
+// repository that a blob refers to. A layout has it as a file; from elsewhere it is copied, verified on the way, into a file without a name.
+func (i *Image) fetchBlob(ctx context.Context, ref remote.Reference, id, tempDir string) (*os.File, error) {
+	src, layers := i.src, i.Document.Blobs()
+	for _, b := range i.RAFS.Blobs {
+		if _, separate := b.MetaBlob(); separate {
+			layers = append(layers, ocispec.Descriptor{Digest: digest.NewDigestFromEncoded(digest.SHA256, b.ID), Size: clamp(b.CompressedSize)})
+		}
+	}
+	for _, l := range layers {
 		if l.Digest.Encoded() != id {
 			continue
 		}
@@ -173,6 +182,8 @@ func fetchBlob(ctx context.Context, ref remote.Reference, src remote.Source, doc
 	}
 	return nil, fmt.Errorf("%w: no layer has this digest", ErrInvalid)
 }
+
+func clamp(n uint64) int64 { return int64(min(n, 1<<63-1)) }
 
 // spool copies r into a temporary file that has no name any more when spool returns.
 func spool(dir string, r io.Reader) (*os.File, error) {

@@ -32,6 +32,14 @@ func (b *Blob) dataEnd() uint64 {
 	return b.MetaOffset
 }
 
+// placedByMeta tells whether blob.meta says where chunks are, and not the chunk table.
+func (b *Blob) placedByMeta() bool {
+	return b.Features&(disk.FeatureBatch|disk.FeatureZran) != 0
+}
+
+// hasMeta tells whether there is a blob.meta table; tarfs blobs have none.
+func (b *Blob) hasMeta() bool { return b.MetaUncompressed != 0 }
+
 // metaRecordSize is the size of one record of the blob's meta table.
 func (b *Blob) metaRecordSize() uint64 {
 	if b.Features&disk.FeatureV2 != 0 {

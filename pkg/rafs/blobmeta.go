@@ -74,6 +74,8 @@ type metaTable struct {
 	size    uint32 // of one record
 	count   uint32
 	batches []disk.BatchContext
+	zran    []disk.ZranContext
+	dicts   []byte // of zran
 }
 
 // record returns record i, which must be below count.
@@ -117,29 +119,40 @@ func parseMeta(b Blob, table, header []byte) (*metaTable, error) {
 		return nil, invalid("blob.meta of "+short(b.ID), -1, "table length", len(table), need)
 	}
 	t.records = table[:need]
-	if b.Features&disk.FeatureBatch != 0 {
-		if err := t.parseBatches(h, table); err != nil {
-			return nil, err
+	var err error
+	switch {
+	case b.Features&disk.FeatureZran != 0:
+		err = t.parseZran(h, table)
+	case b.Features&disk.FeatureBatch != 0:
+		var contexts []byte
+		if contexts, err = t.contexts(h, table); err == nil {
+			t.batches = make([]disk.BatchContext, h.ContextCount)
+			_, err = binary.Decode(contexts, binary.LittleEndian, t.batches)
 		}
+	}
+	if err != nil {
+		return nil, err
 	}
 	return t, nil
 }
 
-func (t *metaTable) parseBatches(h disk.MetaHeader, table []byte) error {
+// contexts returns what lies behind the records: at least the contexts that the header counts.
+func (t *metaTable) contexts(h disk.MetaHeader, table []byte) ([]byte, error) {
 	section := "blob.meta header of " + short(t.blob.ID)
 	records := uint64(len(t.records))
-	size := uint64(h.ContextCount) * disk.SizeBatchContext
+	size := uint64(h.ContextCount) * disk.SizeBatchContext // a ZranContext has the same size
+	bad := func(field string, got, want any) ([]byte, error) { return nil, invalid(section, -1, field, got, want) }
 	switch {
 	case h.ContextOffset != records:
-		return invalid(section, -1, "ci_zran_offset", h.ContextOffset, records)
+		return bad("ci_zran_offset", h.ContextOffset, records)
 	case h.ContextCount > h.Entries:
-		return invalid(section, -1, "ci_zran_count", h.ContextCount, fmt.Sprintf("at most %d", h.Entries))
+		return bad("ci_zran_count", h.ContextCount, fmt.Sprintf("at most %d", h.Entries))
 	case h.ContextSize < size || h.ContextSize > uint64(len(table))-records:
-		return invalid(section, -1, "ci_zran_size", h.ContextSize, fmt.Sprintf("%d to %d", size, uint64(len(table))-records))
+		return bad("ci_zran_size", h.ContextSize, fmt.Sprintf("%d to %d", size, uint64(len(table))-records))
+	case t.blob.Features&disk.FeatureZran == 0:
+		return table[records:][:size], nil
 	}
-	t.batches = make([]disk.BatchContext, h.ContextCount)
-	_, err := binary.Decode(table[records:records+size], binary.LittleEndian, t.batches)
-	return err
+	return table[records:][:h.ContextSize], nil
 }
 
 // check verifies record i against the blob's limits and its predecessor, as readers of the format do.
@@ -173,8 +186,11 @@ func (t *metaTable) check(i uint32) error {
 	if r.uncompressedOffset != want {
 		return invalid(section, at, "uncompressed offset", r.uncompressedOffset, want)
 	}
-	if r.batch {
+	switch {
+	case r.batch:
 		return t.checkBatch(r, section, at)
+	case r.zran:
+		return t.checkZran(i, r, section, at)
 	}
 	return nil
 }
@@ -187,8 +203,8 @@ func (t *metaTable) checkBatch(r metaRecord, section string, at int64) error {
 	if end := r.compressedOffset + uint64(c.CompressedSize); end > t.blob.dataEnd() {
 		return invalid(section, at, "batch end", end, fmt.Sprintf("at most %d", t.blob.dataEnd()))
 	}
-	if c.UncompressedSize > t.blob.ChunkSize || c.CompressedSize > t.blob.ChunkSize {
-		return invalid(section, at, "batch size", max(c.UncompressedSize, c.CompressedSize), fmt.Sprintf("at most %d", t.blob.ChunkSize))
+	if c.UncompressedSize > MaxChunkSize || c.CompressedSize > c.UncompressedSize {
+		return invalid(section, at, "stored and uncompressed size of the batch", [2]uint32{c.CompressedSize, c.UncompressedSize}, fmt.Sprintf("ascending, at most %d", MaxChunkSize))
 	}
 	if end := uint64(r.batchOffset) + uint64(r.uncompressedSize); end > uint64(c.UncompressedSize) {
 		return invalid(section, at, "end in its batch", end, fmt.Sprintf("at most %d", c.UncompressedSize))

@@ -8,14 +8,16 @@ import (
 	"sync"
 
 	"github.com/headstart-oci/headstart/pkg/rafs/internal/disk"
+	"github.com/headstart-oci/headstart/pkg/rafs/internal/inflate"
 )
 
 // BlobReader reads chunks of one blob file. Safe for concurrent use. It holds no
 // descriptor of its own: whoever opened the file closes it, after the last read.
 type BlobReader struct {
-	r       io.ReaderAt
-	blob    Blob
-	decoder decoder
+	r        io.ReaderAt
+	metaFile io.ReaderAt // the file that holds blob.meta; r, except for SEPARATE blobs
+	blob     Blob
+	decoder  decoder
 
 	metaOnce sync.Once
 	meta     *metaTable
@@ -25,23 +27,69 @@ type BlobReader struct {
 	batch     []byte     // uncompressed; nil: none yet
 	batchAt   uint32     // its index
 	batchHits int64      // how often it was used, for tests
+
+	zran zranCursors
 }
 
 // OpenBlob returns a reader of the blob file r that b describes. It reads nothing yet.
-// ErrUnsupported for blobs that do not hold chunks of their own: gzip with random access (ZRAN),
-// tarfs, external and encrypted ones.
+// ErrUnsupported for external and encrypted blobs, and for SEPARATE ones, whose table is in a second
+// file: see [OpenSeparateBlob] and [OpenBlobFrom].
 func OpenBlob(r io.ReaderAt, b Blob) (*BlobReader, error) {
-	const cannot = disk.FeatureZran | disk.FeatureTarfs | disk.FeatureExternal | disk.FeatureEncrypted
-	if b.Features&cannot != 0 {
-		return nil, unsupported("blob "+short(b.ID), -1, "features", fmt.Sprintf("%#x", b.Features), fmt.Sprintf("no bit of %#x", cannot))
+	if b.Features&disk.FeatureSeparate != 0 {
+		return nil, unsupported("blob "+short(b.ID), -1, "features", fmt.Sprintf("%#x", b.Features), "data and its table in one file")
 	}
-	if b.Features&disk.FeatureBatch != 0 && b.Features&disk.FeatureSeparate != 0 {
-		return nil, unsupported("blob "+short(b.ID), -1, "features", fmt.Sprintf("%#x", b.Features), "batch data with its table")
+	return openBlob(r, r, b)
+}
+
+// OpenSeparateBlob is [OpenBlob] for blobs whose data and table are two files: data is the one named b.ID, for
+// instance the gzip layer of an OCI image, meta the one that [Blob.MetaBlob] names.
+func OpenSeparateBlob(data, meta io.ReaderAt, b Blob) (*BlobReader, error) {
+	if b.Features&disk.FeatureSeparate == 0 {
+		return nil, invalid("blob "+short(b.ID), -1, "features", fmt.Sprintf("%#x", b.Features), "SEPARATE")
 	}
-	if err := b.checkAny("blob "+short(b.ID), -1, b.ChunkSize); err != nil {
+	return openBlob(data, meta, b)
+}
+
+// OpenBlobFrom opens the file of b with open and, for a SEPARATE blob, the file of its table too, and returns
+// the reader. The caller closes what open opened, after the last read and when this fails.
+func OpenBlobFrom(open func(b Blob) (io.ReaderAt, error), b Blob) (*BlobReader, error) {
+	data, err := open(b)
+	if err != nil {
 		return nil, err
 	}
-	return &BlobReader{r: r, blob: b}, nil
+	metaBlob, separate := b.MetaBlob()
+	if !separate {
+		return OpenBlob(data, b)
+	}
+	meta, err := open(metaBlob)
+	if err != nil {
+		return nil, fmt.Errorf("table of blob %s: %w", short(b.ID), err)
+	}
+	return OpenSeparateBlob(data, meta, b)
+}
+
+// MetaBlob returns the file that holds the blob.meta table of a SEPARATE blob: its ID and CompressedSize (0: not
+// known) are set. separate is false when the table is in the blob itself.
+func (b *Blob) MetaBlob() (meta Blob, separate bool) {
+	if b.Features&disk.FeatureSeparate == 0 {
+		return *b, false
+	}
+	return Blob{ID: b.MetaBlobDigest.String(), CompressedSize: b.MetaBlobSize}, true
+}
+
+func openBlob(data, meta io.ReaderAt, b Blob) (*BlobReader, error) {
+	section := "blob " + short(b.ID)
+	const cannot = disk.FeatureExternal | disk.FeatureEncrypted
+	if b.Features&cannot != 0 {
+		return nil, unsupported(section, -1, "features", fmt.Sprintf("%#x", b.Features), fmt.Sprintf("no bit of %#x", cannot))
+	}
+	if b.Features&disk.FeatureBatch != 0 && b.Features&(disk.FeatureSeparate|disk.FeatureZran) != 0 {
+		return nil, unsupported(section, -1, "features", fmt.Sprintf("%#x", b.Features), "batch data with its table, and no ZRAN")
+	}
+	if err := b.checkAny(section, -1, b.ChunkSize); err != nil {
+		return nil, err
+	}
+	return &BlobReader{r: data, metaFile: meta, blob: b}, nil
 }
 
 // Blob returns the description the reader was opened with.
@@ -50,11 +98,16 @@ func (b *BlobReader) Blob() Blob { return b.blob }
 // ReadChunk returns the c.UncompressedSize bytes of chunk c, verified against c.Digest.
 // The slice is the caller's. ErrDigest when the bytes differ, ErrInvalid when c lies outside the
 // blob or does not decompress to its size, ctx.Err() when cancelled before the read.
-// For chunks of a batch the whole batch is read, and the last one is kept.
+// For chunks of a batch the whole batch is read, and the last one is kept. For chunks in a gzip layer (ZRAN) the layer
+// is decompressed from the chunk's context on; ascending reads go on where the last one ended. The
+// data of tarfs images have no digests: they are returned as they are.
 func (b *BlobReader) ReadChunk(ctx context.Context, c Chunk) ([]byte, error) {
 	p, err := b.readChunk(ctx, c)
 	if err != nil {
 		return nil, fmt.Errorf("read chunk %d of blob %s: %w", c.Index, short(b.blob.ID), err)
+	}
+	if b.blob.Features&disk.FeatureTarfs != 0 && c.Digest == (Digest{}) {
+		return p, nil
 	}
 	if got := b.blob.Digester.Sum(p); got != c.Digest {
 		return nil, &FormatError{
@@ -72,18 +125,20 @@ func (b *BlobReader) readChunk(ctx context.Context, c Chunk) ([]byte, error) {
 	if c.UncompressedSize == 0 || c.UncompressedSize > b.blob.ChunkSize {
 		return nil, invalid("chunk", -1, "size", c.UncompressedSize, fmt.Sprintf("1 to %d", b.blob.ChunkSize))
 	}
-	if b.blob.Features&disk.FeatureBatch != 0 {
+	if b.blob.placedByMeta() {
 		r, err := b.record(c)
-		if err != nil {
+		switch {
+		case err != nil:
 			return nil, err
-		}
-		if r.batch {
+		case r.batch:
 			return b.readBatched(r)
+		case r.zran:
+			return b.readZran(r)
 		}
-		// The chunk table of batch images is not trusted for places: see blob.meta.
+		// The chunk table of such images is not trusted for places: see blob.meta.
 		c.CompressedOffset, c.CompressedSize, c.Compressed = r.compressedOffset, r.compressedSize, r.compressed
 	}
-	stored, err := b.readRange(c.CompressedOffset, c.CompressedSize)
+	stored, err := b.readRange(c.CompressedOffset, c.CompressedSize, maxCompressed(b.blob.ChunkSize))
 	if err != nil {
 		return nil, err
 	}
@@ -121,7 +176,7 @@ func (b *BlobReader) readBatched(r metaRecord) ([]byte, error) {
 	defer b.mu.Unlock()
 	if b.batch == nil || b.batchAt != r.batchIndex {
 		c := b.meta.batches[r.batchIndex]
-		stored, err := b.readRange(r.compressedOffset, c.CompressedSize)
+		stored, err := b.readRange(r.compressedOffset, c.CompressedSize, MaxChunkSize)
 		if err != nil {
 			return nil, err
 		}
@@ -139,32 +194,32 @@ func (b *BlobReader) readBatched(r metaRecord) ([]byte, error) {
 
 // ReadStored returns the c.CompressedSize bytes of c as they are stored, for copying
 // them into another blob of the same compressor; they are not verified. The slice is
-// the caller's. ErrUnsupported for chunks of a batch, which are not stored on their own.
+// the caller's. ErrUnsupported for chunks of a batch or of a gzip layer, which are not stored on their own.
 func (b *BlobReader) ReadStored(ctx context.Context, c Chunk) ([]byte, error) {
 	if err := ctx.Err(); err != nil {
 		return nil, err
 	}
-	if b.blob.Features&disk.FeatureBatch != 0 {
+	if b.blob.placedByMeta() {
 		r, err := b.record(c)
 		if err != nil {
 			return nil, err
 		}
-		if r.batch {
-			return nil, unsupported(fmt.Sprintf("chunk %d of blob %s", c.Index, short(b.blob.ID)), -1, "stored form", "part of a batch", nil)
+		if r.batch || r.zran {
+			return nil, unsupported(fmt.Sprintf("chunk %d of blob %s", c.Index, short(b.blob.ID)), -1, "stored form", "part of a batch or of a gzip stream", nil)
 		}
 		c.CompressedOffset, c.CompressedSize = r.compressedOffset, r.compressedSize
 	}
-	p, err := b.readRange(c.CompressedOffset, c.CompressedSize)
+	p, err := b.readRange(c.CompressedOffset, c.CompressedSize, maxCompressed(b.blob.ChunkSize))
 	if err != nil {
 		return nil, fmt.Errorf("read chunk %d of blob %s: %w", c.Index, short(b.blob.ID), err)
 	}
 	return p, nil
 }
 
-// readRange reads stored bytes of the data section.
-func (b *BlobReader) readRange(offset uint64, size uint32) ([]byte, error) {
+// readRange reads stored bytes of the data section, at most limit.
+func (b *BlobReader) readRange(offset uint64, size, limit uint32) ([]byte, error) {
 	end := b.blob.dataEnd()
-	if size == 0 || offset > end || uint64(size) > end-offset || size > maxCompressed(b.blob.ChunkSize) {
+	if size == 0 || offset > end || uint64(size) > end-offset || size > limit {
 		return nil, invalid("chunk", clampOffset(offset), "stored size", size, fmt.Sprintf("an end of at most %d", end))
 	}
 	return readExactly(b.r, offset, uint64(size))
@@ -195,26 +250,32 @@ func (b *BlobReader) table() (*metaTable, error) {
 
 func (b *BlobReader) readMeta() (*metaTable, error) {
 	m := &b.blob
+	end := m.CompressedSize
 	if m.Features&disk.FeatureSeparate != 0 {
-		return nil, unsupported("blob "+short(m.ID), -1, "blob.meta", "in another blob", nil)
+		if end = m.MetaBlobSize; end == 0 {
+			end = disk.MaxBlobStored
+		}
 	}
-	// A record has at most 24 bytes and a batch 40; a table compresses far less than that.
+	// A record has at most 24 bytes, a context 40 and a dictionary 32 KiB; a table compresses to far less than that.
 	limit := uint64(m.ChunkCount) * (disk.SizeMetaV2 + disk.SizeBatchContext)
+	if m.Features&disk.FeatureZran != 0 {
+		limit += uint64(m.ChunkCount) * inflate.WindowSize
+	}
 	if m.MetaUncompressed > limit {
 		return nil, invalid("blob "+short(m.ID), -1, "ci_uncompressed_size", m.MetaUncompressed, fmt.Sprintf("at most %d", limit))
 	}
 	if m.MetaUncompressed > 1<<20 && m.MetaUncompressed/maxMetaRatio > m.MetaCompressed {
 		return nil, invalid("blob "+short(m.ID), -1, "ci_uncompressed_size", m.MetaUncompressed, fmt.Sprintf("at most %d times ci_compressed_size", maxMetaRatio))
 	}
-	if m.MetaOffset+m.MetaCompressed+disk.SizeMetaHeader > m.CompressedSize {
-		return nil, invalid("blob "+short(m.ID), -1, "end of blob.meta", m.MetaOffset+m.MetaCompressed+disk.SizeMetaHeader, fmt.Sprintf("at most %d", m.CompressedSize))
+	if m.MetaOffset+m.MetaCompressed+disk.SizeMetaHeader > end {
+		return nil, invalid("blob "+short(m.ID), -1, "end of blob.meta", m.MetaOffset+m.MetaCompressed+disk.SizeMetaHeader, fmt.Sprintf("at most %d", end))
 	}
 	// The header comes first: it proves that the file is there and as long as it says.
-	header, err := readExactly(b.r, m.MetaOffset+m.MetaCompressed, disk.SizeMetaHeader)
+	header, err := readExactly(b.metaFile, m.MetaOffset+m.MetaCompressed, disk.SizeMetaHeader)
 	if err != nil {
 		return nil, err
 	}
-	stored, err := readExactly(b.r, m.MetaOffset, m.MetaCompressed)
+	stored, err := readExactly(b.metaFile, m.MetaOffset, m.MetaCompressed)
 	if err != nil {
 		return nil, err
 	}

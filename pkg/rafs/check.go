@@ -13,8 +13,6 @@ import (
 	"sync/atomic"
 
 	"golang.org/x/sync/errgroup"
-
-	"github.com/headstart-oci/headstart/pkg/rafs/internal/disk"
 )
 
 // CheckOptions says how deep [Check] looks. The zero value checks structure only.
@@ -133,42 +131,61 @@ func (c *checker) count(img *Image) {
 	c.report.Chunks = len(used)
 }
 
-func (c *checker) openBlob(ctx context.Context, b Blob, chunks []Chunk, open func(b Blob) (io.ReaderAt, error)) error {
-	r, err := open(b)
-	if err != nil {
-		return c.add(fmt.Errorf("open blob %s: %w", short(b.ID), err))
-	}
-	err = c.blob(ctx, b, chunks, r)
-	if closer, ok := r.(io.Closer); ok {
-		err = errors.Join(err, closer.Close())
-	}
-	return err
-}
-
-// blob checks one blob file.
-func (c *checker) blob(ctx context.Context, b Blob, chunks []Chunk, r io.ReaderAt) error {
-	if size, ok := sizeOf(r); ok && size < b.CompressedSize {
-		return c.add(invalid("blob "+short(b.ID), -1, "file size", size, fmt.Sprintf("at least %d", b.CompressedSize)))
-	}
-	reader, err := OpenBlob(r, b)
+// openBlob opens the files of a blob and checks them.
+func (c *checker) openBlob(ctx context.Context, b Blob, chunks []Chunk, open func(b Blob) (io.ReaderAt, error)) (err error) {
+	var files []io.ReaderAt
+	defer func() {
+		for _, r := range files {
+			if closer, ok := r.(io.Closer); ok {
+				err = errors.Join(err, closer.Close())
+			}
+		}
+	}()
+	reader, err := OpenBlobFrom(func(b Blob) (io.ReaderAt, error) {
+		r, err := open(b)
+		if err != nil {
+			return nil, fmt.Errorf("open blob %s: %w", short(b.ID), err)
+		}
+		files = append(files, r)
+		return r, nil
+	}, b)
 	if err != nil {
 		return c.add(err)
 	}
-	if b.Features&disk.FeatureSeparate == 0 && !b.bare() {
-		if err := c.meta(reader, chunks); err != nil {
+	return c.blob(ctx, reader, chunks)
+}
+
+// blob checks one blob with its table.
+func (c *checker) blob(ctx context.Context, r *BlobReader, chunks []Chunk) error {
+	b := r.blob
+	if size, ok := sizeOf(r.r); ok && size < b.CompressedSize {
+		return c.add(invalid("blob "+short(b.ID), -1, "file size", size, fmt.Sprintf("at least %d", b.CompressedSize)))
+	}
+	metaBlob, separate := b.MetaBlob()
+	if size, ok := sizeOf(r.metaFile); ok && separate && metaBlob.CompressedSize != 0 && size != metaBlob.CompressedSize {
+		return c.add(invalid("blob "+short(metaBlob.ID), -1, "file size", size, metaBlob.CompressedSize))
+	}
+	if b.hasMeta() {
+		if err := c.meta(r, chunks); err != nil {
 			return err
 		}
-		if err := c.sections(ctx, b, r); err != nil {
+		if err := c.sections(ctx, b, r.metaFile); err != nil {
 			return err
 		}
 	}
 	if !c.options.Data {
 		return nil
 	}
-	if err := c.add(checkBlobID(ctx, b, r)); err != nil {
+	if err := c.add(checkBlobID(ctx, b, r.r)); err != nil {
 		return err
 	}
-	return c.data(ctx, reader, chunks)
+	if separate {
+		metaBlob.Features = b.Features
+		if err := c.add(checkBlobID(ctx, metaBlob, r.metaFile)); err != nil {
+			return err
+		}
+	}
+	return c.data(ctx, r, chunks)
 }
 
 // sizeOf returns the size of r if it tells it.

@@ -45,11 +45,7 @@ func (s *stored) file(b rafs.Blob) (io.ReaderAt, error) {
 }
 
 func (s *stored) reader(b rafs.Blob) (*rafs.BlobReader, error) {
-	r, err := s.file(b)
-	if err != nil {
-		return nil, err
-	}
-	return rafs.OpenBlob(r, b)
+	return rafs.OpenBlobFrom(s.file, b)
 }
 
 func (s *stored) check(o rafs.CheckOptions) (rafs.Report, error) {

@@ -1,8 +1,6 @@
 package rafs_test
 
 import (
-	"bytes"
-	"errors"
 	"fmt"
 	"math/rand/v2"
 	"os"
@@ -99,39 +97,4 @@ func runNydus(t *testing.T, nydus, source string, args []string) *stored {
 		must(t, err)
 	}
 	return s
-}
-
-// TestReadZranImage opens the tree of an image over a plain OCI layer, whose data it cannot read.
-func TestReadZranImage(t *testing.T) {
-	testenv.Root(t)
-	nydus := testenv.Tool(t, "nydus-image")
-	dir := t.TempDir()
-	source := filepath.Join(dir, "src")
-	must(t, os.MkdirAll(filepath.Join(source, "d"), 0o755))
-	want := bytes.Repeat([]byte("some text "), 100_000)
-	must(t, os.WriteFile(filepath.Join(source, "d/f"), want, 0o644))
-	layer := filepath.Join(dir, "layer.tar.gz")
-	if out, err := exec.Command("tar", "-C", source, "-czf", layer, ".").CombinedOutput(); err != nil {
-		t.Fatalf("tar: %v\n%s", err, out)
-	}
-	blobs := filepath.Join(dir, "blobs")
-	must(t, os.Mkdir(blobs, 0o700))
-	bootstrap := filepath.Join(dir, "image.boot")
-	out, err := exec.Command(nydus, "create", "-t", "targz-ref", "--bootstrap", bootstrap, "--blob-dir", blobs, layer).CombinedOutput()
-	if err != nil {
-		t.Fatalf("nydus-image create: %v\n%s", err, out)
-	}
-	s := &stored{blobs: map[string][]byte{}}
-	s.bootstrap, err = os.ReadFile(bootstrap)
-	must(t, err)
-	img := s.open(t)
-	if f := img.Lookup("d/f"); f == nil || f.Size != uint64(len(want)) || len(f.Chunks) != 1 {
-		t.Errorf("d/f = %+v", f)
-	}
-	if _, err := rafs.OpenBlob(bytes.NewReader(nil), img.Blobs[0]); !errors.Is(err, rafs.ErrUnsupported) {
-		t.Errorf("OpenBlob = %v, want ErrUnsupported", err)
-	}
-	if _, err := s.check(rafs.CheckOptions{}); err == nil {
-		t.Error("Check says nothing of a blob it has not seen")
-	}
 }

@@ -87,6 +87,22 @@ type BatchContext struct {
 // SizeBatchContext is the size of [BatchContext] in bytes.
 const SizeBatchContext = 40
 
+// ZranContext says where decompression of a gzip stream can begin. Source: ZranInflateContext in nydus.
+type ZranContext struct {
+	InOffset   uint64 // in the compressed file
+	OutOffset  uint64 // in the decompressed stream
+	DictOffset uint64 // among the dictionaries behind the contexts
+	InSize     uint32 // in_len
+	OutSize    uint32 // out_len
+	DictSize   uint32 // at most 32768
+	Byte       uint8  // ctx_byte: the byte before InOffset, when Bits is not 0
+	Bits       uint8  // ctx_bits: how many of its highest bits are still to come
+	Reserved   [2]byte
+}
+
+// SizeZranContext is the size of [ZranContext] in bytes.
+const SizeZranContext = 40
+
 // Section names of a blob.
 const (
 	SectionData       = "image.blob"

@@ -28,6 +28,7 @@ func TestSizes(t *testing.T) {
 		"MetaV1":        {disk.MetaV1{}, disk.SizeMetaV1},
 		"MetaV2":        {disk.MetaV2{}, disk.SizeMetaV2},
 		"BatchContext":  {disk.BatchContext{}, disk.SizeBatchContext},
+		"ZranContext":   {disk.ZranContext{}, disk.SizeZranContext},
 		"TOCEntry":      {disk.TOCEntry{}, disk.SizeTOCEntry},
 		"SuperV5":       {disk.SuperV5{}, disk.SizeSuperV5},
 		"ExtBlobV5":     {disk.ExtBlobV5{}, disk.SizeExtBlobV5},
