@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -160,7 +161,7 @@ func (i *Image) OpenBlob(ctx context.Context, b rafs.Blob) (*os.File, error) {
 // fetchBlob opens the layer whose digest is the blob's id, or the layer of another image in the same
 // repository that a blob refers to. A layout has it as a file; from elsewhere it is copied, verified on the way, into a file without a name.
 func (i *Image) fetchBlob(ctx context.Context, ref remote.Reference, id, tempDir string) (*os.File, error) {
-	src, layers := i.src, i.Document.Blobs()
+	src, layers := i.src, slices.Clone(i.Document.Blobs())
 	for _, b := range i.RAFS.Blobs {
 		if _, separate := b.MetaBlob(); separate {
 			layers = append(layers, ocispec.Descriptor{Digest: digest.NewDigestFromEncoded(digest.SHA256, b.ID), Size: clamp(b.CompressedSize)})
