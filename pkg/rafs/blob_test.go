@@ -182,7 +182,7 @@ func TestOpenBlobRefuses(t *testing.T) {
 	t.Parallel()
 	b, _ := smallImage(t, smallCombo)
 	b.build()
-	for _, feature := range []uint32{0x4 | 0x8, 0x40, 0x100 | 0x4, 0x800, 0x80 | 0x4 | 0x10} {
+	for _, feature := range []uint32{0x4 | 0x8, 0x100 | 0x4, 0x800, 0x80 | 0x4 | 0x10} {
 		blob := b.img.Blobs[0]
 		blob.Features |= feature
 		blob.MetaUncompressed = uint64(blob.ChunkCount) * 24

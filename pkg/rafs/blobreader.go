@@ -83,8 +83,9 @@ func openBlob(data, meta io.ReaderAt, b Blob) (*BlobReader, error) {
 	if b.Features&cannot != 0 {
 		return nil, unsupported(section, -1, "features", fmt.Sprintf("%#x", b.Features), fmt.Sprintf("no bit of %#x", cannot))
 	}
-	if b.Features&disk.FeatureBatch != 0 && b.Features&(disk.FeatureSeparate|disk.FeatureZran) != 0 {
-		return nil, unsupported(section, -1, "features", fmt.Sprintf("%#x", b.Features), "batch data with its table, and no ZRAN")
+	batch, zran, separate := b.Features&disk.FeatureBatch != 0, b.Features&disk.FeatureZran != 0, b.Features&disk.FeatureSeparate != 0
+	if batch && separate || zran && !separate {
+		return nil, unsupported(section, -1, "features", fmt.Sprintf("%#x", b.Features), "batch data with its table, ZRAN with its table apart")
 	}
 	if err := b.checkAny(section, -1, b.ChunkSize); err != nil {
 		return nil, err
