@@ -42,7 +42,7 @@ func tinyImage(tb testing.TB, o BlobOptions) (bootstrap, blob []byte) {
 		tb.Fatal(err)
 	}
 	img := &Image{
-		Blobs: []Blob{b}, ChunkSize: 4096, Compressor: o.Compressor, Digester: o.Digester, Prefetch: []*Inode{file},
+		Version: o.Version, Blobs: []Blob{b}, ChunkSize: 4096, Compressor: o.Compressor, Digester: o.Digester, Prefetch: []*Inode{file},
 		Root: &Inode{Mode: modeDir | 0o755, Children: []Dirent{
 			{"dir", &Inode{Mode: modeDir | 0o755, Xattrs: []Xattr{{"user.a", []byte("b")}}}},
 			{"file", file},
@@ -63,6 +63,8 @@ func tinyImages(tb testing.TB) [][2][]byte {
 		{ChunkSize: 4096},
 		{ChunkSize: 4096, Compressor: CompressorZstd, TOC: true},
 		{ChunkSize: 4096, Compressor: CompressorLZ4, Digester: DigesterSHA256},
+		{Version: V5, ChunkSize: 4096, Compressor: CompressorZstd},
+		{Version: V5, ChunkSize: 4096, Digester: DigesterSHA256},
 	} {
 		boot, blob := tinyImage(tb, o)
 		list = append(list, [2][]byte{boot, blob})
@@ -217,6 +219,22 @@ func FuzzXattrs(f *testing.F) {
 			return
 		}
 		if size, err := xattrSize(xattrs); err == nil && int(size) != len(p) && len(xattrs) > 0 {
+			t.Errorf("%d bytes, read from %d", size, len(p))
+		}
+	})
+}
+
+func FuzzXattrsV5(f *testing.F) {
+	f.Add(appendXattrsV5(nil, []Xattr{{"user.a", []byte("b")}, {"security.capability", make([]byte, 20)}}))
+	f.Fuzz(func(t *testing.T, p []byte) {
+		xattrs, _, err := parseXattrsV5(p)
+		if err != nil {
+			if xattrs != nil {
+				t.Error("xattrs beside an error")
+			}
+			return
+		}
+		if size, err := xattrSizeV5(xattrs); err == nil && size != uint64(len(p)) {
 			t.Errorf("%d bytes, read from %d", size, len(p))
 		}
 	})
