@@ -21,6 +21,8 @@ func main() {
 		err = fifo(number(2))
 	case "read":
 		_, err = os.ReadFile(os.Args[2])
+	case "ranges":
+		err = ranges(os.Args[2:])
 	case "nothing":
 	}
 	if err != nil {
