@@ -106,11 +106,15 @@ func (d *identity) send(i uint32, l *layer, st *unix.Stat_t) {
 		f = &pageFile{}
 	}
 	d.named[id] = struct{}{}
-	d.put(e.id, f, st.Size)
+	d.put(e.id, f, l, e.path, st.Size)
 }
 
-// put sends the ranges of a file of size bytes.
-func (d *identity) put(id uint32, f *pageFile, size int64) {
+// put sends the ranges of the file of size bytes that is at path p of a layer.
+func (d *identity) put(id uint32, f *pageFile, l *layer, p string, size int64) {
+	if d.s.pages.exact() && !d.s.pages.widen(f, l.fd, p, size) {
+		d.whole = true
+		return
+	}
 	ranges := f.set.Ranges(size, os.Getpagesize())
 	if !d.s.pages.exact() && f.set.Len() > 0 {
 		last := time.Duration(0)
@@ -193,7 +197,7 @@ func (d *identity) found(i int, p string) {
 	first, _ := f.set.First()
 	a := trace.Access{Path: p, How: f.how, Size: st.Size, Elapsed: first, PID: f.pid, Command: f.comm}
 	d.s.out.send(stream.Found{ID: d.s.nextID, Access: a})
-	d.put(d.s.nextID, f, st.Size)
+	d.put(d.s.nextID, f, l, p, st.Size)
 	d.s.nextID++
 }
 

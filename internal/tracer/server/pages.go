@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"os"
 	"slices"
 	"time"
 
@@ -26,6 +27,7 @@ type pageLog struct {
 	spec     tracefs.Spec
 	instance *tracefs.Instance
 	reader   *tracefs.Reader
+	widener  *tracefs.Widener   // nil: folios cannot be looked up
 	devices  map[uint64]bool    // of the image's layers
 	outside  map[inode]struct{} // files on those devices that are none of the image's
 	t        *target
@@ -61,8 +63,13 @@ func newPageLog(p Pages, t *target, c *comms, maxFiles int) (*pageLog, error) {
 	if err != nil {
 		return nil, errors.Join(err, in.Close())
 	}
+	// Without it, what was mapped around a fault has no upper bound but the file.
+	w, err := tracefs.NewWidener()
+	if err != nil {
+		w = nil
+	}
 	return &pageLog{
-		spec: p.Spec, instance: in, reader: r, t: t, comms: c, max: maxFiles,
+		widener: w, spec: p.Spec, instance: in, reader: r, t: t, comms: c, max: maxFiles,
 		done: make(chan struct{}), files: make(map[inode]*pageFile),
 		others: make(map[inode]struct{}), threads: make(map[int32]int32),
 	}, nil
@@ -204,4 +211,44 @@ func (l *pageLog) stop() []trace.Loss {
 }
 
 // close gives up the descriptors.
-func (l *pageLog) close() error { return errors.Join(l.reader.Close(), l.instance.Close()) }
+func (l *pageLog) close() error {
+	var err error
+	if l.widener != nil {
+		err = l.widener.Close()
+	}
+	return errors.Join(err, l.reader.Close(), l.instance.Close())
+}
+
+// widen adds to f what the kernel mapped together with what it says: see [tracefs.Widener]. name
+// is the file, below the directory dir. It reports whether f has all that may have been
+// touched then.
+func (l *pageLog) widen(f *pageFile, dir int, name string, size int64) bool {
+	var spans []tracefs.Span
+	var at []time.Duration
+	page := os.Getpagesize()
+	for _, r := range f.set.Ranges(size, page) {
+		if !r.Certain {
+			spans = append(spans, tracefs.Span{First: uint64(r.Offset) / uint64(page), Last: uint64(r.Offset+r.Length-1) / uint64(page)}) //nolint:gosec // positive
+			at = append(at, r.Elapsed)
+		}
+	}
+	if len(spans) == 0 {
+		return true
+	}
+	if l.widener == nil {
+		return false
+	}
+	fd, err := beneath(dir, name, unix.O_RDONLY|unix.O_NONBLOCK|unix.O_NOATIME)
+	if err != nil {
+		return false
+	}
+	file := os.NewFile(uintptr(fd), name)
+	wide, err := l.widener.Widen(file, spans)
+	if err = errors.Join(err, file.Close()); err != nil {
+		return false
+	}
+	for i, s := range wide {
+		f.set.Add(s.First, s.Last, at[i], false)
+	}
+	return true
+}
