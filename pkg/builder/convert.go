@@ -293,6 +293,7 @@ func (c *conversion) buildLayer(ctx context.Context, p *pool, free chan *batch, 
 	defer out.abort()
 
 	ck := newChunker(p, free, c.o, c.dict, uint16(i), out.BlobWriter) //nolint:gosec // completeLayers bounds it
+	ck.stream = stream
 	total := c.src.Layers[i].Descriptor.Size
 	ck.flushed = func() { c.progress(Event{Stage: StageLayer, Layer: i, Done: stream.stored.n, Total: total}) }
 	reader := layerReader{tree: newTree(), sink: ck, chunkSize: int64(c.o.ChunkSize)}

@@ -6,7 +6,7 @@
 //
 //   - a [Source] is an image to convert: its config and its layers as stored bytes;
 //   - a layer is read once, verified against its descriptor and its diff ID, and cut into
-//     chunks; its blob depends on the layer's tar and on the [Options], on nothing else;
+//     chunks; its blob depends on the layer's stored bytes and on the [Options], on nothing else;
 //   - the layers' trees are merged as containerd's overlay snapshots would be;
 //   - the prefetch blob holds copies of chunks; the merged tree points at the copies;
 //   - a [Result] is files in a temporary directory with their OCI descriptors, verified

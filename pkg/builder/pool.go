@@ -60,6 +60,7 @@ type batch struct {
 	raw      []byte // filled in order; the array has the batch size
 	out      []byte // encoded chunks; the array is large enough for all
 	pieces   []piece
+	matches  []rafs.Match // of the pieces; as many bytes as raw
 	err      error
 	done     chan struct{} // one token per run
 }
@@ -68,6 +69,7 @@ type batch struct {
 type piece struct {
 	ino    *rafs.Inode
 	off, n int // bytes of raw
+	first  int // of the batch's matches; those of the next piece begin where its own end
 	chunk  rafs.EncodedChunk
 	known  *rafs.Chunk // the dictionary's chunk; nil: chunk is to be stored
 }
@@ -77,6 +79,7 @@ func newBatch(size int, d rafs.Digester, dict *dict) *batch {
 		digester: d,
 		dict:     dict,
 		raw:      make([]byte, 0, size),
+		matches:  make([]rafs.Match, 0, size/matchSize),
 		// What no compressor exceeds, lz4's bound being the largest.
 		out:  make([]byte, 0, size+size/255+64),
 		done: make(chan struct{}, 1),
@@ -84,7 +87,19 @@ func newBatch(size int, d rafs.Digester, dict *dict) *batch {
 }
 
 func (b *batch) reset() {
-	b.raw, b.out, b.pieces, b.err = b.raw[:0], b.out[:0], b.pieces[:0], nil
+	b.raw, b.out, b.pieces, b.matches, b.err = b.raw[:0], b.out[:0], b.pieces[:0], b.matches[:0], nil
+}
+
+// matchSize is the size of a rafs.Match in bytes.
+const matchSize = 8
+
+// matchesOf returns what is known of piece i.
+func (b *batch) matchesOf(i int) []rafs.Match {
+	end := len(b.matches)
+	if i+1 < len(b.pieces) {
+		end = b.pieces[i+1].first
+	}
+	return b.matches[b.pieces[i].first:end]
 }
 
 // run digests and compresses the pieces.
@@ -99,7 +114,7 @@ func (b *batch) run(enc *rafs.Encoder) {
 			continue
 		}
 		tail := b.out[len(b.out):]
-		data, compressed, err := enc.Encode(tail, src)
+		data, compressed, err := enc.EncodeMatches(tail, src, b.matchesOf(i))
 		if err != nil {
 			b.err = err
 			return
@@ -127,6 +142,8 @@ type chunker struct {
 	blob      *rafs.BlobWriter
 	dict      *dict
 	known     int // chunks that the dictionary has; commit counts
+
+	stream *layerStream // what the tar is read from; nil: nothing is known of its bytes
 
 	free  chan *batch // batches that any layer may fill; their number is the bound
 	order chan *batch // batches in the order of the layer, for commit
@@ -171,17 +188,32 @@ func (c *chunker) writeFile(ctx context.Context, ino *rafs.Inode, r io.Reader, s
 				return err
 			}
 		}
-		b := c.cur
-		off := len(b.raw)
-		if _, err := io.ReadFull(r, b.raw[off:off+n]); err != nil {
-			if errors.Is(err, io.EOF) {
-				err = io.ErrUnexpectedEOF
-			}
+		if err := c.readPiece(ino, r, n); err != nil {
 			return err
 		}
-		b.raw = b.raw[:off+n]
-		b.pieces = append(b.pieces, piece{ino: ino, off: off, n: n})
 		size -= int64(n)
+	}
+	return nil
+}
+
+// readPiece reads n bytes into the current batch, as one chunk.
+func (c *chunker) readPiece(ino *rafs.Inode, r io.Reader, n int) error {
+	b, off, place := c.cur, len(c.cur.raw), int64(0)
+	if c.stream != nil {
+		place = c.stream.place()
+		c.stream.log.keep(place)
+	}
+	if _, err := io.ReadFull(r, b.raw[off:off+n]); err != nil {
+		if errors.Is(err, io.EOF) {
+			err = io.ErrUnexpectedEOF
+		}
+		return err
+	}
+	b.raw = b.raw[:off+n]
+	b.pieces = append(b.pieces, piece{ino: ino, off: off, n: n, first: len(b.matches)})
+	// Holes of a sparse file are no bytes of the tar.
+	if c.stream != nil && c.stream.place()-place == int64(n) {
+		b.matches = c.stream.log.appendTo(b.matches, n)
 	}
 	return nil
 }

@@ -154,7 +154,12 @@ func TestPrefetchSharedChunks(t *testing.T) {
 
 // TestRecompress makes the prefetch blob smaller than copies of the stored chunks would be.
 func TestRecompress(t *testing.T) {
-	data := strings.Repeat("The quick brown fox jumps over the lazy dog; pack my box. ", 3000) + string(noise(1, 3000))
+	words := strings.Fields("the quick brown fox jumps over a lazy dog while jackdaws love their big sphinx of quartz")
+	var text strings.Builder
+	for _, b := range noise(1, 30000) {
+		text.WriteString(words[int(b)%len(words)] + " ")
+	}
+	data := text.String()
 	src := tars(t, makeTar(t, reg("a", data), reg("b", string(noise(2, 9000)))))
 	o := builder.DefaultOptions()
 	o.List = listOf("/a", "/b")

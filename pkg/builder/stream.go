@@ -40,10 +40,12 @@ const (
 type layerStream struct {
 	stored *storedReader
 	next   func() ([]byte, error) // more of the tar, valid until the next call
+	known  func() []gunzip.Match  // of what next returned; nil where none are known
 	free   func()                 // releases the decompressor
 	close  func() error
 
 	buf []byte // of the tar, not read yet
+	log matchLog
 
 	diffHash hash.Hash
 	diffWant digest.Digest
@@ -129,7 +131,8 @@ func (s *layerStream) detect(br *bufio.Reader) error {
 	}
 	switch {
 	case bytes.HasPrefix(head, []byte("\x1f\x8b")):
-		s.next = gunzip.NewReader(br).Next
+		z := gunzip.NewReader(br)
+		s.next, s.known = z.Next, z.Matches
 	case bytes.HasPrefix(head, []byte("\x28\xb5\x2f\xfd")), isSkippableFrame(head):
 		z, err := zstd.NewReader(br, zstd.WithDecoderConcurrency(1), zstd.WithDecoderMaxWindow(maxWindow))
 		if err != nil {
@@ -211,6 +214,9 @@ func (s *layerStream) more() error {
 	switch {
 	case err == nil:
 		s.diffHash.Write(s.buf) // never fails
+		if s.known != nil {
+			s.log.add(s.size, s.known())
+		}
 		s.size += int64(len(s.buf))
 		return nil
 	case errors.Is(err, io.EOF):
@@ -262,6 +268,9 @@ func (s *layerStream) finish() error {
 	}
 	return nil
 }
+
+// place returns how many bytes of the tar were read.
+func (s *layerStream) place() int64 { return s.size - int64(len(s.buf)) }
 
 // Close closes the layer's source. It may overlap a Read, which then fails.
 func (s *layerStream) Close() error { return s.close() }

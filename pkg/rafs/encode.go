@@ -5,6 +5,8 @@ import (
 
 	"github.com/klauspost/compress/zstd"
 	"github.com/pierrec/lz4/v4"
+
+	"github.com/headstart-oci/headstart/pkg/rafs/internal/zstdenc"
 )
 
 // Level chooses between speed and size of compression.
@@ -30,13 +32,17 @@ func (l Level) String() string {
 	return fmt.Sprintf("level(%d)", int(l))
 }
 
-// Encoder compresses chunks. The result depends on the chunk alone, not on what was
-// encoded before. Not safe for concurrent use: one per worker. Memory with zstd at
-// LevelDefault is about 1 MiB plus the size of the largest chunk seen.
+// Match says that Length bytes of a chunk, from Pos on, equal those Back bytes before.
+type Match = zstdenc.Match
+
+// Encoder compresses chunks. The result depends on the chunk, and the matches it comes
+// with, alone, not on what was encoded before. Not safe for concurrent use: one per worker. Memory with zstd at
+// LevelDefault is about 1 MiB.
 type Encoder struct {
 	compressor Compressor
 	level      Level
-	zstd       [len(zstdWindows)]*zstd.Encoder // by size class, made when first needed
+	zstd       zstdenc.Encoder                 // at LevelDefault
+	library    [len(zstdWindows)]*zstd.Encoder // by size class, made when first needed
 	lz4        lz4.Compressor
 	lz4HC      lz4.CompressorHC
 }
@@ -64,10 +70,20 @@ func NewEncoder(c Compressor, level Level) (*Encoder, error) {
 // out is the compressed form, in dst's array if that is large enough, and compressed is
 // true; otherwise out is src itself, not a copy. dst's content is overwritten.
 func (e *Encoder) Encode(dst, src []byte) (out []byte, compressed bool, err error) {
-	switch e.compressor {
-	case CompressorZstd:
-		out, err = e.encodeZstd(dst, src)
-	case CompressorLZ4:
+	return e.EncodeMatches(dst, src, nil)
+}
+
+// EncodeMatches is [Encoder.Encode] with what is known of src: repetitions, in the order of
+// Pos, none overlapping the next, such as a deflate stream has. They save the search for
+// them; wrong ones do no harm. Compressors other than zstd, and levels other than [LevelDefault],
+// ignore them.
+func (e *Encoder) EncodeMatches(dst, src []byte, matches []Match) (out []byte, compressed bool, err error) {
+	switch {
+	case e.compressor == CompressorZstd && e.level == LevelDefault && len(src) <= zstdenc.MaxSize:
+		out = e.zstd.Encode(dst[:0], src, matches)
+	case e.compressor == CompressorZstd:
+		out, err = e.encodeLibrary(dst, src)
+	case e.compressor == CompressorLZ4:
 		out, err = e.encodeLZ4(dst, src)
 	}
 	if err != nil {
@@ -79,14 +95,15 @@ func (e *Encoder) Encode(dst, src []byte) (out []byte, compressed bool, err erro
 	return out, true, nil
 }
 
-// encodeZstd makes one frame with content size and without checksum, as libzstd's
-// one-shot interface does.
-func (e *Encoder) encodeZstd(dst, src []byte) ([]byte, error) {
+// encodeLibrary compresses with klauspost's encoder: at the best level, and what is larger than a
+// chunk, such as a large table. It makes one frame with content size and without checksum, as
+// libzstd's one-shot interface does.
+func (e *Encoder) encodeLibrary(dst, src []byte) ([]byte, error) {
 	class := 0
 	for class < len(zstdWindows)-1 && len(src) > zstdWindows[class] {
 		class++
 	}
-	if e.zstd[class] == nil {
+	if e.library[class] == nil {
 		level := zstd.SpeedDefault
 		if e.level == LevelBest {
 			level = zstd.SpeedBestCompression
@@ -103,9 +120,9 @@ func (e *Encoder) encodeZstd(dst, src []byte) ([]byte, error) {
 		if err != nil {
 			return nil, err
 		}
-		e.zstd[class] = z
+		e.library[class] = z
 	}
-	return e.zstd[class].EncodeAll(src, dst[:0]), nil
+	return e.library[class].EncodeAll(src, dst[:0]), nil
 }
 
 // encodeLZ4 makes one raw block; nil when it would not be smaller than src.

@@ -19,6 +19,12 @@ var (
 	ErrChecksum = errors.New("gzip checksum mismatch")
 )
 
+// Match says that Length bytes at Pos equal those Back bytes before.
+type Match struct {
+	Pos          uint32 // bytes
+	Length, Back uint16 // bytes, 3 to 258 and 1 to 32768
+}
+
 // Reader decompresses a gzip stream. Not safe for concurrent use.
 type Reader struct {
 	d       *decoder
@@ -26,7 +32,10 @@ type Reader struct {
 	size    uint32
 	members int
 	inside  bool
+	hasty   bool  // the member was made by the fastest algorithm there is
 	err     error // sticky
+
+	delivered int // place in the decoder's output of what Next returned
 }
 
 // NewReader returns a Reader of src, which it reads ahead.
@@ -46,6 +55,7 @@ func (z *Reader) Next() ([]byte, error) {
 		if err == nil {
 			z.crc = crc32.Update(z.crc, crc32.IEEETable, p)
 			z.size += uint32(len(p)) //nolint:gosec // modulo 2^32, as the format counts
+			z.delivered = z.d.o - len(p)
 			return p, nil
 		}
 		if !errors.Is(err, io.EOF) {
@@ -56,6 +66,23 @@ func (z *Reader) Next() ([]byte, error) {
 	}
 	return nil, z.err
 }
+
+// Matches returns the matches that the last bytes of [Reader.Next] were made from, in order,
+// Pos counted from the first of them; valid until the next call of Next. There may be more than it
+// knows of, and none are known where the stream was made in haste.
+func (z *Reader) Matches() []Match {
+	if z.hasty {
+		return nil
+	}
+	for i := range z.d.matches {
+		z.d.matches[i].Pos -= uint32(z.delivered) //nolint:gosec // a place in the output
+	}
+	z.delivered = 0
+	return z.d.matches
+}
+
+// xflFastest says that the compressor used its fastest algorithm. Source: RFC 1952, 2.3.1.
+const xflFastest = 4
 
 // The flags of a member's header. Source: RFC 1952, 2.3.1.
 const (
@@ -80,7 +107,7 @@ func (z *Reader) header() error {
 		}
 		return err
 	}
-	flags := head[3]
+	flags, hasty := head[3], head[8] == xflFastest
 	if head[0] != 0x1f || head[1] != 0x8b || head[2] != 8 {
 		return ErrHeader
 	}
@@ -112,7 +139,7 @@ func (z *Reader) header() error {
 		}
 	}
 	d.reset()
-	z.crc, z.size, z.inside = 0, 0, true
+	z.crc, z.size, z.inside, z.hasty = 0, 0, true, hasty
 	z.members++
 	return nil
 }

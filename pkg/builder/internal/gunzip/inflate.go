@@ -10,7 +10,8 @@ import (
 const (
 	windowSize = 32 << 10 // how far back a match may reach
 	maxMatch   = 258
-	slack      = 16 // bytes behind the output that copies may scribble on
+	slack      = 16          // bytes behind the output that copies may scribble on
+	maxMatches = outSize / 4 // kept at once; the shortest match has 3 bytes, many have more
 
 	inSize  = 128 << 10
 	outSize = windowSize + 160<<10
@@ -39,6 +40,10 @@ type decoder struct {
 	final bool // the current block is the last
 	left  int  // bytes left of a stored block
 
+	// matches are those of out[start:o], with Pos in out. What its capacity does not hold is
+	// dropped; it is 0 while nobody wants them.
+	matches []Match
+
 	lit  [litTable]uint32
 	dist [distTable]uint32
 }
@@ -53,7 +58,10 @@ const (
 )
 
 func newDecoder(src io.Reader) *decoder {
-	return &decoder{src: src, in: make([]byte, inSize), out: make([]byte, outSize+slack)}
+	return &decoder{
+		src: src, in: make([]byte, inSize), out: make([]byte, outSize+slack),
+		matches: make([]Match, 0, maxMatches),
+	}
 }
 
 // fill reads until n bytes are buffered or the input has ended.
@@ -136,6 +144,7 @@ func (d *decoder) align() error {
 // next returns inflated bytes, valid until the next call; io.EOF at the end of the stream, with the
 // input behind it.
 func (d *decoder) next() ([]byte, error) {
+	d.matches = d.matches[:0]
 	if d.o > windowSize {
 		d.o = copy(d.out, d.out[d.o-windowSize:d.o])
 		d.start = d.o
@@ -344,9 +353,10 @@ func (d *decoder) huffman() error {
 	in, out := d.in[:d.w], d.out
 	r := d.r
 	lit, dist := &d.lit, &d.dist
+	matches := d.matches
 	for o < outSize-maxMatch {
 		if r+16 > len(in) {
-			d.bitbuf, d.nbits, d.r, d.o = bitbuf, nbits, r, o
+			d.bitbuf, d.nbits, d.r, d.o, d.matches = bitbuf, nbits, r, o, matches
 			if err := d.refill(); err != nil {
 				return err
 			}
@@ -403,7 +413,7 @@ func (d *decoder) huffman() error {
 				o++
 				continue
 			}
-			d.bitbuf, d.nbits, d.r, d.o = bitbuf, nbits, r, o
+			d.bitbuf, d.nbits, d.r, d.o, d.matches = bitbuf, nbits, r, o, matches
 			if e&entryEnd == 0 {
 				return corrupt("code of a length")
 			}
@@ -440,6 +450,9 @@ func (d *decoder) huffman() error {
 			return corrupt("distance behind the start")
 		}
 		from := o - back
+		if len(matches) < cap(matches) {
+			matches = append(matches, Match{uint32(o), uint16(length), uint16(back)}) //nolint:gosec // positions are below outSize, lengths at most 258, distances 32768
+		}
 		switch {
 		case back >= 8:
 			// Words; what is written beyond the match is overwritten later.
@@ -460,6 +473,6 @@ func (d *decoder) huffman() error {
 		}
 		o += length
 	}
-	d.bitbuf, d.nbits, d.r, d.o = bitbuf, nbits, r, o
+	d.bitbuf, d.nbits, d.r, d.o, d.matches = bitbuf, nbits, r, o, matches
 	return nil
 }

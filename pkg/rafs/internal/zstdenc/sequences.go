@@ -1,0 +1,247 @@
+package zstdenc
+
+import (
+	"math"
+	"math/bits"
+	"slices"
+)
+
+// Modes of a sequence table. Source: RFC 8878 section 3.1.1.3.2.1.
+const (
+	modePredefined = iota
+	modeRLE
+	modeCompressed
+	modeRepeat
+)
+
+// kind is one of the three alphabets of a sequence.
+type kind struct {
+	symbols    int
+	log        uint8 // most
+	predefined fseTable
+}
+
+const (
+	kindLiterals = iota
+	kindOffset
+	kindMatch
+	kinds
+)
+
+// tables are those of one block.
+type tables [kinds]*fseTable
+
+// single is the table of an alphabet of one symbol: one state, no bits.
+var single fseTable
+
+// Default distributions. Source: RFC 8878 section 3.1.1.3.2.2.
+var (
+	defaultLiterals = []int16{
+		4, 3, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 1, 1, 1, 2, 2, 2, 2, 2, 2, 2, 2, 2, 3, 2, 1, 1, 1, 1, 1,
+		-1, -1, -1, -1,
+	}
+	defaultOffsets = []int16{1, 1, 1, 1, 1, 1, 2, 2, 2, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, -1, -1, -1, -1, -1}
+	defaultMatches = []int16{
+		1, 4, 3, 2, 2, 2, 2, 2, 2, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1,
+		1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, -1, -1, -1, -1, -1, -1, -1,
+	}
+)
+
+// kindsOf holds the limits and default tables. Source: RFC 8878 section 3.1.1.3.2.1.
+var kindsOf = func() (k [kinds]kind) {
+	for i, d := range []struct {
+		norm []int16
+		log  uint8
+		most uint8
+	}{{defaultLiterals, 6, 9}, {defaultOffsets, 5, 8}, {defaultMatches, 6, 9}} {
+		k[i].symbols, k[i].log = len(d.norm), d.most
+		k[i].predefined.build(d.norm, d.log)
+	}
+	return k
+}()
+
+// Codes of lengths. Source: RFC 8878 section 3.1.1.3.2.1.1.
+var (
+	literalsBits = [36]uint8{16: 1, 1, 1, 1, 2, 2, 3, 3, 4, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16}
+	matchBits    = [53]uint8{32: 1, 1, 1, 1, 2, 2, 3, 3, 4, 4, 5, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16}
+
+	literalsCodes = codesOf(64, literalsBits[:])
+	matchCodes    = codesOf(128, matchBits[:])
+)
+
+// codesOf returns the code of each length below n.
+func codesOf(n int, extra []uint8) []uint8 {
+	var codes []uint8
+	for code, b := range extra {
+		for range 1 << b {
+			if len(codes) == n {
+				return codes
+			}
+			codes = append(codes, uint8(code)) //nolint:gosec // below maxSymbols
+		}
+	}
+	return codes
+}
+
+func literalsCode(n uint32) uint8 {
+	if n < 64 {
+		return literalsCodes[n]
+	}
+	return uint8(bits.Len32(n) - 1 + 19) //nolint:gosec // 64 has code 25
+}
+
+func matchCode(n uint32) uint8 {
+	if n < 128 {
+		return matchCodes[n]
+	}
+	return uint8(bits.Len32(n) - 1 + 36) //nolint:gosec // 128 has code 43
+}
+
+// codes are those of one sequence.
+type codes struct{ literals, offset, match uint8 }
+
+// appendSections writes the body of a block of size bytes. ok is false when it is not worth it.
+func (e *Encoder) appendSections(dst []byte, size int) (_ []byte, ok bool) {
+	start := len(dst)
+	dst = e.appendLiterals(dst)
+	if len(dst)-start >= size {
+		return dst, false
+	}
+	return e.appendSequences(dst), true
+}
+
+// appendSequences writes the sequences section. Source: RFC 8878 section 3.1.1.3.2.
+func (e *Encoder) appendSequences(dst []byte) []byte {
+	seqs := e.block.sequences
+	n := len(seqs)
+	switch {
+	case n == 0:
+		return append(dst, 0)
+	case n < 128:
+		dst = append(dst, byte(n))
+	case n < 0x7f00:
+		dst = append(dst, byte(n>>8|0x80), byte(n))
+	default:
+		dst = append(dst, 0xff, byte(n-0x7f00), byte((n-0x7f00)>>8))
+	}
+	var counts [kinds][64]uint32
+	e.codes = e.codes[:0]
+	for _, s := range seqs {
+		c := codes{literalsCode(s.literals), uint8(bits.Len32(s.offset) - 1), matchCode(s.match)} //nolint:gosec // offsets are at least 1
+		counts[kindLiterals][c.literals&63]++
+		counts[kindOffset][c.offset&63]++
+		counts[kindMatch][c.match&63]++
+		e.codes = append(e.codes, c)
+	}
+	modes := len(dst)
+	dst = append(dst, 0)
+	for k := range kinds {
+		var mode byte
+		dst, mode = e.appendTable(dst, k, counts[k][:kindsOf[k].symbols], uint32(n)) //nolint:gosec // below 128 Ki
+		dst[modes] |= mode << (6 - 2*k)
+	}
+	return e.appendBits(dst)
+}
+
+// appendTable chooses and describes the table of alphabet k, and keeps it in e.prev and e.use.
+// total is the sum of counts, greater than 0.
+func (e *Encoder) appendTable(dst []byte, k int, counts []uint32, total uint32) ([]byte, byte) {
+	last := len(counts) - 1
+	for counts[last] == 0 {
+		last--
+	}
+	counts = counts[:last+1]
+	if counts[last] == total {
+		e.prev[k], e.use[k] = nil, &single
+		return append(dst, byte(last)), modeRLE
+	}
+	best, mode, table := kindsOf[k].predefined.cost(counts), byte(modePredefined), &kindsOf[k].predefined
+	if p := e.prev[k]; p != nil {
+		if c := p.cost(counts); c < best {
+			best, mode, table = c, modeRepeat, p
+		}
+	}
+	var space [maxSymbols]int16
+	norm, log := space[:last+1], tableLog(total, last, kindsOf[k].log)
+	normalize(norm, counts, total, log)
+	e.desc = appendNorm(e.desc[:0], norm, log)
+	if cost(norm, counts, log)+int64(8*len(e.desc))*bitCost < best {
+		mode, table = modeCompressed, &e.own[k]
+		table.build(norm, log)
+		dst = append(dst, e.desc...)
+	}
+	e.prev[k], e.use[k] = table, table
+	return dst, mode
+}
+
+const (
+	bitCost    = 1 << 10 // a bit, in the unit of costs
+	impossible = 1 << 30 // cost of a symbol that a table lacks: above all a block can take
+)
+
+// costs are what a symbol with n of 1<<maxTableLog states takes. Integers, so that every
+// machine chooses the same tables.
+var costs = func() (c [1<<maxTableLog + 1]int64) {
+	c[0] = impossible
+	for n := 1; n < len(c); n++ {
+		c[n] = int64(math.Round((maxTableLog - math.Log2(float64(n))) * bitCost))
+	}
+	return c
+}()
+
+// cost returns what symbols in such numbers take with table t.
+func (t *fseTable) cost(counts []uint32) int64 {
+	if len(counts) > t.count {
+		return impossible
+	}
+	return cost(t.norm[:len(counts)], counts, t.log)
+}
+
+func cost(norm []int16, counts []uint32, log uint8) int64 {
+	sum, less := int64(0), int64(maxTableLog-log)*bitCost
+	for s, c := range counts {
+		if c > 0 {
+			sum += int64(c) * (costs[abs(int(norm[s]))] - less)
+		}
+	}
+	return sum
+}
+
+// appendBits writes the sequences, the last first. Source: RFC 8878 section 3.1.1.3.2.1.
+func (e *Encoder) appendBits(dst []byte) []byte {
+	const most = 12 // bytes a sequence takes: 3 states of 9 bits, lengths of 16, an offset of 24
+	n := len(e.codes)
+	dst = slices.Grow(dst, n*most+32)
+	w := bitWriter{dst: dst[len(dst):cap(dst)]}
+	ll, of, ml := e.use[kindLiterals], e.use[kindOffset], e.use[kindMatch]
+
+	c, s := e.codes[n-1], e.block.sequences[n-1]
+	sl, so, sm := ll.first(c.literals), of.first(c.offset), ml.first(c.match)
+	w.extra(c, s)
+	for i := n - 2; i >= 0; i-- {
+		c, s := e.codes[i], e.block.sequences[i]
+		so = of.next(&w, so, c.offset)
+		sm = ml.next(&w, sm, c.match)
+		sl = ll.next(&w, sl, c.literals)
+		w.extra(c, s)
+	}
+	w.add(uint64(sm)&(1<<ml.log-1), uint(ml.log))
+	w.add(uint64(so)&(1<<of.log-1), uint(of.log))
+	w.add(uint64(sl)&(1<<ll.log-1), uint(ll.log))
+	w.add(1, 1)
+	w.flush()
+	if w.used > 0 {
+		w.n++ // flush wrote the rest already
+	}
+	return dst[:len(dst)+w.n]
+}
+
+// extra writes the bits of a sequence that its codes leave open, and flushes.
+func (w *bitWriter) extra(c codes, s sequence) {
+	lb, mb := uint(literalsBits[c.literals]), uint(matchBits[c.match])
+	w.add(uint64(s.literals)&(1<<lb-1), lb)
+	w.flush()
+	w.add(uint64(s.match)&(1<<mb-1), mb)
+	w.add(uint64(s.offset)&(1<<c.offset-1), uint(c.offset))
+	w.flush()
+}
