@@ -46,7 +46,7 @@ func TestFixtureV5(t *testing.T) {
 func compareNydusd(t *testing.T, res *builder.Result, entries []expected) {
 	t.Helper()
 	t.Run("nydusd", func(t *testing.T) {
-		got := dumpDir(t, testenv.MountNydusd(t, res.BootstrapPath, blobDir(t, res)))
+		got := dumpDir(t, mountNydusd(t, res))
 		for _, e := range entries { // nydusd shows mtime 0 as the time of the mount
 			if g := got[e.Path]; e.Mtime != nil && *e.Mtime == 0 {
 				g.Mtime = 0
@@ -55,6 +55,11 @@ func compareNydusd(t *testing.T, res *builder.Result, entries []expected) {
 		}
 		checkExpected(t, got, entries)
 	})
+}
+
+func mountNydusd(t testing.TB, res *builder.Result) string {
+	t.Helper()
+	return testenv.MountNydusd(t, res.BootstrapPath, blobDir(t, res))
 }
 
 // blobDir makes a directory with the blobs by id, as a Nydus backend has them.
