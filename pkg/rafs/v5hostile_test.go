@@ -170,7 +170,7 @@ func TestCheckFindsV5(t *testing.T) {
 		"reserved":              {rafs.ErrInvalid, "reserved", func(p []byte) { p[100] = 1 }},
 		"extended reserved":     {rafs.ErrInvalid, "reserved", func(p []byte) { p[v5Ext+30] = 1 }},
 		"extended table gone":   {rafs.ErrInvalid, "extended_blob_table_entries", func(p []byte) { u32(p[68:], 0) }},
-		"inodes":                {rafs.ErrInvalid, "inodes_count", func(p []byte) { u64(p[24:], 3) }},
+		"inodes":                {rafs.ErrInvalid, "inodes_count", func(p []byte) { u64(p[24:], 0) }},
 		"file digest":           {rafs.ErrDigest, "\"/a\"", func(p []byte) { p[v5A]++; p[v5B]++ }},
 		"directory digest":      {rafs.ErrDigest, "directory \"/\"", func(p []byte) { p[v5Root]++ }},
 		"chunk digest":          {rafs.ErrDigest, "\"/a\"", func(p []byte) { p[v5A+160]++; p[v5B+160]++ }},
