@@ -11,6 +11,7 @@ import (
 
 	"github.com/headstart-oci/headstart/internal/creation"
 	"github.com/headstart-oci/headstart/internal/metrics"
+	"github.com/headstart-oci/headstart/internal/readylog"
 	"github.com/headstart-oci/headstart/internal/rebuild"
 	"github.com/headstart-oci/headstart/internal/tracer"
 	"github.com/headstart-oci/headstart/pkg/persist"
@@ -55,7 +56,7 @@ func OpenBackend(c Config, o BackendOptions) (*Backend, error) {
 		}},
 		Created: creation.Files,
 		LogPath: func(ctx context.Context, container string) (string, error) {
-			return LogPath(ctx, c.ContainerdAddress, container)
+			return readylog.Path(ctx, c.ContainerdAddress, container)
 		},
 		Store: store,
 		Log:   log,

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -19,6 +20,8 @@ func IsChild() bool { return filepath.Base(os.Args[0]) == ChildName }
 // Child is the held process: it puts the root in place, says so, waits for the release and
 // becomes the command. It returns the exit status when it could not.
 func Child() int {
+	// What a thread gives up for the command (capabilities) it must still lack when it becomes the command.
+	runtime.LockOSThread()
 	orders, answer := os.NewFile(3, "orders"), os.NewFile(4, "answer")
 	unix.CloseOnExec(3)
 	unix.CloseOnExec(4)
@@ -50,6 +53,9 @@ func prepare(in *bufio.Reader) (path string, s spec, err error) {
 	if err := enterRoot(s); err != nil {
 		return "", s, err
 	}
+	if s.Layers != nil {
+		return becomeContainer(s)
+	}
 	if path, err = lookUp(s); err != nil {
 		return "", s, err
 	}
@@ -71,7 +77,12 @@ func enterRoot(s spec) error {
 	if err != nil {
 		return err
 	}
-	if err := furnish(root, s.Upper != ""); err != nil {
+	ours := s.Upper != "" || s.Layers != nil
+	if err := furnish(root, ours, s.NoNetwork); err != nil {
+		return err
+	}
+	mounts, err := takeMounts(s)
+	if err != nil {
 		return err
 	}
 	// The old root is put on top of the new one and taken away from there: no directory is needed for it.
@@ -84,10 +95,21 @@ func enterRoot(s spec) error {
 	if err := unix.Unmount(".", unix.MNT_DETACH); err != nil {
 		return fmt.Errorf("unmount the old root: %w", err)
 	}
-	return unix.Chdir("/")
+	if err := unix.Chdir("/"); err != nil {
+		return err
+	}
+	if s.NoNetwork {
+		if err := loopback(); err != nil {
+			return fmt.Errorf("bring up the loopback interface: %w", err)
+		}
+	}
+	return mounts.attach()
 }
 
 func mountRoot(s spec) (string, error) {
+	if s.Layers != nil {
+		return mountImage(s)
+	}
 	if s.Upper == "" {
 		if err := unix.Mount(s.Root, s.Root, "", unix.MS_BIND|unix.MS_REC, ""); err != nil {
 			return "", fmt.Errorf("bind %s: %w", s.Root, err)
@@ -129,7 +151,7 @@ func escapeOption(s string) string {
 
 // furnish mounts what a command expects to find. Where root is the user's own directory
 // (not ours to change), only what it has a place for.
-func furnish(root string, ours bool) error {
+func furnish(root string, ours, ownNetwork bool) error {
 	type mount struct {
 		source, dir, kind string
 		flags             uintptr
@@ -137,9 +159,13 @@ func furnish(root string, ours bool) error {
 	}
 	const safe = unix.MS_NOSUID | unix.MS_NOEXEC | unix.MS_NODEV
 	mounted := map[string]bool{}
+	sys := mount{"/sys", "sys", "", unix.MS_BIND, ""}
+	if ownNetwork {
+		sys = mount{"sysfs", "sys", "sysfs", safe | unix.MS_RDONLY, ""} // shows the interfaces of its mounter
+	}
 	for _, m := range []mount{
 		{"proc", "proc", "proc", safe, ""},
-		{"/sys", "sys", "", unix.MS_BIND, ""},
+		sys,
 		{"tmpfs", "dev", "tmpfs", unix.MS_NOSUID, "mode=0755,size=64k"},
 		{"devpts", "dev/pts", "devpts", unix.MS_NOSUID | unix.MS_NOEXEC, "newinstance,ptmxmode=0666,mode=0620"},
 		{"tmpfs", "dev/shm", "tmpfs", safe, "mode=1777"},
@@ -248,6 +274,9 @@ func lookUp(s spec) (string, error) {
 			continue
 		}
 		for _, dir := range filepath.SplitList(list) {
+			if !filepath.IsAbs(dir) {
+				dir = filepath.Join(s.Dir, dir)
+			}
 			if path := filepath.Join(dir, name); filepath.IsAbs(path) && executable(path) == nil {
 				return path, nil
 			}

@@ -7,6 +7,9 @@
 // of its own, which fanotify can mark as a whole. The command finds its own /proc, a small
 // /dev, the host's /sys (read-only) and network.
 //
+// With [Options.Layers] the root is that of an image instead: an overlay of its layers, with the user,
+// the volumes and the mounts of a container, and the capabilities that containers have.
+//
 // The held process is this program again, started with [ChildName] as its name: main must call
 // [Child] for it.
 package runroot
@@ -22,6 +25,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -44,8 +48,39 @@ type Options struct {
 	// InPlace runs on the directory itself instead of an overlay: writes stay.
 	InPlace bool
 
+	// Layers are the directories of an image's layers, the lowest first, in overlay's form: a
+	// whiteout is a device 0:0, an opaque directory has the attribute trusted.overlay.opaque. They are
+	// used in place of Root and are not written to.
+	Layers []string
+	// Scratch, with Layers, is an empty directory for what the command writes. It stays the caller's.
+	Scratch string
+	// User, with Layers, is "NAME|UID[:GROUP|GID]", looked up in the image; in place of UID and GID.
+	// Without HOME in Env the user's is added.
+	User string
+	// Volumes, with Layers, are directories of the image that are copied out of it and mounted again
+	// over themselves; see [Options.VolumeDir].
+	Volumes []string
+	// Mounts are mounted last, in order.
+	Mounts []Mount
+	// NoNetwork gives the command a network with a loopback interface only.
+	NoNetwork bool
+	// StopSignal is what [Process.End] sends first; 0: SIGTERM.
+	StopSignal syscall.Signal
+
 	Stdin          io.Reader
 	Stdout, Stderr io.Writer
+}
+
+// Mount is a file or directory of the host that the command sees at Target.
+type Mount struct {
+	Source, Target string // absolute; on the host, in the root
+	ReadOnly       bool
+}
+
+// VolumeDir returns the directory on the host of the i-th volume. It holds what the image holds
+// there once [Start] has returned.
+func (o *Options) VolumeDir(i int) string {
+	return filepath.Join(o.Scratch, "volumes", strconv.Itoa(i))
 }
 
 // Process is a command that was started. Release lets it run, and Wait must be called.
@@ -56,6 +91,7 @@ type Process struct {
 	once    sync.Once
 	done    chan struct{}
 	err     error // of the end; read after done
+	end     syscall.Signal
 }
 
 // spec is what the held process is told.
@@ -63,6 +99,11 @@ type spec struct {
 	Root, Upper, Dir string
 	Args, Env        []string
 	UID, GID         int
+
+	Layers, Volumes, VolumeDirs []string
+	Scratch, User               string
+	Mounts                      []Mount
+	NoNetwork                   bool
 }
 
 // Start starts the held process and returns when its root is in place and nothing but
@@ -77,17 +118,23 @@ func Start(ctx context.Context, o Options) (*Process, error) {
 		return nil, err
 	}
 	scratch := ""
-	if !o.InPlace {
+	if !o.InPlace && s.Layers == nil {
 		if scratch, err = os.MkdirTemp("", "headstart-root-*"); err != nil {
 			return nil, err
 		}
 		s.Upper = scratch
 	}
-	p := &Process{done: make(chan struct{})}
+	p := &Process{done: make(chan struct{}), end: o.StopSignal}
+	if p.end == 0 {
+		p.end = unix.SIGTERM
+	}
 	ready := make(chan error, 1)
 	go p.run(o, s, scratch, ready)
 	if err := <-ready; err != nil {
 		<-p.done
+		if o.Layers != nil {
+			return nil, fmt.Errorf("run the image: %w", err)
+		}
 		return nil, fmt.Errorf("run in %s: %w", o.Root, err)
 	}
 	return p, nil
@@ -104,16 +151,12 @@ func (o Options) spec() (spec, error) {
 	if !strings.HasPrefix(s.Dir, "/") {
 		return s, fmt.Errorf("working directory %q is not absolute", s.Dir)
 	}
-	root, err := filepath.Abs(o.Root)
-	if err != nil {
-		return s, err
-	}
-	if s.Root, err = filepath.EvalSymlinks(root); err != nil {
-		return s, err
-	}
-	info, err := os.Stat(s.Root)
-	if err == nil && !info.IsDir() {
-		err = fmt.Errorf("%s is no directory", s.Root)
+	s.Mounts, s.NoNetwork = o.Mounts, o.NoNetwork
+	var err error
+	if o.Layers != nil {
+		err = o.image(&s)
+	} else {
+		s.Root, err = directoryAt(o.Root)
 	}
 	const path = "PATH="
 	for _, e := range o.Env {
@@ -123,6 +166,39 @@ func (o Options) spec() (spec, error) {
 	}
 	s.Env = append(append([]string(nil), o.Env...), path+"/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
 	return s, err
+}
+
+// directoryAt returns the path without links of a directory.
+func directoryAt(path string) (string, error) {
+	abs, err := filepath.Abs(path)
+	if err != nil {
+		return "", err
+	}
+	if path, err = filepath.EvalSymlinks(abs); err != nil {
+		return "", err
+	}
+	info, err := os.Stat(path)
+	if err == nil && !info.IsDir() {
+		err = fmt.Errorf("%s is no directory", path)
+	}
+	return path, err
+}
+
+// image prepares what only images have.
+func (o *Options) image(s *spec) error {
+	s.Layers, s.User, s.Volumes = o.Layers, o.User, o.Volumes
+	var err error
+	if s.Scratch, err = directoryAt(o.Scratch); err != nil {
+		return err
+	}
+	for i := range o.Volumes {
+		dir := o.VolumeDir(i)
+		if err := os.MkdirAll(dir, 0o755); err != nil {
+			return err
+		}
+		s.VolumeDirs = append(s.VolumeDirs, dir)
+	}
+	return nil
 }
 
 // run owns the child from start to end, on a thread that lives as long: the kernel ends
@@ -175,6 +251,9 @@ func (p *Process) spawn(o Options, s spec) (cmd *exec.Cmd, talk *os.File, err er
 	cmd.SysProcAttr = &syscall.SysProcAttr{
 		Cloneflags: unix.CLONE_NEWNS | unix.CLONE_NEWPID | unix.CLONE_NEWIPC,
 		Pdeathsig:  unix.SIGKILL,
+	}
+	if o.NoNetwork {
+		cmd.SysProcAttr.Cloneflags |= unix.CLONE_NEWNET
 	}
 	// When a grandchild keeps a pipe open, the wait must end all the same.
 	cmd.WaitDelay = 2 * time.Second
@@ -240,11 +319,11 @@ func (p *Process) Wait() error {
 	return p.err
 }
 
-// End asks the command to end by SIGTERM and kills it, with everything it started, after
+// End asks the command to end by its stop signal and kills it, with everything it started, after
 // grace. One that was not released never runs. End returns when it is gone.
 func (p *Process) End(grace time.Duration) {
 	p.once.Do(func() { _ = p.release.Close() }) // a pipe's end; the held process sees it and ends
-	p.signal(unix.SIGTERM)
+	p.signal(p.end)
 	t := time.NewTimer(grace)
 	defer t.Stop()
 	select {

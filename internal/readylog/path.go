@@ -1,4 +1,4 @@
-package nriplugin
+package readylog
 
 import (
 	"context"
@@ -14,9 +14,9 @@ import (
 // maxStatus bounds the answer about one container, in bytes: its labels and annotations are in it.
 const maxStatus = 4 << 20
 
-// LogPath asks the CRI at containerd's socket for the path of a container's log, which NRI does not
-// tell. A container whose pod has no log directory has none, which is an error.
-func LogPath(ctx context.Context, address, container string) (_ string, err error) {
+// Path asks the CRI at containerd's socket, address, for the path of a container's log, which NRI does
+// not tell. A container whose pod has no log directory has none, which is an error.
+func Path(ctx context.Context, address, container string) (_ string, err error) {
 	conn, err := grpc.NewClient("unix://"+strings.TrimPrefix(address, "unix://"),
 		grpc.WithTransportCredentials(insecure.NewCredentials()),
 		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxStatus)))
