@@ -234,6 +234,7 @@ func builderSource(src remote.Source, img remote.Image) builder.Source {
 			Descriptor: l.Descriptor,
 			DiffID:     l.DiffID,
 			Open:       func(ctx context.Context) (io.ReadCloser, error) { return src.Fetch(ctx, l.Descriptor) },
+			Verified:   true, // as every remote.Source does
 		})
 	}
 	return out

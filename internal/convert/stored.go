@@ -119,7 +119,7 @@ func (h *helpers) build(ctx context.Context, o Options, src remote.Source, img r
 func (h *helpers) blobs(files []builder.File) ([]remote.Blob, error) {
 	blobs := make([]remote.Blob, 0, len(files))
 	for _, f := range files {
-		b := remote.Blob{Descriptor: f.Descriptor, Open: func(context.Context) (io.ReadCloser, error) { return f.Open() }}
+		b := remote.Blob{Descriptor: f.Descriptor, File: f.Path, Open: func(context.Context) (io.ReadCloser, error) { return f.Open() }}
 		if f.Stored {
 			stored, ok := h.stored[f.Descriptor.Digest]
 			if !ok {

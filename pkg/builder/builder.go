@@ -34,6 +34,9 @@ type Layer struct {
 	DiffID digest.Digest
 	// Open gives the stored bytes from the start. It is called once; Convert closes what it returns.
 	Open func(ctx context.Context) (io.ReadCloser, error)
+	// Verified says that what Open returns compares size and digest with Descriptor by itself, and
+	// fails at the latest at its end when they differ: the bytes are then not hashed twice.
+	Verified bool
 	// Record, when set, gives the record that an earlier conversion of the layer has made
 	// ([Options].Records) under the same [RecordKey]; then Open is not called and the layer's
 	// blob is Stored, which is nil for a layer without data. A record is believed, except that

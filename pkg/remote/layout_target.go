@@ -233,14 +233,66 @@ func (t *layoutTarget) Push(ctx context.Context, b Blob) (PushResult, error) {
 	if err := t.dir.MkdirAll(filepath.Dir(name), 0o755); err != nil {
 		return 0, fmt.Errorf("oci layout %s: %w", t.ref.Path, err)
 	}
-	f, err := t.temp(ctx)
+	f, err := t.link(ctx, b)
 	if err != nil {
 		return 0, fmt.Errorf("oci layout %s: %w", t.ref.Path, err)
 	}
-	if err := t.settle(f, name, copyBlob(ctx, f, b)); err != nil {
+	if f == nil {
+		if f, err = t.temp(ctx); err != nil {
+			return 0, fmt.Errorf("oci layout %s: %w", t.ref.Path, err)
+		}
+		err = copyBlob(ctx, f, b)
+	}
+	if err := t.settle(f, name, err); err != nil {
 		return 0, fmt.Errorf("oci layout %s: write blob %s: %w", t.ref.Path, b.Descriptor.Digest, err)
 	}
 	return Uploaded, nil
+}
+
+// link makes b's file a temporary file of the layout and opens it. It returns nil where
+// that cannot be: there is no file, it is on another filesystem, or the size is not that of the blob.
+func (t *layoutTarget) link(ctx context.Context, b Blob) (f *os.File, err error) {
+	if b.File == "" {
+		return nil, nil //nolint:nilnil // no file is no error
+	}
+	info, err := os.Lstat(b.File)
+	if err != nil || !info.Mode().IsRegular() || info.Size() != b.Descriptor.Size {
+		return nil, nil //nolint:nilerr,nilnil // copying tells what is wrong with it
+	}
+	err = t.locked(ctx, func() error {
+		f, err = t.linkLocked(b.File)
+		return err
+	})
+	return f, err
+}
+
+// linkLocked links file under a temporary name; nil where links cannot be made. The caller
+// has the directory's lock.
+func (t *layoutTarget) linkLocked(file string) (*os.File, error) {
+	temp, err := t.tempLocked()
+	if err != nil {
+		return nil, err
+	}
+	name := filepath.Base(temp.Name())
+	if err := errors.Join(t.dir.Remove(name), temp.Close()); err != nil {
+		return nil, err
+	}
+	dir, err := t.dir.Open(".")
+	if err != nil {
+		return nil, err
+	}
+	err = unix.Linkat(unix.AT_FDCWD, file, int(dir.Fd()), name, 0)
+	if cerr := dir.Close(); err != nil || cerr != nil {
+		return nil, cerr // another filesystem, or one without links
+	}
+	f, err := t.dir.OpenFile(name, os.O_RDWR, 0)
+	if err != nil {
+		return nil, errors.Join(err, t.dir.Remove(name))
+	}
+	if err := errors.Join(unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB), f.Chmod(0o644)); err != nil {
+		return nil, errors.Join(err, f.Close(), t.dir.Remove(name))
+	}
+	return f, nil
 }
 
 // copyBlob writes b to w, verified.

@@ -1,6 +1,7 @@
 package remote_test
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -363,5 +364,57 @@ func TestFetchIsBounded(t *testing.T) {
 	}
 	if _, err := remote.ReadAll(t.Context(), src, img.blobs[0].Descriptor, 10); !errors.Is(err, remote.ErrTooLarge) {
 		t.Errorf("ReadAll with limit 10: %v, want %v", err, remote.ErrTooLarge)
+	}
+}
+
+// TestLayoutLinksFiles makes sure that a verified file becomes the blob itself, that the layout
+// outlives it, and that a file of another size is not taken.
+func TestLayoutLinksFiles(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	target, err := remote.OpenTarget(t.Context(), remote.Layout(filepath.Join(dir, "layout"), "x"), remote.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer target.Close()
+	data := []byte("the bytes of a blob")
+	desc := ocispec.Descriptor{MediaType: "application/octet-stream", Digest: digest.FromBytes(data), Size: int64(len(data))}
+	blob := filepath.Join(dir, "layout", "blobs", "sha256", desc.Digest.Encoded())
+	open := func(context.Context) (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(data)), nil }
+	for name, c := range map[string]struct {
+		content string
+		linked  bool
+	}{"file": {string(data), true}, "short": {"other", false}} {
+		file := filepath.Join(dir, name)
+		if err := os.WriteFile(file, []byte(c.content), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if got, err := target.Push(t.Context(), remote.Blob{Descriptor: desc, File: file, Open: open}); err != nil || got != remote.Uploaded {
+			t.Fatalf("Push of %s = %v, %v", name, got, err)
+		}
+		a, err := os.Stat(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		b, err := os.Stat(blob)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if os.SameFile(a, b) != c.linked || b.Mode().Perm() != 0o644 {
+			t.Errorf("%s: same file %v, mode %v; want %v and 0644", name, os.SameFile(a, b), b.Mode(), c.linked)
+		}
+		if err := os.Remove(file); err != nil {
+			t.Fatal(err)
+		}
+		if got, err := os.ReadFile(blob); err != nil || !bytes.Equal(got, data) {
+			t.Errorf("%s: the blob holds %q, %v", name, got, err)
+		}
+		if err := os.Remove(blob); err != nil {
+			t.Fatal(err)
+		}
+	}
+	left, err := filepath.Glob(filepath.Join(dir, "layout", ".headstart-*"))
+	if err != nil || len(left) > 0 {
+		t.Errorf("left behind: %v, %v", left, err)
 	}
 }

@@ -56,6 +56,11 @@ type Blob struct {
 	// be called from another goroutine.
 	Open func(ctx context.Context) (io.ReadCloser, error)
 
+	// File, if not empty, is a file on this host that holds exactly the bytes that Open gives, was
+	// verified by the caller, and is not written any more, though it may be removed. A layout on the same
+	// filesystem links it in place of copying it; others ignore it.
+	File string
+
 	// MountFrom is a repository of the target's registry that may have the blob: the
 	// registry is asked to take it from there. Others than registry targets ignore it.
 	MountFrom string
