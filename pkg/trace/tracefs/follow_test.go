@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"runtime"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -52,6 +53,14 @@ func workload(args []string) error {
 			return err
 		}
 		return next(rest[1:])
+	case "burst": // N processes at a time, M reads of one page each, of FILE
+		processes, err := strconv.Atoi(rest[0])
+		if err != nil {
+			return err
+		}
+		return burst(processes, rest[1:])
+	case "reads":
+		return reads(rest[0], rest[1])
 	case "sleep":
 		time.Sleep(300 * time.Millisecond)
 		return next(rest)
@@ -71,6 +80,45 @@ func workload(args []string) error {
 		})
 	}
 	return fmt.Errorf("unknown word %q", args[0])
+}
+
+// burst runs as many processes at once as it says, each with the arguments of reads.
+func burst(processes int, args []string) error {
+	var cmds []*exec.Cmd
+	for range processes {
+		cmd := exec.Command("/proc/self/exe", append([]string{"reads"}, args...)...)
+		cmd.Env = append(os.Environ(), "GOMAXPROCS=1")
+		cmd.Stderr = os.Stderr
+		if err := cmd.Start(); err != nil {
+			return err
+		}
+		cmds = append(cmds, cmd)
+	}
+	var errs []error
+	for _, cmd := range cmds {
+		errs = append(errs, cmd.Wait())
+	}
+	return errors.Join(errs...)
+}
+
+// reads reads the first byte of the pages of the file, one after the other, n times in all.
+func reads(times, path string) error {
+	n, err := strconv.Atoi(times)
+	if err != nil {
+		return err
+	}
+	f, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	b := make([]byte, 1)
+	for i := range n {
+		if _, err := f.ReadAt(b, int64(i%filePages)*int64(os.Getpagesize())); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 func next(args []string) error {

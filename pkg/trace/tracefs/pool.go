@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -13,18 +14,26 @@ import (
 
 // Defaults of [PoolOptions].
 const (
-	DefaultReady = 2
-	DefaultMax   = 64
+	DefaultReady  = 4
+	DefaultMax    = 64
+	DefaultBudget = 128 << 20 // bytes
 )
+
+// leastRing is what an instance gets when the budget is used up, in bytes: enough for a
+// million events a second on two CPUs where the reader runs first, see docs/design.md.
+const leastRing = 512 << 10
 
 // PoolOptions says how a pool is kept. The zero value is the default.
 type PoolOptions struct {
-	// Instance is what every instance is like.
+	// Instance is what every instance is like; its Ring is the most that one gets.
 	Instance Options
+	// Budget is the size of all ring buffers of all instances together, in bytes, at least 0;
+	// 0: DefaultBudget. While it lasts an instance gets Instance.Ring, then what is left when
+	// 512 KiB are kept for every further one, and at least that.
+	Budget int64
 	// Ready is how many instances are kept waiting, at least 0; 0: DefaultReady.
 	Ready int
 	// Max is how many there are at most, waiting ones included, at least 0; 0: DefaultMax.
-	// Max times Instance.Ring bounds the memory of the kernel.
 	Max int
 	// Log is told what goes wrong in the background, one error each; nil: nobody is. It may
 	// be called at any time until Close returns, from one goroutine at a time.
@@ -43,18 +52,29 @@ type Pool struct {
 	// mu guards what follows.
 	mu     sync.Mutex
 	ready  []*Instance
-	used   []*Instance // given back, not yet reset
-	broken []*Instance // given back, to be removed
-	count  int         // instances that there are, wherever they are
-	failed error       // of the last attempt to make one; nil after a success
+	queue  []chan<- got // calls of Get that wait, each with room for its answer
+	used   []*Instance  // given back, not yet reset
+	broken []*Instance  // given back, to be removed
+	count  int          // instances that there are, wherever they are
+	out    int          // those that Get returned and Put did not take back
+	rings  map[*Instance]int64
+	spent  int64 // bytes of rings
+	failed error // of the last attempt to make one; nil after a success
 	closed bool
 }
 
 // NewPool removes the instances that dead processes left and begins to make new ones, in
 // the background: it returns at once. The caller closes the pool before fs.
 func NewPool(fs *FS, o PoolOptions) (*Pool, error) {
-	if o.Ready < 0 || o.Max < 0 {
-		return nil, fmt.Errorf("pool of trace instances: %d ready of %d at most", o.Ready, o.Max)
+	if o.Ready < 0 || o.Max < 0 || o.Budget < 0 || o.Instance.Ring < 0 {
+		return nil, fmt.Errorf("pool of trace instances: %d ready of %d at most, budget of %d bytes, rings of %d",
+			o.Ready, o.Max, o.Budget, o.Instance.Ring)
+	}
+	if o.Budget == 0 {
+		o.Budget = DefaultBudget
+	}
+	if o.Instance.Ring == 0 {
+		o.Instance.Ring = DefaultRing
 	}
 	if o.Ready == 0 {
 		o.Ready = DefaultReady
@@ -66,41 +86,100 @@ func NewPool(fs *FS, o PoolOptions) (*Pool, error) {
 	if o.Log == nil {
 		o.Log = func(error) {}
 	}
-	p := &Pool{fs: fs, o: o, wake: make(chan struct{}, 1), quit: make(chan struct{}), done: make(chan struct{})}
+	p := &Pool{fs: fs, o: o, rings: map[*Instance]int64{}, wake: make(chan struct{}, 1), quit: make(chan struct{}), done: make(chan struct{})}
 	go p.work()
 	return p, nil
 }
 
-// Get returns an instance that is as new: a waiting one, else one made for this call. The
-// caller hands it back with [Pool.Put] and does not close it. It returns [ErrLimit] when all
-// are in use, [ErrClosed] after Close, what [FS.Create] does, and ctx's error when it is over.
+// got is what a waiting Get is answered.
+type got struct {
+	i   *Instance
+	err error
+}
+
+// Get returns an instance that is as new, at once where one is ready; else it waits for one
+// that is made. The caller hands it back with [Pool.Put] and does not close it. It returns
+// [ErrLimit] when all are in use, [ErrClosed] after Close, what [FS.Create] does, and ctx's
+// error when that is over first.
 func (p *Pool) Get(ctx context.Context) (*Instance, error) {
 	if err := ctx.Err(); err != nil {
 		return nil, err
 	}
 	p.mu.Lock()
-	defer p.mu.Unlock()
 	if p.closed {
+		p.mu.Unlock()
 		return nil, fmt.Errorf("pool of trace instances: %w", ErrClosed)
 	}
-	defer p.signal()
+	p.signal()
 	if n := len(p.ready); n > 0 {
 		i := p.ready[n-1]
 		p.ready = p.ready[:n-1]
+		p.out++
+		p.mu.Unlock()
 		return i, nil
 	}
-	if p.count >= p.o.Max {
+	if p.out+len(p.queue) >= p.o.Max {
+		p.mu.Unlock()
 		return nil, fmt.Errorf("pool of trace instances: %w: all %d are in use", ErrLimit, p.o.Max)
 	}
-	p.count++
+	answer := make(chan got, 1)
+	p.queue = append(p.queue, answer)
 	p.mu.Unlock()
-	i, err := p.fs.Create(p.o.Instance)
+	select {
+	case g := <-answer:
+		return g.i, g.err
+	case <-ctx.Done():
+	}
+	p.mu.Lock()
+	at := slices.IndexFunc(p.queue, func(c chan<- got) bool { return c == answer })
+	if at >= 0 {
+		p.queue = slices.Delete(p.queue, at, at+1)
+	}
+	p.mu.Unlock()
+	if at < 0 { // answered meanwhile
+		if g := <-answer; g.err == nil {
+			return g.i, nil
+		}
+	}
+	return nil, ctx.Err()
+}
+
+// answer hands g to the call of Get that waits longest and reports whether there is one.
+// Called with mu held.
+func (p *Pool) answer(g got) bool {
+	if len(p.queue) == 0 {
+		return false
+	}
+	if g.err == nil {
+		p.out++
+	}
+	p.queue[0] <- g // has room
+	p.queue = p.queue[1:]
+	return true
+}
+
+// create makes an instance. Called with mu held, which it gives up while it works.
+func (p *Pool) create() (*Instance, error) {
+	o := p.o.Instance
+	o.Ring = p.share()
+	p.count++
+	p.spent += o.Ring
+	p.mu.Unlock()
+	i, err := p.fs.Create(o)
 	p.mu.Lock()
 	if err != nil {
 		p.count--
+		p.spent -= o.Ring
 		return nil, err
 	}
+	p.rings[i] = o.Ring
 	return i, nil
+}
+
+// share returns the size of the rings of the next instance. Called with mu held.
+func (p *Pool) share() int64 {
+	others := int64(p.o.Max - p.count - 1)
+	return max(min(p.o.Budget-p.spent-others*leastRing, p.o.Instance.Ring), min(leastRing, p.o.Instance.Ring))
 }
 
 // Put takes back what Get returned, in whatever state it is; it returns at once. All readers
@@ -108,6 +187,7 @@ func (p *Pool) Get(ctx context.Context) (*Instance, error) {
 func (p *Pool) Put(i *Instance) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	p.out--
 	if !p.closed {
 		p.used = append(p.used, i)
 		p.signal()
@@ -166,20 +246,24 @@ func (p *Pool) step() bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	switch {
+	case len(p.queue) > 0 && p.count < p.o.Max:
+		i, err := p.create()
+		if !p.answer(got{i, err}) && err == nil {
+			p.ready = append(p.ready, i)
+		}
+		return true
 	case len(p.used) > 0:
 		p.recycle()
 		return true
 	case len(p.ready) < p.o.Ready && p.count < p.o.Max && p.failed == nil:
-		p.count++
-		p.mu.Unlock()
-		i, err := p.fs.Create(p.o.Instance)
-		p.mu.Lock()
+		i, err := p.create()
 		if p.failed = err; err != nil {
-			p.count--
 			p.o.Log(err)
-			return false
+			return true
 		}
-		p.ready = append(p.ready, i)
+		if !p.answer(got{i: i}) {
+			p.ready = append(p.ready, i)
+		}
 		return true
 	case len(p.broken) > 0:
 		return p.remove()
@@ -198,11 +282,15 @@ func (p *Pool) recycle() {
 	if err != nil {
 		p.o.Log(err)
 	}
-	if err != nil || len(p.ready) >= p.o.Ready {
+	switch {
+	case err != nil:
 		p.broken = append(p.broken, i)
-		return
+	case p.answer(got{i: i}):
+	case len(p.ready) < p.o.Ready:
+		p.ready = append(p.ready, i)
+	default:
+		p.broken = append(p.broken, i)
 	}
-	p.ready = append(p.ready, i)
 }
 
 // remove removes one instance and reports whether that worked. Called with mu held, like
@@ -218,6 +306,8 @@ func (p *Pool) remove() bool {
 		return false
 	}
 	p.count--
+	p.spent -= p.rings[i]
+	delete(p.rings, i)
 	return true
 }
 
@@ -241,6 +331,8 @@ func (p *Pool) Close() error {
 	}
 	for _, i := range append(p.ready, p.broken...) {
 		errs = append(errs, i.Close())
+	}
+	for p.answer(got{err: fmt.Errorf("pool of trace instances: %w", ErrClosed)}) {
 	}
 	p.ready, p.used, p.broken = nil, nil, nil
 	return errors.Join(errs...)

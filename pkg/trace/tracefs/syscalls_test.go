@@ -75,7 +75,7 @@ const filePages = 256
 
 // subject makes a file of filePages pages less 100 bytes on a filesystem that reads
 // through the page cache as images do, which tmpfs does not.
-func subject(t *testing.T, warm bool) (*os.File, uint64) {
+func subject(t testing.TB, warm bool) (*os.File, uint64) {
 	t.Helper()
 	f, err := os.Create(filepath.Join(t.TempDir(), "subject"))
 	if err != nil {
@@ -111,18 +111,30 @@ func subject(t *testing.T, warm bool) (*os.File, uint64) {
 	return f, is.Ino
 }
 
-// traced returns the events of what f does on its thread.
+// traced returns the events of what f does on its thread, and resets the instance.
 func traced(t *testing.T, in *tracefs.Instance, f func() error) []tracefs.Event {
+	t.Helper()
+	events := armed(t, in, f)
+	if err := in.Reset(); err != nil {
+		t.Fatal(err)
+	}
+	return events
+}
+
+// armed returns the events of what f does on its thread.
+func armed(t *testing.T, in *tracefs.Instance, f func() error) []tracefs.Event {
 	t.Helper()
 	r, err := in.Reader()
 	if err != nil {
-		t.Fatal(err)
+		t.Error(err)
+		return nil
 	}
 	defer r.Close()
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
 	if err := in.Arm(unix.Gettid()); err != nil {
-		t.Fatal(err)
+		t.Error(err)
+		return nil
 	}
 	if err := f(); err != nil {
 		t.Error(err)
@@ -135,9 +147,6 @@ func traced(t *testing.T, in *tracefs.Instance, f func() error) []tracefs.Event 
 	}
 	if lost, err := in.Lost(); err != nil || lost.Total() != 0 || r.Missed() != 0 || r.Rejoined() != 0 {
 		t.Errorf("lost %+v, %v, missed %d, rejoined %d; want nothing", lost, err, r.Missed(), r.Rejoined())
-	}
-	if err := in.Reset(); err != nil {
-		t.Fatal(err)
 	}
 	return events
 }
