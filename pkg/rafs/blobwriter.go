@@ -60,6 +60,8 @@ type BlobWriter struct {
 	offsets      []uint64 // uncompressed ones of V5, which the records cannot say
 	digests      []byte   // blob.digest content, with TOC only
 	uncompressed uint64
+
+	inline func(w io.Writer, blob *Blob) error // writes the bootstrap of CloseInline
 }
 
 type chunkKey struct {
@@ -222,6 +224,9 @@ func (b *BlobWriter) Close() (Blob, error) {
 	if b.options.TOC {
 		blob.Features |= disk.FeatureTOC | disk.FeatureInlinedDigest
 	}
+	if b.inline != nil {
+		blob.Features |= disk.FeatureInlinedMeta
+	}
 	if b.options.Version == V5 {
 		blob.Features = blob.Features&disk.FeaturePrefetch | disk.FeatureCapTOC
 	} else if err := b.writeTail(&blob); err != nil {
@@ -255,6 +260,18 @@ func (b *BlobWriter) writeTail(blob *Blob) error {
 	if err := b.writeSection(disk.SectionDigest, b.digests); err != nil {
 		return err
 	}
+	if b.inline != nil {
+		e, err := b.writeBootstrap(*blob)
+		if err != nil {
+			return err
+		}
+		toc = append(toc, e)
+	}
+	return b.writeTOC(blob, toc)
+}
+
+// writeTOC writes the table of contents, the last section.
+func (b *BlobWriter) writeTOC(blob *Blob, toc []disk.TOCEntry) error {
 	entries := appendRecord(nil, toc)
 	header := sectionHeader(disk.SectionTOC, uint64(len(entries)))
 	blob.TOCDigest = sha256.Sum256(slices.Concat(entries, header))

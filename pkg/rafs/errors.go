@@ -16,6 +16,8 @@ var (
 	// ErrNoChunks: [BlobWriter.Close] was called before any chunk was appended; a blob
 	// without chunks cannot be described by a v6 bootstrap.
 	ErrNoChunks = errors.New("rafs: blob without chunks")
+	// ErrNoBootstrap: a blob that [ReadInline] was given holds no bootstrap.
+	ErrNoBootstrap = errors.New("rafs: blob without bootstrap")
 )
 
 // FormatError says where in an image a fault is, what was found and what was wanted.

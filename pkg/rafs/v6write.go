@@ -90,9 +90,13 @@ var (
 )
 
 func blobEntry(b *Blob, index uint32) disk.BlobEntry {
+	features := b.Features
+	if b.ID != PlaceholderID { // this bootstrap is not the one in the blob
+		features &^= disk.FeatureInlinedMeta
+	}
 	e := disk.BlobEntry{
 		Index: index, ChunkSize: b.ChunkSize, ChunkCount: b.ChunkCount,
-		Compressor: uint32(b.Compressor), Digester: uint32(b.Digester), Features: b.Features &^ disk.FeatureInlinedMeta,
+		Compressor: uint32(b.Compressor), Digester: uint32(b.Digester), Features: features,
 		CompressedSize: b.CompressedSize, UncompressedSize: b.UncompressedSize,
 		TOCSize: b.TOCSize, TOCDigest: b.TOCDigest,
 		MetaCompressor: uint32(b.MetaCompressor), MetaOffset: b.MetaOffset,

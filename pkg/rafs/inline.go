@@ -1,0 +1,150 @@
+package rafs
+
+import (
+	"bytes"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"strings"
+
+	"github.com/headstart-oci/headstart/pkg/rafs/internal/disk"
+)
+
+// PlaceholderID stands for the id of a blob in the bootstrap that the blob itself holds: it
+// is the hash of both. Whoever merges such bootstraps puts the id in its place.
+// Source: rafs-format.md 1.5, "Placeholder ids".
+var PlaceholderID = strings.Repeat("x", 64)
+
+// maxInline bounds a bootstrap inside a blob: that of millions of files.
+const maxInline = 1 << 30
+
+// CloseInline is [BlobWriter.Close] of a layer's blob that also holds the layer's bootstrap, as
+// `nydus-image create --blob-inline-meta --features blob-toc` makes it; BlobOptions.TOC must
+// be set. bootstrap writes it, given the blob's description with [PlaceholderID] and the size
+// up to the bootstrap; blob is nil when there are no chunks, which is no error here. The
+// blob that is returned has the real id, and the size and TOC of the whole.
+func (b *BlobWriter) CloseInline(bootstrap func(w io.Writer, blob *Blob) error) (Blob, error) {
+	if !b.options.TOC {
+		return Blob{}, fmt.Errorf("%w: a bootstrap in a blob without TOC", ErrUnsupported)
+	}
+	b.inline = bootstrap
+	blob, err := b.Close()
+	if !errors.Is(err, ErrNoChunks) {
+		return blob, err
+	}
+	blob = Blob{ChunkSize: b.options.ChunkSize, Compressor: b.options.Compressor, Digester: b.options.Digester}
+	e, err := b.writeBootstrap(Blob{})
+	if err == nil {
+		err = b.writeTOC(&blob, []disk.TOCEntry{e})
+	}
+	if err != nil {
+		b.err = err
+		return Blob{}, err
+	}
+	blob.CompressedSize, blob.ID = b.written, hex.EncodeToString(b.sum.Sum(nil))
+	return blob, nil
+}
+
+// writeBootstrap writes the bootstrap's section, zstd where that is smaller, and returns its TOC entry.
+func (b *BlobWriter) writeBootstrap(blob Blob) (disk.TOCEntry, error) {
+	var inner *Blob
+	if blob.ChunkCount > 0 {
+		blob.ID, blob.CompressedSize = PlaceholderID, b.written
+		inner = &blob
+	}
+	var boot bytes.Buffer
+	if err := b.inline(&boot, inner); err != nil {
+		return disk.TOCEntry{}, fmt.Errorf("bootstrap of the blob: %w", err)
+	}
+	enc, err := NewEncoder(CompressorZstd, LevelDefault)
+	if err != nil {
+		return disk.TOCEntry{}, err
+	}
+	stored, compressed, err := enc.Encode(nil, boot.Bytes())
+	if err != nil {
+		return disk.TOCEntry{}, err
+	}
+	e := disk.TOCEntry{
+		Flags: tocFlags(CompressorNone), Name: tocName(disk.SectionBootstrap), Digest: sha256.Sum256(boot.Bytes()),
+		Offset: b.written, CompressedSize: uint64(len(stored)), UncompressedSize: uint64(boot.Len()), //nolint:gosec // not negative
+	}
+	if compressed {
+		e.Flags = tocFlags(CompressorZstd)
+	}
+	return e, b.writeSection(disk.SectionBootstrap, stored)
+}
+
+// ReadInline returns the bootstrap that the blob r of size bytes holds, verified where the
+// blob has a TOC. ErrNoBootstrap when it holds none; ErrInvalid and ErrDigest for what is wrong with it.
+func ReadInline(r io.ReaderAt, size int64) ([]byte, error) {
+	end := uint64(max(size, 0)) //nolint:gosec // not negative
+	for range 16 {              // sections of a blob: there are five
+		if end < disk.TarHeaderSize {
+			break
+		}
+		header, err := readExactly(r, end-disk.TarHeaderSize, disk.TarHeaderSize)
+		if err != nil {
+			return nil, err
+		}
+		name, length, err := parseSectionHeader(header)
+		if err != nil {
+			break // chunk data, or no blob with sections
+		}
+		end -= disk.TarHeaderSize
+		if length > end {
+			return nil, invalid("blob section "+name, clampOffset(end), "length", length, fmt.Sprintf("at most %d", end))
+		}
+		end -= length
+		switch name {
+		case disk.SectionTOC:
+			entries, err := readTOC(r, uint64(size), Blob{}) //nolint:gosec // not negative
+			if err != nil {
+				return nil, err
+			}
+			return inlineOf(r, uint64(size), entries) //nolint:gosec // not negative
+		case disk.SectionBootstrap:
+			if length > maxInline {
+				return nil, invalid("bootstrap of the blob", clampOffset(end), "length", length, fmt.Sprintf("at most %d", maxInline))
+			}
+			return readExactly(r, end, length)
+		}
+	}
+	return nil, ErrNoBootstrap
+}
+
+// inlineOf reads the bootstrap that a TOC names.
+func inlineOf(r io.ReaderAt, size uint64, entries []disk.TOCEntry) ([]byte, error) {
+	for _, e := range entries {
+		if cString(e.Name[:]) != disk.SectionBootstrap {
+			continue
+		}
+		section := "bootstrap of the blob"
+		if !inside([2]uint64{e.Offset, e.CompressedSize}, size) || e.UncompressedSize > maxInline {
+			return nil, invalid(section, -1, "place and size", [3]uint64{e.Offset, e.CompressedSize, e.UncompressedSize}, fmt.Sprintf("inside %d bytes, at most %d", size, maxInline))
+		}
+		if e.UncompressedSize/maxMetaRatio > e.CompressedSize {
+			return nil, invalid(section, -1, "size", e.UncompressedSize, fmt.Sprintf("at most %d times %d", maxMetaRatio, e.CompressedSize))
+		}
+		p, err := readExactly(r, e.Offset, e.CompressedSize)
+		if err != nil {
+			return nil, err
+		}
+		compressor, err := tocCompressor(e.Flags)
+		if err != nil {
+			return nil, err
+		}
+		if compressor != CompressorNone {
+			var d decoder
+			if p, err = d.decode(compressor, p, int(e.UncompressedSize)); err != nil {
+				return nil, err
+			}
+		}
+		if got := sha256.Sum256(p); got != e.Digest {
+			return nil, &FormatError{Class: ErrDigest, Section: section, Offset: clampOffset(e.Offset), Field: "sha256", Got: Digest(got), Want: Digest(e.Digest)}
+		}
+		return p, nil
+	}
+	return nil, ErrNoBootstrap
+}
