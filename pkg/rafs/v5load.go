@@ -16,6 +16,7 @@ type v5Loader struct {
 	// budget is how many bytes of records may still be read: no two records of a real image
 	// share bytes. It bounds memory and time for images whose records do.
 	budget  uint64
+	broke   bool               // more was asked for than the budget: reading ends
 	visited []uint64           // a bit per entry number
 	links   map[uint32]*v5Link // files with several names, by inode number
 	wanted  map[uint32]*Inode  // inodes of the prefetch table, nil until they are met
@@ -91,6 +92,7 @@ func (l *v5Loader) run() error {
 // spend takes n bytes from the budget.
 func (l *v5Loader) spend(n uint64, section string, offset uint64) error {
 	if n > l.budget {
+		l.broke = true
 		return invalid(section, clampOffset(offset), "size", n, "records that do not overlap")
 	}
 	l.budget -= n
@@ -153,8 +155,8 @@ func (l *v5Loader) readDir(d *v5Dir) error {
 			if errors.Is(err, errTooManyFaults) {
 				return err
 			}
-			if err := l.faults.add(fmt.Errorf("file %q: %w", &v6Path{d.path, r.name}, err)); err != nil {
-				return err
+			if err := l.faults.add(fmt.Errorf("file %q: %w", &v6Path{d.path, r.name}, err)); err != nil || l.broke {
+				return errTooManyFaults
 			}
 			continue
 		}
