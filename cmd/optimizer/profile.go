@@ -29,7 +29,7 @@ profile of one run.`,
 			return usagef(cmd, "no command: want one of %s", strings.Join(commandNames(cmd), ", "))
 		},
 	}
-	cmd.AddCommand(newProfileMerge(g), newProfileShow(g), newProfileDiff(g), newProfileExport(g))
+	cmd.AddCommand(newProfileMerge(g), newProfileShow(g), newProfileDiff(g), newProfileExport(g), newProfileReport(g))
 	return cmd
 }
 

@@ -230,10 +230,7 @@ func TestExtents(t *testing.T) {
 // GNU tar's forms of sparse files: the stored bytes are found, and are marked as such.
 func TestSparse(t *testing.T) {
 	t.Parallel()
-	tool, err := exec.LookPath("tar")
-	if err != nil {
-		t.Skip("skipped: no tar")
-	}
+	tool := testenv.Tool(t, "tar")
 	dir := t.TempDir()
 	f, err := os.OpenFile(filepath.Join(dir, "sparse"), os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {

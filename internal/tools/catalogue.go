@@ -46,6 +46,8 @@ func Packages() []Package {
 		{Name: "python3", Binaries: []string{"python3"}, kind: debian, source: []string{"python3"}},
 		{Name: "strace", Binaries: []string{"strace"}, kind: debian, source: []string{"strace"}},
 		{Name: "debootstrap", Binaries: []string{"debootstrap"}, kind: debian, source: []string{"debootstrap", "ca-certificates"}},
+		{Name: "tar", Binaries: []string{"tar"}, kind: debian, source: []string{"tar"}},
+		{Name: "chromium", Binaries: []string{"chromium"}, kind: debian, source: []string{"chromium"}},
 		{Name: "hyperfine", Binaries: []string{"hyperfine"}, kind: debian, source: []string{"hyperfine"}},
 		{
 			Name: "containerd", Version: "v2.4.2", kind: goInstall,
@@ -95,7 +97,7 @@ func Lookup(name string) (Package, bool) {
 // and false when there is no such set.
 func Group(name string) ([]Package, bool) {
 	demo := []string{"erofs-utils", "gcc", "containerd", "runc"}
-	test := append([]string{"gzip", "xz", "zstd", "util-linux", "python3", "strace", "debootstrap", "registry", "nydus-rs"}, demo...)
+	test := append([]string{"gzip", "xz", "zstd", "tar", "chromium", "util-linux", "python3", "strace", "debootstrap", "registry", "nydus-rs"}, demo...)
 	var want []string
 	switch name {
 	case "all":
