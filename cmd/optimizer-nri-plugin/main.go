@@ -204,12 +204,14 @@ func serve(ctx context.Context, f *flags, launch *nriplugin.Launch, stderr io.Wr
 	signal.Ignore(syscall.SIGPIPE) // a reader of our stderr may go away
 	counts, server := metrics.New(), &metrics.Server{}
 	defer func() { err = errors.Join(err, server.Close()) }()
+	pages, closePages := nriplugin.OpenPages(log)
+	defer func() { err = errors.Join(err, closePages()) }()
 	p, err := nriplugin.New(nriplugin.Options{
 		Own: f.own, Base: f.base, Log: log, Metrics: counts,
 		Open: func(c nriplugin.Config) (*nriplugin.Backend, error) {
 			return nriplugin.OpenBackend(c, nriplugin.BackendOptions{
 				Stderr: stderr, Launched: launch != nil, Command: rebuild.Self(verbRebuild),
-				Metrics: counts, Server: server,
+				Metrics: counts, Server: server, Pages: pages,
 			})
 		},
 		Expired: func(hook string) { expire(log, hook) },

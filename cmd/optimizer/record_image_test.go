@@ -27,6 +27,7 @@ import (
 	"github.com/headstart-oci/headstart/internal/testcri"
 	"github.com/headstart-oci/headstart/internal/testenv"
 	"github.com/headstart-oci/headstart/pkg/trace"
+	"github.com/headstart-oci/headstart/pkg/trace/tracefs"
 )
 
 // helloLayout writes an OCI layout with an image whose program prints the files it is told.
@@ -88,6 +89,13 @@ func TestRecordImage(t *testing.T) {
 	if l.Digest == "" || l.Platform != hostPlatform() || l.Reference != "oci:"+dir+":v1" || l.End != "exit" || !l.Complete() ||
 		!slices.Equal(l.Command, []string{"/hello", "/etc/motd", "/data/seed"}) {
 		t.Errorf("list of %s %s %s, %q, ended by %s, %v", l.Reference, l.Digest, l.Platform, l.Command, l.End, l.Losses)
+	}
+	t.Logf("engine %s, grade %s", l.Engine, l.Grade)
+	if fs, err := tracefs.Open(); err == nil {
+		defer fs.Close()
+		if _, err := fs.Probe(0); err == nil && l.Grade == trace.GradeFile {
+			t.Errorf("grade %s, want ranges: this kernel tells them", l.Grade)
+		}
 	}
 	var run, runtime []string
 	for _, a := range l.Accesses {

@@ -16,6 +16,7 @@ import (
 	"github.com/headstart-oci/headstart/internal/tracer"
 	"github.com/headstart-oci/headstart/pkg/persist"
 	"github.com/headstart-oci/headstart/pkg/remote"
+	"github.com/headstart-oci/headstart/pkg/trace/tracefs"
 )
 
 // BackendOptions configures [OpenBackend].
@@ -28,6 +29,8 @@ type BackendOptions struct {
 	// configuration says.
 	Metrics *metrics.Metrics
 	Server  *metrics.Server
+	// Pages is where recordings get page events from; nil: they are of whole files.
+	Pages *tracefs.Pool
 	// Queue, when set, changes the queue's options; for tests.
 	Queue func(*rebuild.QueueOptions)
 }
@@ -44,8 +47,9 @@ func OpenBackend(c Config, o BackendOptions) (*Backend, error) {
 		return nil, errors.Join(fmt.Errorf("key persist_dir: %w", err), logCloser.Close())
 	}
 	b := &Backend{
-		Start: func(ctx context.Context, o tracer.Options) (Session, error) {
-			s, err := tracer.Start(ctx, o)
+		Start: func(ctx context.Context, t tracer.Options) (Session, error) {
+			t.Pages, t.PagesWait = o.Pages, pagesWait
+			s, err := tracer.Start(ctx, t)
 			if err != nil {
 				return nil, err // not a nil *tracer.Session in an interface
 			}

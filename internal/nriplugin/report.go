@@ -22,12 +22,24 @@ func (r *run) recording(l *persist.List, saved persist.Saved) rebuild.Recording 
 	}
 	for i := range l.Accesses {
 		a := &l.Accesses[i]
-		rec.Bytes += a.Size
+		rec.Bytes += touched(a)
 		if a.How&(trace.Read|trace.Executed) != 0 {
 			rec.ReadFiles++
 		}
 	}
 	return rec
+}
+
+// touched returns how many bytes of a file were touched at most.
+func touched(a *trace.Access) int64 {
+	if a.Ranges == nil {
+		return a.Size
+	}
+	var n int64
+	for _, r := range a.Ranges {
+		n += r.Length
+	}
+	return n
 }
 
 // lost says in a few words what is missing; empty: nothing.

@@ -1,6 +1,7 @@
 package nriplugin
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -293,7 +294,7 @@ func (r *run) list(res tracer.Result, image Image) *persist.List {
 	l := &persist.List{
 		Reference: image.Reference, Digest: image.Digest, Platform: image.Platform,
 		Container: r.id, Name: r.name, Pod: r.pod, Namespace: r.namespace, Command: r.args,
-		Engine: "fanotify", Grade: "file",
+		Engine: cmp.Or(res.Engine, "fanotify"), Grade: cmp.Or(res.Grade, trace.GradeFile),
 		Started: res.Armed, Duration: max(res.Duration, 0), End: res.End, Trace: res.Trace,
 	}
 	l.Losses = slices.Clone(l.Losses)

@@ -62,13 +62,15 @@ const waitDelay = time.Second
 
 // Options says what to trace and for how long.
 type Options struct {
-	Server  string        // path of the optimizer-server binary
-	Pages   *tracefs.Pool // where page events come from; nil: whole files only
-	PID     int           // the container's first process, as the host numbers it
-	Timeout time.Duration // 0: none; the recording ends then, counted from arming
-	Idle    time.Duration // 0: none; ends when no file was touched for the first time for that long
-	Grace   time.Duration // 0: DefaultGrace
-	Log     *zap.Logger   // nil: silent
+	Server string        // path of the optimizer-server binary
+	Pages  *tracefs.Pool // where page events come from; nil: whole files only
+	// PagesWait is how long a start waits for page events when none are ready; 0: as long as it takes.
+	PagesWait time.Duration
+	PID       int           // the container's first process, as the host numbers it
+	Timeout   time.Duration // 0: none; the recording ends then, counted from arming
+	Idle      time.Duration // 0: none; ends when no file was touched for the first time for that long
+	Grace     time.Duration // 0: DefaultGrace
+	Log       *zap.Logger   // nil: silent
 }
 
 // Result is what one session recorded.
@@ -178,7 +180,15 @@ func (s *Session) takePages(ctx context.Context) {
 	if s.o.Pages == nil {
 		return
 	}
+	if s.o.PagesWait > 0 {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeout(ctx, s.o.PagesWait)
+		defer cancel()
+	}
 	in, err := s.o.Pages.Get(ctx)
+	if errors.Is(err, context.DeadlineExceeded) {
+		err = fmt.Errorf("no trace instance was ready within %v: many containers start", s.o.PagesWait)
+	}
 	if err != nil {
 		s.filesOnly(err.Error())
 		return
