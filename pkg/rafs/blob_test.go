@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io"
 	"math/rand/v2"
+	"slices"
 	"strings"
 	"testing"
 
@@ -80,7 +81,7 @@ func TestBlobWriter(t *testing.T) {
 
 func TestBlobWriterRefuses(t *testing.T) {
 	t.Parallel()
-	for _, o := range []rafs.BlobOptions{{ChunkSize: 4095}, {ChunkSize: 2048}, {ChunkSize: 32 << 20}, {ChunkSize: 12288}, {Compressor: rafs.CompressorGzip}, {Compressor: 8}, {Digester: 3}} {
+	for _, o := range []rafs.BlobOptions{{ChunkSize: 4095}, {ChunkSize: 2048}, {ChunkSize: 32 << 20}, {ChunkSize: 12288}, {BatchSize: 5000}, {BatchSize: 32 << 20}, {ChunkInfoV2: true, ChunkSize: 16 << 20}, {BatchSize: 4096, Version: rafs.V5}, {Compressor: 8}, {Digester: 3}} {
 		if _, err := rafs.NewBlobWriter(io.Discard, o); !errors.Is(err, rafs.ErrInvalid) && !errors.Is(err, rafs.ErrUnsupported) {
 			t.Errorf("NewBlobWriter(%+v) = %v", o, err)
 		}
@@ -235,5 +236,119 @@ func TestFlippedByteIsFound(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// TestAppendBatch stores batches that were compressed elsewhere, among other chunks.
+func TestAppendBatch(t *testing.T) {
+	t.Parallel()
+	var out bytes.Buffer
+	o := rafs.BlobOptions{Compressor: rafs.CompressorZstd, ChunkSize: 64 << 10, BatchSize: 256 << 10, TOC: true}
+	w, err := rafs.NewBlobWriter(&out, o)
+	must(t, err)
+	enc, err := rafs.NewEncoder(o.Compressor, rafs.LevelBest)
+	must(t, err)
+	r := newRand(9)
+	var chunks []rafs.Chunk
+	var contents [][]byte
+	single := func(n int) {
+		p := content(r, n)
+		p[0] = byte(len(contents))
+		c, err := w.Append(encoded(o.Digester, p))
+		must(t, err)
+		chunks, contents = append(chunks, c), append(contents, p)
+	}
+	batch := func(sizes ...int) {
+		var raw []byte
+		var e rafs.EncodedBatch
+		for _, n := range sizes {
+			p := content(r, n)
+			p[0] = byte(len(contents))
+			raw, contents = append(raw, p...), append(contents, p)
+			e.Chunks = append(e.Chunks, rafs.BatchedChunk{Digest: o.Digester.Sum(p), UncompressedSize: uint32(n)})
+		}
+		var err error
+		e.Data, e.Compressed, err = enc.Encode(nil, raw)
+		must(t, err)
+		list, err := w.AppendBatch(e)
+		must(t, err)
+		chunks = append(chunks, list...)
+		if again, err := w.AppendBatch(e); err != nil || again[0] != list[0] {
+			t.Errorf("the same batch again = %v, %v", again, err)
+		}
+	}
+	single(100)
+	batch(64<<10, 64<<10, 5, 30000)
+	single(64 << 10)
+	single(7)
+	batch(1)
+	batch(64<<10, 64<<10, 64<<10, 64<<10, 64<<10)
+	blob, err := w.Close()
+	must(t, err)
+	reader, err := rafs.OpenBlob(bytes.NewReader(out.Bytes()), blob)
+	must(t, err)
+	if int(blob.ChunkCount) != len(chunks) {
+		t.Errorf("%d chunks, want %d", blob.ChunkCount, len(chunks))
+	}
+	for _, i := range newRand(3).Perm(len(chunks)) {
+		if p, err := reader.ReadChunk(t.Context(), chunks[i]); err != nil || !bytes.Equal(p, contents[i]) {
+			t.Errorf("chunk %d = %d bytes, %v", i, len(p), err)
+		}
+	}
+	for name, e := range map[string]rafs.EncodedBatch{
+		"closed":    {Chunks: []rafs.BatchedChunk{{UncompressedSize: 1}}, Data: []byte{1}},
+		"too large": {Chunks: make([]rafs.BatchedChunk, 1), Data: []byte{1}},
+	} {
+		if _, err := w.AppendBatch(e); err == nil {
+			t.Errorf("%s: AppendBatch succeeded", name)
+		}
+	}
+}
+
+func TestAppendBatchRefuses(t *testing.T) {
+	t.Parallel()
+	plain, err := rafs.NewBlobWriter(io.Discard, rafs.BlobOptions{})
+	must(t, err)
+	one := []rafs.BatchedChunk{{UncompressedSize: 10}}
+	if _, err := plain.AppendBatch(rafs.EncodedBatch{Chunks: one, Data: make([]byte, 10)}); !errors.Is(err, rafs.ErrUnsupported) {
+		t.Errorf("AppendBatch without a batch size = %v, want ErrUnsupported", err)
+	}
+	w, err := rafs.NewBlobWriter(io.Discard, rafs.BlobOptions{ChunkSize: 4096, BatchSize: 4096, Compressor: rafs.CompressorLZ4})
+	must(t, err)
+	for name, e := range map[string]rafs.EncodedBatch{
+		"no chunks":      {Data: []byte{1}},
+		"empty chunk":    {Chunks: []rafs.BatchedChunk{{}}},
+		"large chunk":    {Chunks: []rafs.BatchedChunk{{UncompressedSize: 4097}}, Data: make([]byte, 4097)},
+		"short":          {Chunks: one, Data: make([]byte, 9)},
+		"not smaller":    {Chunks: one, Data: make([]byte, 10), Compressed: true},
+		"large together": {Chunks: slices.Repeat([]rafs.BatchedChunk{{UncompressedSize: 4096}}, 4097), Data: []byte{1}, Compressed: true},
+	} {
+		if _, err := w.AppendBatch(e); !errors.Is(err, rafs.ErrInvalid) {
+			t.Errorf("%s: AppendBatch = %v, want ErrInvalid", name, err)
+		}
+	}
+}
+
+// TestLargestChunk stores chunks of exactly 16 MiB that do not compress: 2^24 bytes do not fit into a V2 record's size.
+func TestLargestChunk(t *testing.T) {
+	t.Parallel()
+	for name, o := range map[string]rafs.BlobOptions{
+		"V1":    {Compressor: rafs.CompressorZstd, ChunkSize: 16 << 20},
+		"V5":    {Compressor: rafs.CompressorZstd, ChunkSize: 16 << 20, Version: rafs.V5},
+		"batch": {Compressor: rafs.CompressorZstd, ChunkSize: 16 << 20, BatchSize: 64 << 10},
+	} {
+		var out bytes.Buffer
+		w, err := rafs.NewBlobWriter(&out, o)
+		must(t, err)
+		p := randomBytes(newRand(1), 16<<20)
+		c, err := w.Append(encoded(o.Digester, p))
+		must(t, err)
+		b, err := w.Close()
+		must(t, err)
+		r, err := rafs.OpenBlob(bytes.NewReader(out.Bytes()), b)
+		must(t, err)
+		if got, err := r.ReadChunk(t.Context(), c); err != nil || !bytes.Equal(got, p) {
+			t.Errorf("%s: chunk = %d bytes, %v", name, len(got), err)
+		}
 	}
 }

@@ -21,15 +21,50 @@ type metaRecord struct {
 	batchOffset        uint32 // of the chunk in the context's output
 }
 
-// encodeV1 packs a record; the caller has checked the limits (see checkV1).
-func encodeV1(c Chunk) disk.MetaV1 {
-	u, s := uint64(c.UncompressedSize)-1, uint64(c.CompressedSize)-1
+// encodeV1 packs a record; the caller has checked the limits.
+func encodeV1(r metaRecord) disk.MetaV1 {
+	u, s := uint64(r.uncompressedSize)-1, uint64(r.compressedSize)-1
 	return disk.MetaV1{
-		Uncompressed: (u&disk.V1SizeLowMask)<<disk.V1SizeLowShift | c.UncompressedOffset&disk.V1UncompOffsetMask |
+		Uncompressed: (u&disk.V1SizeLowMask)<<disk.V1SizeLowShift | r.uncompressedOffset&disk.V1UncompOffsetMask |
 			(u>>disk.V1SizeLowBits&disk.V1SizeHighMask)<<disk.V1UncompHighShift,
-		Compressed: (s&disk.V1SizeLowMask)<<disk.V1SizeLowShift | c.CompressedOffset&disk.V1CompOffsetMask |
+		Compressed: (s&disk.V1SizeLowMask)<<disk.V1SizeLowShift | r.compressedOffset&disk.V1CompOffsetMask |
 			(s>>disk.V1SizeLowBits&disk.V1SizeHighMask)<<disk.V1CompHighShift,
 	}
+}
+
+// encodeV2 packs a record; the caller has checked the limits.
+func encodeV2(r metaRecord) disk.MetaV2 {
+	var flags uint64
+	for _, f := range []struct {
+		set bool
+		bit uint64
+	}{
+		{r.compressed, disk.V2FlagCompressed},
+		{r.zran, disk.V2FlagZran},
+		{r.batch, disk.V2FlagBatch},
+	} {
+		if f.set {
+			flags |= f.bit
+		}
+	}
+	return disk.MetaV2{
+		Uncompressed: flags<<disk.V2FlagShift | uint64(r.uncompressedSize-1)<<disk.V2UncompSizeShift | r.uncompressedOffset>>disk.BlockBits,
+		Compressed:   uint64(r.compressedSize)<<disk.V2CompSizeShift | r.compressedOffset&disk.V2CompOffsetMask,
+		Data:         uint64(r.batchIndex)<<disk.V2DataIndexShift | uint64(r.batchOffset),
+	}
+}
+
+func appendV1(p []byte, r metaRecord) []byte {
+	m := encodeV1(r)
+	p = binary.LittleEndian.AppendUint64(p, m.Uncompressed)
+	return binary.LittleEndian.AppendUint64(p, m.Compressed)
+}
+
+func appendV2(p []byte, r metaRecord) []byte {
+	m := encodeV2(r)
+	p = binary.LittleEndian.AppendUint64(p, m.Uncompressed)
+	p = binary.LittleEndian.AppendUint64(p, m.Compressed)
+	return binary.LittleEndian.AppendUint64(p, m.Data)
 }
 
 func decodeV1(m disk.MetaV1) metaRecord {

@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"hash"
 	"io"
-	"slices"
 
 	"github.com/headstart-oci/headstart/pkg/rafs/internal/disk"
 )
@@ -37,6 +36,43 @@ type BlobOptions struct {
 	Version Version
 	// TOC adds the blob.digest section and the table of contents.
 	TOC bool
+	// ChunkInfoV2 writes 24-byte records, which say of each chunk whether it is compressed; it is implied by
+	// CompressorGzip, whose 16-byte records mean something else to nydus, and by BatchSize.
+	ChunkInfoV2 bool
+	// BatchSize, a power of two from 4 KiB to 16 MiB, makes batches of small chunks: raw chunks below half of it
+	// are compressed together, as many as stay below it; 0: no batches. Nydus' own builder takes no batch
+	// size above the chunk size. Readers before nydus 2.3 refuse images with batches.
+	BatchSize uint32
+	// BatchLevel is how batches are compressed.
+	BatchLevel Level
+}
+
+// v2 tells whether records are of the long form.
+func (o *BlobOptions) v2() bool {
+	return o.ChunkInfoV2 || o.BatchSize > 0 || o.Compressor == CompressorGzip
+}
+
+func (o *BlobOptions) check() error {
+	o.Version = o.Version.orDefault()
+	if o.ChunkSize == 0 {
+		o.ChunkSize = DefaultChunkSize
+	}
+	switch {
+	case !validChunkSize(o.ChunkSize):
+		return fmt.Errorf("%w: chunk size %d: want a power of two from %d to %d", ErrInvalid, o.ChunkSize, MinChunkSize, MaxChunkSize)
+	case o.BatchSize != 0 && !validChunkSize(o.BatchSize):
+		return fmt.Errorf("%w: batch size %d: want a power of two from %d to %d", ErrInvalid, o.BatchSize, MinChunkSize, MaxChunkSize)
+	case o.Version != V5 && o.Version != V6:
+		return fmt.Errorf("%w: blob of version %v", ErrUnsupported, o.Version)
+	case o.Version == V5 && (o.TOC || o.ChunkInfoV2 || o.BatchSize > 0):
+		return fmt.Errorf("%w: blob of version %v with a TOC, long chunk records or batches", ErrUnsupported, o.Version)
+	case o.v2() && o.BatchSize == 0 && o.Version == V6 && o.ChunkSize > disk.V2CompSizeMask:
+		return fmt.Errorf("%w: chunk size %d with long chunk records, which say sizes below it only", ErrUnsupported, o.ChunkSize)
+	case o.Digester > DigesterSHA256:
+		return fmt.Errorf("%w: %v", ErrUnsupported, o.Digester)
+	}
+	_, err := NewEncoder(o.Compressor, o.BatchLevel)
+	return err
 }
 
 // BlobWriter writes one blob, front to back:
@@ -44,22 +80,21 @@ type BlobOptions struct {
 //	chunk data | tar header image.blob | table, header | tar header blob.meta
 //	[ | chunk digests | tar header blob.digest | TOC | tar header rafs.blob.toc ]
 //
-// It keeps about 100 bytes a chunk in memory. Not safe for concurrent use. After an
+// It keeps about 100 bytes a chunk in memory, and one batch. Not safe for concurrent use. After an
 // error of the io.Writer every later call returns that error.
 type BlobWriter struct {
-	w       io.Writer
+	tailWriter
 	options BlobOptions
-	sum     hash.Hash // of every byte written
 	data    hash.Hash // of the chunk data and its tar header, for the TOC; nil without one
-	written uint64
-	err     error
 	closed  bool
 
 	seen         map[chunkKey]uint32 // index of the chunk
-	records      []disk.MetaV1
+	count        uint32
+	table        []byte   // blob.meta records, as they are stored
 	offsets      []uint64 // uncompressed ones of V5, which the records cannot say
 	digests      []byte   // blob.digest content, with TOC only
 	uncompressed uint64
+	batches      batchWriter
 
 	inline func(w io.Writer, blob *Blob) error // writes the bootstrap of CloseInline
 }
@@ -70,25 +105,13 @@ type chunkKey struct {
 }
 
 // NewBlobWriter starts a blob. w receives every byte once, in order; nothing is
-// written before the first chunk. ErrInvalid for a chunk size that is no power of two
-// from MinChunkSize to MaxChunkSize, ErrUnsupported for algorithms that cannot be written.
+// written before the first chunk. ErrInvalid for a chunk or batch size that is no power of two
+// from MinChunkSize to MaxChunkSize, ErrUnsupported for algorithms and combinations that cannot be written.
 func NewBlobWriter(w io.Writer, o BlobOptions) (*BlobWriter, error) {
-	if o.ChunkSize == 0 {
-		o.ChunkSize = DefaultChunkSize
-	}
-	if !validChunkSize(o.ChunkSize) {
-		return nil, fmt.Errorf("%w: chunk size %d: want a power of two from %d to %d", ErrInvalid, o.ChunkSize, MinChunkSize, MaxChunkSize)
-	}
-	if _, err := NewEncoder(o.Compressor, LevelDefault); err != nil {
+	if err := o.check(); err != nil {
 		return nil, err
 	}
-	if o.Version = o.Version.orDefault(); o.Version != V5 && o.Version != V6 || o.Version == V5 && o.TOC {
-		return nil, fmt.Errorf("%w: blob of version %v, with a TOC: %v", ErrUnsupported, o.Version, o.TOC)
-	}
-	if o.Digester > DigesterSHA256 {
-		return nil, fmt.Errorf("%w: %v", ErrUnsupported, o.Digester)
-	}
-	b := &BlobWriter{w: w, options: o, sum: sha256.New(), seen: map[chunkKey]uint32{}}
+	b := &BlobWriter{tailWriter: tailWriter{w: w, sum: sha256.New()}, options: o, seen: map[chunkKey]uint32{}}
 	if o.TOC {
 		b.data = sha256.New()
 	}
@@ -98,57 +121,105 @@ func NewBlobWriter(w io.Writer, o BlobOptions) (*BlobWriter, error) {
 // Compressor returns what the blob's chunks are compressed with.
 func (b *BlobWriter) Compressor() Compressor { return b.options.Compressor }
 
+// Batches tells whether [BlobWriter.Append] puts a raw chunk of size bytes into a batch, so that
+// there is no use in compressing it before.
+func (b *BlobWriter) Batches(size uint32) bool { return size < b.options.BatchSize/2 }
+
 // Append stores one chunk, or returns the record of the equal chunk (same digest and
 // size) that the blob already has. Chunk.Blob is 0: the caller sets it when it knows
-// the blob's place in the image. c.Data is not kept.
+// the blob's place in the image. c.Data is not kept. A raw chunk for which [BlobWriter.Batches] holds
+// is stored with others, at the latest by Close.
 //
 // ErrInvalid when the chunk breaks a limit: its size is 0 or above the chunk size, Data does
 // not fit its size, or the blob would pass MaxChunks chunks, 1 TiB stored or 16 TiB uncompressed.
 func (b *BlobWriter) Append(c EncodedChunk) (Chunk, error) {
-	if b.err != nil {
-		return Chunk{}, b.err
-	}
-	if b.closed {
-		return Chunk{}, fmt.Errorf("rafs: append to a closed blob")
-	}
-	key := chunkKey{c.Digest, c.UncompressedSize}
-	if i, ok := b.seen[key]; ok {
-		r := decodeV1(b.records[i])
-		if b.options.Version == V5 {
-			r.uncompressedOffset = b.offsets[i]
-		}
-		return b.chunk(i, r, c.Digest), nil
+	if chunk, ok, err := b.known(c.Digest, c.UncompressedSize); ok || err != nil {
+		return chunk, err
 	}
 	if err := b.checkAppend(c); err != nil {
 		return Chunk{}, err
 	}
+	switch {
+	case !c.Compressed && b.Batches(c.UncompressedSize):
+		return b.addToBatch(c)
+	case b.options.v2() && len(c.Data) > disk.V2CompSizeMask:
+		// A record cannot say that size; a batch can.
+		list, err := b.AppendBatch(EncodedBatch{Chunks: []BatchedChunk{{c.Digest, c.UncompressedSize}}, Data: c.Data})
+		if err != nil {
+			return Chunk{}, err
+		}
+		return list[0], nil
+	}
+	if err := b.flushBatch(); err != nil {
+		return Chunk{}, err
+	}
 	r := metaRecord{
-		uncompressedOffset: b.uncompressed,
-		uncompressedSize:   c.UncompressedSize,
-		compressedOffset:   b.written,
-		compressedSize:     uint32(len(c.Data)), //nolint:gosec // at most the chunk size
-		compressed:         c.Compressed,
+		compressedOffset: b.written,
+		compressedSize:   uint32(len(c.Data)), //nolint:gosec // at most the chunk size
+		compressed:       c.Compressed,
 	}
 	if err := b.write(c.Data, b.data); err != nil {
 		return Chunk{}, err
 	}
-	index := uint32(len(b.records)) //nolint:gosec // at most MaxChunks
-	chunk := b.chunk(index, r, c.Digest)
-	b.seen[key] = index
-	b.records = append(b.records, encodeV1(chunk))
+	return b.keep(r, c.Digest, c.UncompressedSize), nil
+}
+
+// known returns the record of a chunk that the blob has. The error is that of a blob that takes no more chunks.
+func (b *BlobWriter) known(d Digest, size uint32) (Chunk, bool, error) {
+	switch {
+	case b.err != nil:
+		return Chunk{}, false, b.err
+	case b.closed:
+		return Chunk{}, false, fmt.Errorf("rafs: append to a closed blob")
+	}
+	i, ok := b.seen[chunkKey{d, size}]
+	if !ok {
+		return Chunk{}, false, nil
+	}
+	return b.chunk(i, b.record(i), d), true, nil
+}
+
+// keep gives a new chunk of which the stored place is known its index and its place in the cache file.
+func (b *BlobWriter) keep(r metaRecord, d Digest, size uint32) Chunk {
+	r.uncompressedOffset, r.uncompressedSize = b.uncompressed, size
+	index := b.count
+	b.count++
+	b.seen[chunkKey{d, size}] = index
+	if b.options.v2() {
+		b.table = appendV2(b.table, r)
+	} else {
+		b.table = appendV1(b.table, r)
+	}
 	if b.options.TOC {
-		b.digests = append(b.digests, c.Digest[:]...)
+		b.digests = append(b.digests, d[:]...)
 	}
 	if b.options.Version == V5 {
 		b.offsets = append(b.offsets, b.uncompressed)
-		b.uncompressed += uint64(c.UncompressedSize)
-		return chunk, nil
+		b.uncompressed += uint64(size)
+	} else {
+		b.uncompressed += alignUp(uint64(size), disk.BlockSize)
 	}
-	b.uncompressed += alignUp(uint64(c.UncompressedSize), disk.BlockSize)
-	return chunk, nil
+	return b.chunk(index, r, d)
 }
 
+// record returns the record of chunk i.
+func (b *BlobWriter) record(i uint32) metaRecord {
+	t := metaTable{records: b.table, size: disk.SizeMetaV1}
+	if b.options.v2() {
+		t.size = disk.SizeMetaV2
+	}
+	r := t.record(i)
+	if b.options.Version == V5 {
+		r.uncompressedOffset = b.offsets[i]
+	}
+	return r
+}
+
+// chunk returns the chunk table's record, which has no stored place for chunks of a batch, as nydus has it.
 func (b *BlobWriter) chunk(index uint32, r metaRecord, d Digest) Chunk {
+	if r.batch {
+		r.compressed, r.compressedOffset, r.compressedSize = false, 0, 0
+	}
 	return Chunk{
 		Digest: d, Compressed: r.compressed, Index: index,
 		CompressedOffset: r.compressedOffset, CompressedSize: r.compressedSize,
@@ -167,35 +238,26 @@ func (b *BlobWriter) checkAppend(c EncodedChunk) error {
 		return fmt.Errorf("%w: raw chunk of %d bytes takes %d", ErrInvalid, c.UncompressedSize, size)
 	case c.Compressed && b.options.Compressor == CompressorNone:
 		return fmt.Errorf("%w: compressed chunk in a blob with compressor none", ErrInvalid)
-	case len(b.records) >= MaxChunks:
+	}
+	return b.checkRoom(size, c.UncompressedSize)
+}
+
+// checkRoom makes sure that one more chunk fits, with stored bytes.
+func (b *BlobWriter) checkRoom(stored uint64, uncompressed uint32) error {
+	stored += b.written + uint64(len(b.batches.raw))
+	switch {
+	case b.count >= MaxChunks:
 		return fmt.Errorf("%w: blob with more than %d chunks: use a larger chunk size", ErrInvalid, MaxChunks)
-	case b.written+size > maxBlobData:
-		return fmt.Errorf("%w: blob data of %d bytes: want at most %d", ErrInvalid, b.written+size, uint64(maxBlobData))
-	case b.uncompressed+alignUp(uint64(c.UncompressedSize), disk.BlockSize) > disk.MaxBlobExpanded:
+	case stored > maxBlobData:
+		return fmt.Errorf("%w: blob data of %d bytes: want at most %d", ErrInvalid, stored, uint64(maxBlobData))
+	case b.uncompressed+alignUp(uint64(uncompressed), disk.BlockSize) > disk.MaxBlobExpanded:
 		return fmt.Errorf("%w: blob of more than %d uncompressed bytes", ErrInvalid, uint64(disk.MaxBlobExpanded))
 	}
 	return nil
 }
 
 // maxBlobData leaves room for the tables behind the chunks.
-const maxBlobData = disk.MaxBlobStored - MaxChunks*(disk.SizeMetaV1+disk.SizeDigestRecord) - 1<<20
-
-func (b *BlobWriter) write(p []byte, also hash.Hash) error {
-	n, err := b.w.Write(p)
-	if err == nil && n != len(p) {
-		err = io.ErrShortWrite
-	}
-	if err != nil {
-		b.err = fmt.Errorf("write blob at byte %d: %w", b.written, err)
-		return b.err
-	}
-	b.sum.Write(p)
-	if also != nil {
-		also.Write(p)
-	}
-	b.written += uint64(len(p))
-	return nil
-}
+const maxBlobData = disk.MaxBlobStored - MaxChunks*(disk.SizeMetaV2+disk.SizeBatchContext+disk.SizeDigestRecord) - 1<<20
 
 // Close writes the tables behind the chunks and returns the blob's description, with
 // the sha256 of every byte written as its ID; it does not close the io.Writer.
@@ -209,34 +271,53 @@ func (b *BlobWriter) Close() (Blob, error) {
 		return Blob{}, fmt.Errorf("rafs: blob closed twice")
 	}
 	b.closed = true
-	if len(b.records) == 0 {
+	if b.count == 0 {
 		return Blob{}, ErrNoChunks
 	}
+	if err := b.flushBatch(); err != nil {
+		b.err = err
+		return Blob{}, err
+	}
+	blob := b.describe()
+	if b.options.Version == V6 {
+		if err := b.writeTail(&blob); err != nil {
+			b.err = err
+			return Blob{}, err
+		}
+	}
+	blob.CompressedSize = b.written
+	blob.ID = hex.EncodeToString(b.sum.Sum(nil))
+	b.seen, b.table, b.digests, b.offsets, b.batches = nil, nil, nil, nil, batchWriter{}
+	return blob, nil
+}
+
+// describe returns what is known of the blob before its tail is written.
+func (b *BlobWriter) describe() Blob {
 	blob := Blob{
-		ChunkSize: b.options.ChunkSize, ChunkCount: uint32(len(b.records)), //nolint:gosec // at most MaxChunks
-		Compressor: b.options.Compressor, Digester: b.options.Digester,
-		Features:         disk.FeatureAligned | disk.FeatureCapTOC | disk.FeatureTarHeader,
+		ChunkSize: b.options.ChunkSize, ChunkCount: b.count, Compressor: b.options.Compressor, Digester: b.options.Digester,
+		Features:         disk.FeatureCapTOC,
 		UncompressedSize: b.uncompressed,
 	}
 	if b.options.MarkPrefetch {
 		blob.Features |= disk.FeaturePrefetch
 	}
+	if b.options.Version == V5 {
+		return blob
+	}
+	blob.Features |= disk.FeatureAligned | disk.FeatureTarHeader
 	if b.options.TOC {
 		blob.Features |= disk.FeatureTOC | disk.FeatureInlinedDigest
 	}
 	if b.inline != nil {
 		blob.Features |= disk.FeatureInlinedMeta
 	}
-	if b.options.Version == V5 {
-		blob.Features = blob.Features&disk.FeaturePrefetch | disk.FeatureCapTOC
-	} else if err := b.writeTail(&blob); err != nil {
-		b.err = err
-		return Blob{}, err
+	if b.options.v2() {
+		blob.Features |= disk.FeatureV2
 	}
-	blob.CompressedSize = b.written
-	blob.ID = hex.EncodeToString(b.sum.Sum(nil))
-	b.seen, b.records, b.digests = nil, nil, nil
-	return blob, nil
+	if b.options.BatchSize > 0 {
+		blob.Features |= disk.FeatureBatch
+	}
+	return blob
 }
 
 func (b *BlobWriter) writeTail(blob *Blob) error {
@@ -244,22 +325,25 @@ func (b *BlobWriter) writeTail(blob *Blob) error {
 	if err := b.write(sectionHeader(disk.SectionData, dataSize), b.data); err != nil {
 		return err
 	}
-	meta, err := b.writeMeta(blob)
+	meta := metaContent{table: b.table, records: uint64(len(b.table)), contexts: uint32(len(b.batches.contexts))} //nolint:gosec // at most MaxChunks
+	for i := range b.batches.contexts {
+		meta.table = binary.LittleEndian.AppendUint32(meta.table, b.batches.contexts[i].stored)
+		meta.table = binary.LittleEndian.AppendUint32(meta.table, b.batches.contexts[i].raw)
+		meta.table = append(meta.table, make([]byte, disk.SizeBatchContext-8)...)
+	}
+	entries, err := b.writeMeta(blob, meta)
 	if err != nil || !b.options.TOC {
 		return err
 	}
-	toc := []disk.TOCEntry{{
+	toc := append([]disk.TOCEntry{{
 		Flags: tocFlags(CompressorNone), Name: tocName(disk.SectionData), Digest: [32]byte(b.data.Sum(nil)),
 		CompressedSize: dataSize, UncompressedSize: blob.UncompressedSize,
-	}}
-	toc = append(toc, meta...)
-	toc = append(toc, disk.TOCEntry{
-		Flags: tocFlags(CompressorNone), Name: tocName(disk.SectionDigest), Digest: sha256.Sum256(b.digests),
-		Offset: b.written, CompressedSize: uint64(len(b.digests)), UncompressedSize: uint64(len(b.digests)),
-	})
-	if err := b.writeSection(disk.SectionDigest, b.digests); err != nil {
+	}}, entries...)
+	digests, err := b.writeDigests(b.digests)
+	if err != nil {
 		return err
 	}
+	toc = append(toc, digests)
 	if b.inline != nil {
 		e, err := b.writeBootstrap(*blob)
 		if err != nil {
@@ -268,69 +352,4 @@ func (b *BlobWriter) writeTail(blob *Blob) error {
 		toc = append(toc, e)
 	}
 	return b.writeTOC(blob, toc)
-}
-
-// writeTOC writes the table of contents, the last section.
-func (b *BlobWriter) writeTOC(blob *Blob, toc []disk.TOCEntry) error {
-	entries := appendRecord(nil, toc)
-	header := sectionHeader(disk.SectionTOC, uint64(len(entries)))
-	blob.TOCDigest = sha256.Sum256(slices.Concat(entries, header))
-	blob.TOCSize = uint32(len(entries) + len(header)) //nolint:gosec // four entries
-	return b.writeSection(disk.SectionTOC, entries)
-}
-
-// writeMeta writes the blob.meta section and returns its TOC entries.
-func (b *BlobWriter) writeMeta(blob *Blob) ([]disk.TOCEntry, error) {
-	table := make([]byte, 0, len(b.records)*disk.SizeMetaV1)
-	for _, r := range b.records {
-		table = binary.LittleEndian.AppendUint64(table, r.Uncompressed)
-		table = binary.LittleEndian.AppendUint64(table, r.Compressed)
-	}
-	enc, err := NewEncoder(b.options.Compressor, LevelDefault)
-	if err != nil {
-		return nil, err
-	}
-	stored, compressed, err := enc.Encode(nil, table)
-	if err != nil {
-		return nil, err
-	}
-	if compressed {
-		blob.MetaCompressor = b.options.Compressor
-	}
-	blob.MetaOffset, blob.MetaCompressed, blob.MetaUncompressed = b.written, uint64(len(stored)), uint64(len(table))
-	header := appendRecord(nil, &disk.MetaHeader{
-		Magic: disk.MetaMagic, Magic2: disk.MetaMagic, Features: blob.Features,
-		Compressor: uint32(blob.MetaCompressor), Entries: blob.ChunkCount, Offset: blob.MetaOffset,
-		CompressedSize: blob.MetaCompressed, UncompressedSize: blob.MetaUncompressed,
-	})
-	if err := b.write(stored, nil); err != nil {
-		return nil, err
-	}
-	headerOffset := b.written
-	if err := b.write(header, nil); err != nil {
-		return nil, err
-	}
-	if err := b.write(sectionHeader(disk.SectionMeta, blob.MetaCompressed+disk.SizeMetaHeader), nil); err != nil {
-		return nil, err
-	}
-	return []disk.TOCEntry{{
-		Flags: tocFlags(blob.MetaCompressor), Name: tocName(disk.SectionMeta), Digest: sha256.Sum256(table),
-		Offset: blob.MetaOffset, CompressedSize: blob.MetaCompressed, UncompressedSize: blob.MetaUncompressed,
-	}, {
-		Flags: tocFlags(CompressorNone), Name: tocName(disk.SectionMetaHeader), Digest: sha256.Sum256(header),
-		Offset: headerOffset, CompressedSize: disk.SizeMetaHeader, UncompressedSize: disk.SizeMetaHeader,
-	}}, nil
-}
-
-// writeSection writes a section and the tar header that names it.
-func (b *BlobWriter) writeSection(name string, content []byte) error {
-	if err := b.write(content, nil); err != nil {
-		return err
-	}
-	return b.write(sectionHeader(name, uint64(len(content))), nil)
-}
-
-func tocName(s string) (name [16]byte) {
-	copy(name[:], s)
-	return name
 }

@@ -21,10 +21,26 @@ type combo struct {
 	toc        bool
 	level      rafs.Level
 	acl        bool // with POSIX ACLs, which nydus-image 2.2.0 refuses to read
+	v2         bool
+	batch      uint32 // batch size, which nydus 2.2.0 refuses too
 }
 
 func (c combo) String() string {
-	return fmt.Sprintf("%v-%v-%d-toc=%v-%v", c.compressor, c.digester, c.chunkSize, c.toc, c.level)
+	s := fmt.Sprintf("%v-%v-%d-toc=%v-%v", c.compressor, c.digester, c.chunkSize, c.toc, c.level)
+	if c.v2 {
+		s += "-v2"
+	}
+	if c.batch > 0 {
+		s += fmt.Sprintf("-batch=%d", c.batch)
+	}
+	return s
+}
+
+func (c combo) blobOptions(v rafs.Version) rafs.BlobOptions {
+	return rafs.BlobOptions{
+		Version: v, Compressor: c.compressor, Digester: c.digester, ChunkSize: c.chunkSize,
+		TOC: c.toc && v != rafs.V5, ChunkInfoV2: c.v2, BatchSize: c.batch, BatchLevel: c.level,
+	}
 }
 
 // imageBuilder makes images in memory, as the builder does but simpler.
@@ -89,13 +105,16 @@ func (b *imageBuilder) build() *stored {
 	s := &stored{blobs: map[string][]byte{}}
 	for _, files := range b.files {
 		var out bytes.Buffer
-		w, err := rafs.NewBlobWriter(&out, rafs.BlobOptions{Version: b.img.Version, Compressor: b.o.compressor, Digester: b.o.digester, ChunkSize: b.o.chunkSize, TOC: b.o.toc && b.img.Version != rafs.V5})
+		w, err := rafs.NewBlobWriter(&out, b.o.blobOptions(b.img.Version))
 		must(b.t, err)
 		index := uint16(len(b.img.Blobs))
 		for _, f := range files {
 			for p := range slices.Chunk(f.content, int(b.o.chunkSize)) {
 				data, compressed, err := b.enc.Encode(nil, p)
 				must(b.t, err)
+				if w.Batches(uint32(len(p))) {
+					data, compressed = p, false
+				}
 				c, err := w.Append(rafs.EncodedChunk{Digest: b.o.digester.Sum(p), Data: data, Compressed: compressed, UncompressedSize: uint32(len(p))})
 				must(b.t, err)
 				c.Blob = index

@@ -1,8 +1,10 @@
 package rafs
 
 import (
+	"bytes"
 	"fmt"
 
+	"github.com/klauspost/compress/gzip"
 	"github.com/klauspost/compress/zstd"
 	"github.com/pierrec/lz4/v4"
 
@@ -45,6 +47,7 @@ type Encoder struct {
 	library    [len(zstdWindows)]*zstd.Encoder // by size class, made when first needed
 	lz4        lz4.Compressor
 	lz4HC      lz4.CompressorHC
+	gzip       *gzip.Writer // made when first needed
 }
 
 // zstdWindows are the window sizes of the zstd encoders. A chunk goes to the first that
@@ -52,14 +55,13 @@ type Encoder struct {
 // bytes do not depend on the sizes of other chunks.
 var zstdWindows = [...]int{1 << 20, 4 << 20, MaxChunkSize}
 
-// NewEncoder returns an encoder for compressor c at level. ErrUnsupported for
-// CompressorGzip, which is read only, and for unknown values.
+// NewEncoder returns an encoder for compressor c at level. ErrUnsupported for unknown values.
 func NewEncoder(c Compressor, level Level) (*Encoder, error) {
 	if level != LevelDefault && level != LevelBest {
 		return nil, fmt.Errorf("%w: compression %v", ErrUnsupported, level)
 	}
 	switch c {
-	case CompressorNone, CompressorLZ4, CompressorZstd:
+	case CompressorNone, CompressorLZ4, CompressorGzip, CompressorZstd:
 	default:
 		return nil, fmt.Errorf("%w: writing with compressor %v", ErrUnsupported, c)
 	}
@@ -85,6 +87,8 @@ func (e *Encoder) EncodeMatches(dst, src []byte, matches []Match) (out []byte, c
 		out, err = e.encodeLibrary(dst, src)
 	case e.compressor == CompressorLZ4:
 		out, err = e.encodeLZ4(dst, src)
+	case CompressorGzip:
+		out, err = e.encodeGzip(dst, src)
 	}
 	if err != nil {
 		return nil, false, fmt.Errorf("compress %d bytes with %v: %w", len(src), e.compressor, err)
@@ -140,4 +144,28 @@ func (e *Encoder) encodeLZ4(dst, src []byte) ([]byte, error) {
 		return nil, err
 	}
 	return dst[:n], nil
+}
+
+// encodeGzip makes one member without a name and time.
+func (e *Encoder) encodeGzip(dst, src []byte) ([]byte, error) {
+	out := bytes.NewBuffer(dst[:0])
+	if e.gzip == nil {
+		level := gzip.DefaultCompression
+		if e.level == LevelBest {
+			level = gzip.BestCompression
+		}
+		z, err := gzip.NewWriterLevel(out, level)
+		if err != nil {
+			return nil, err
+		}
+		e.gzip = z
+	}
+	e.gzip.Reset(out)
+	if _, err := e.gzip.Write(src); err != nil {
+		return nil, err
+	}
+	if err := e.gzip.Close(); err != nil {
+		return nil, err
+	}
+	return out.Bytes(), nil
 }

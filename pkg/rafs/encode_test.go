@@ -94,7 +94,7 @@ func TestNewEncoderRefuses(t *testing.T) {
 	for _, c := range []struct {
 		c rafs.Compressor
 		l rafs.Level
-	}{{rafs.CompressorGzip, rafs.LevelDefault}, {17, rafs.LevelDefault}, {rafs.CompressorZstd, 5}} {
+	}{{17, rafs.LevelDefault}, {rafs.CompressorZstd, 5}} {
 		if e, err := rafs.NewEncoder(c.c, c.l); !errors.Is(err, rafs.ErrUnsupported) || e != nil {
 			t.Errorf("NewEncoder(%v, %v) = %v, %v, want ErrUnsupported", c.c, c.l, e, err)
 		}

@@ -44,12 +44,8 @@ func TestMetaRecordVectors(t *testing.T) {
 		if got := decodeV1(m); got != c.want {
 			t.Errorf("decodeV1(%s) = %+v, want %+v", c.hex, got, c.want)
 		}
-		chunk := Chunk{
-			UncompressedOffset: c.want.uncompressedOffset, UncompressedSize: c.want.uncompressedSize,
-			CompressedOffset: c.want.compressedOffset, CompressedSize: c.want.compressedSize,
-		}
-		if got := appendRecord(nil, encodeV1(chunk)); !bytes.Equal(got, p) {
-			t.Errorf("encodeV1(%+v) = %x, want %x", chunk, got, p)
+		if got := appendV1(nil, c.want); !bytes.Equal(got, p) {
+			t.Errorf("appendV1(%+v) = %x, want %x", c.want, got, p)
 		}
 	}
 	var m disk.MetaV2
@@ -60,25 +56,34 @@ func TestMetaRecordVectors(t *testing.T) {
 	if got := decodeV2(m); got != want {
 		t.Errorf("decodeV2 = %+v, want %+v", got, want)
 	}
+	if got := encodeV2(want); got != m {
+		t.Errorf("encodeV2 = %x, want %x", got, m)
+	}
 }
 
 func TestMetaV1RoundTrip(t *testing.T) {
 	t.Parallel()
 	r := rand.New(rand.NewPCG(1, 2))
 	for range 10000 {
-		c := Chunk{
-			UncompressedOffset: r.Uint64N(disk.MaxBlobExpanded) &^ (disk.BlockSize - 1),
-			UncompressedSize:   1 + r.Uint32N(MaxChunkSize),
-			CompressedOffset:   r.Uint64N(disk.MaxBlobStored),
-			CompressedSize:     1 + r.Uint32N(MaxChunkSize),
-		}
-		got := decodeV1(encodeV1(c))
 		want := metaRecord{
-			uncompressedOffset: c.UncompressedOffset, uncompressedSize: c.UncompressedSize,
-			compressedOffset: c.CompressedOffset, compressedSize: c.CompressedSize, compressed: c.CompressedSize != c.UncompressedSize,
+			uncompressedOffset: r.Uint64N(disk.MaxBlobExpanded) &^ (disk.BlockSize - 1), uncompressedSize: 1 + r.Uint32N(MaxChunkSize),
+			compressedOffset: r.Uint64N(disk.MaxBlobStored), compressedSize: 1 + r.Uint32N(MaxChunkSize),
 		}
+		want.compressed = want.compressedSize != want.uncompressedSize
+		got := decodeV1(encodeV1(want))
 		if got != want {
-			t.Fatalf("decodeV1(encodeV1(%+v)) = %+v", c, got)
+			t.Fatalf("decodeV1(encodeV1(%+v)) = %+v", want, got)
+		}
+		want = metaRecord{
+			uncompressedOffset: r.Uint64N(disk.MaxBlobExpanded) &^ (disk.BlockSize - 1), uncompressedSize: 1 + r.Uint32N(MaxChunkSize),
+			compressedOffset: r.Uint64N(disk.MaxBlobStored), compressedSize: r.Uint32N(MaxChunkSize),
+			compressed: r.Uint32()&1 != 0, batch: r.Uint32()&1 != 0,
+		}
+		if want.batch {
+			want.batchIndex, want.batchOffset = r.Uint32(), r.Uint32()
+		}
+		if got := decodeV2(encodeV2(want)); got != want {
+			t.Fatalf("decodeV2(encodeV2(%+v)) = %+v", want, got)
 		}
 	}
 }

@@ -151,7 +151,7 @@ func FuzzBlobMeta(f *testing.F) {
 			ContextOffset: uint64(entries) * 24, ContextSize: uint64(batches) * 40, ContextCount: batches,
 		})
 	}
-	v1 := appendRecord(nil, encodeV1(Chunk{UncompressedSize: 4096, CompressedSize: 100}))
+	v1 := appendRecord(nil, encodeV1(metaRecord{uncompressedSize: 4096, compressedSize: 100}))
 	f.Add(uint32(disk.FeatureAligned), v1, header(1, 1, 0, v1))
 	v2 := append(make([]byte, 24), make([]byte, 40)...)
 	binary.LittleEndian.PutUint64(v2, disk.V2FlagBatch<<disk.V2FlagShift|99<<32)

@@ -9,15 +9,26 @@ import (
 
 // combos are the option sets every oracle sees; TestRandomImages gives each another tree.
 var combos = []combo{
-	{rafs.CompressorNone, rafs.DigesterBLAKE3, 4 << 10, false, rafs.LevelDefault, true},
-	{rafs.CompressorNone, rafs.DigesterSHA256, 1 << 20, true, rafs.LevelDefault, false},
-	{rafs.CompressorLZ4, rafs.DigesterBLAKE3, 64 << 10, true, rafs.LevelDefault, false},
-	{rafs.CompressorLZ4, rafs.DigesterSHA256, 4 << 10, false, rafs.LevelBest, false},
-	{rafs.CompressorLZ4, rafs.DigesterSHA256, 16 << 20, false, rafs.LevelDefault, false},
-	{rafs.CompressorZstd, rafs.DigesterBLAKE3, 1 << 20, false, rafs.LevelDefault, false},
-	{rafs.CompressorZstd, rafs.DigesterBLAKE3, 4 << 10, true, rafs.LevelBest, false},
-	{rafs.CompressorZstd, rafs.DigesterSHA256, 64 << 10, false, rafs.LevelDefault, false},
-	{rafs.CompressorZstd, rafs.DigesterBLAKE3, 16 << 20, true, rafs.LevelDefault, false},
+	{compressor: rafs.CompressorNone, digester: rafs.DigesterBLAKE3, chunkSize: 4 << 10, level: rafs.LevelDefault, acl: true},
+	{compressor: rafs.CompressorNone, digester: rafs.DigesterSHA256, chunkSize: 1 << 20, toc: true, level: rafs.LevelDefault},
+	{compressor: rafs.CompressorLZ4, digester: rafs.DigesterBLAKE3, chunkSize: 64 << 10, toc: true, level: rafs.LevelDefault},
+	{compressor: rafs.CompressorLZ4, digester: rafs.DigesterSHA256, chunkSize: 4 << 10, level: rafs.LevelBest},
+	{compressor: rafs.CompressorLZ4, digester: rafs.DigesterSHA256, chunkSize: 16 << 20, level: rafs.LevelDefault},
+	{compressor: rafs.CompressorZstd, digester: rafs.DigesterBLAKE3, chunkSize: 1 << 20, level: rafs.LevelDefault},
+	{compressor: rafs.CompressorZstd, digester: rafs.DigesterBLAKE3, chunkSize: 4 << 10, toc: true, level: rafs.LevelBest},
+	{compressor: rafs.CompressorZstd, digester: rafs.DigesterSHA256, chunkSize: 64 << 10, level: rafs.LevelDefault},
+	{compressor: rafs.CompressorZstd, digester: rafs.DigesterBLAKE3, chunkSize: 16 << 20, toc: true, level: rafs.LevelDefault},
+	{compressor: rafs.CompressorZstd, chunkSize: 64 << 10, v2: true},
+	{compressor: rafs.CompressorNone, chunkSize: 4 << 10, v2: true, toc: true},
+	{compressor: rafs.CompressorLZ4, digester: rafs.DigesterSHA256, chunkSize: 1 << 20, v2: true},
+	{compressor: rafs.CompressorGzip, chunkSize: 64 << 10},
+	{compressor: rafs.CompressorGzip, digester: rafs.DigesterSHA256, chunkSize: 1 << 20, toc: true, level: rafs.LevelBest},
+	{compressor: rafs.CompressorZstd, chunkSize: 1 << 20, batch: 1 << 20},
+	{compressor: rafs.CompressorZstd, digester: rafs.DigesterSHA256, chunkSize: 4 << 10, batch: 256 << 10, toc: true, level: rafs.LevelBest},
+	{compressor: rafs.CompressorLZ4, chunkSize: 64 << 10, batch: 4 << 10, toc: true},
+	{compressor: rafs.CompressorGzip, chunkSize: 64 << 10, batch: 64 << 10},
+	{compressor: rafs.CompressorNone, chunkSize: 64 << 10, batch: 128 << 10},
+	{compressor: rafs.CompressorZstd, chunkSize: 16 << 20, batch: 16 << 20},
 }
 
 func TestRandomImages(t *testing.T) {
@@ -45,6 +56,9 @@ func TestRandomImages(t *testing.T) {
 			t.Run("nydus-image", func(t *testing.T) {
 				if o.acl {
 					t.Skip("nydus-image 2.2.0 refuses every image with a POSIX ACL: its prefix test wants longer names")
+				}
+				if o.batch > 0 {
+					t.Skip("nydus-image 2.2.0 does not know batch blobs")
 				}
 				s.checkNydus(t)
 			})

@@ -16,7 +16,7 @@ type Compressor uint32
 const (
 	CompressorNone Compressor = 0
 	CompressorLZ4  Compressor = 1 // raw LZ4 block
-	CompressorGzip Compressor = 2 // one gzip member per chunk; read only
+	CompressorGzip Compressor = 2 // one gzip member per chunk
 	CompressorZstd Compressor = 3 // one zstd frame per chunk
 )
 

@@ -67,6 +67,7 @@ const (
 	V2UncompSizeMask  = 0xff_ffff
 	V2UncompBlockMask = 0xffff_ffff // bits 0..31: offset >> 12
 	V2CompSizeShift   = 40          // bits 40..63: size, not minus one
+	V2CompSizeMask    = 0xff_ffff   // the largest such size
 	V2CompOffsetMask  = 0xff_ffff_ffff
 	V2DataIndexShift  = 32 // of Data: batch or zran context
 	V2DataOffsetMask  = 0xffff_ffff
