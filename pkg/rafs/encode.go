@@ -87,7 +87,7 @@ func (e *Encoder) EncodeMatches(dst, src []byte, matches []Match) (out []byte, c
 		out, err = e.encodeLibrary(dst, src)
 	case e.compressor == CompressorLZ4:
 		out, err = e.encodeLZ4(dst, src)
-	case CompressorGzip:
+	case e.compressor == CompressorGzip:
 		out, err = e.encodeGzip(dst, src)
 	}
 	if err != nil {
