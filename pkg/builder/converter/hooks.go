@@ -23,20 +23,11 @@ import (
 	"github.com/headstart-oci/headstart/pkg/builder"
 )
 
-// annotationUncompressed carries a layer's diff ID from LayerConvertFunc to ConvertHookFunc.
-const annotationUncompressed = "containerd.io/uncompressed"
-
-// mediaTypeConfig is what MergeManifest makes of the config's media type: clients that do not
-// know it leave the image alone. Source: nydus-snapshotter pkg/converter/constant.go.
-const mediaTypeConfig = "application/vnd.nydus.image.config.v1+json"
-
 // LayerConvertFunc returns a function for containerd's converter that packs an image layer. What
 // is no layer, or a Nydus layer already, is left as it is.
 func LayerConvertFunc(opt PackOption) converter.ConvertFunc {
 	return func(ctx context.Context, cs content.Store, desc ocispec.Descriptor) (*ocispec.Descriptor, error) {
-		_, blob := desc.Annotations[builder.AnnotationBlob]
-		_, boot := desc.Annotations[builder.AnnotationBootstrap]
-		if !images.IsLayerType(desc.MediaType) || blob || boot {
+		if !images.IsLayerType(desc.MediaType) || IsNydusBlob(desc) || IsNydusBootstrap(desc) {
 			return nil, ctx.Err()
 		}
 		out, err := packContent(ctx, cs, desc, opt)
@@ -100,8 +91,8 @@ func writeContent(ctx context.Context, cs content.Store, ref string, write func(
 		return nil, err
 	}
 	return &ocispec.Descriptor{
-		MediaType: builder.MediaTypeBlob, Digest: id, Size: counted.n,
-		Annotations: map[string]string{annotationUncompressed: id.String(), builder.AnnotationBlob: "true"},
+		MediaType: MediaTypeNydusBlob, Digest: id, Size: counted.n,
+		Annotations: map[string]string{LayerAnnotationUncompressed: id.String(), LayerAnnotationNydusBlob: "true"},
 	}, nil
 }
 
@@ -151,7 +142,7 @@ func mergeManifest(ctx context.Context, cs content.Store, source, desc ocispec.D
 	if err != nil {
 		return nil, err
 	}
-	if n := len(m.Layers); n > 0 && m.Layers[n-1].Annotations[builder.AnnotationBootstrap] != "" {
+	if n := len(m.Layers); n > 0 && IsNydusBootstrap(m.Layers[n-1]) {
 		return &desc, nil
 	}
 	opt.OCI = opt.OCI || source.MediaType == ocispec.MediaTypeImageManifest
@@ -165,9 +156,9 @@ func mergeManifest(ctx context.Context, cs content.Store, source, desc ocispec.D
 	}
 	var diffIDs []digest.Digest
 	for i, l := range m.Layers {
-		diffIDs = append(diffIDs, digest.Digest(l.Annotations[annotationUncompressed]))
+		diffIDs = append(diffIDs, digest.Digest(l.Annotations[LayerAnnotationUncompressed]))
 		m.Layers[i].Annotations = maps.Clone(l.Annotations)
-		delete(m.Layers[i].Annotations, annotationUncompressed)
+		delete(m.Layers[i].Annotations, LayerAnnotationUncompressed)
 	}
 	if m.Config, err = rewriteConfig(ctx, cs, m.Config, diffIDs, opt); err != nil {
 		return nil, fmt.Errorf("config: %w", err)
@@ -221,7 +212,7 @@ func rewriteConfig(ctx context.Context, cs content.Store, desc ocispec.Descripto
 		return desc, err
 	}
 	if opt.MergeManifest {
-		out.MediaType = mediaTypeConfig
+		out.MediaType = ManifestConfigNydus
 	}
 	return *out, nil
 }
@@ -256,7 +247,7 @@ func MergeLayers(ctx context.Context, cs content.Store, descs []ocispec.Descript
 		boot.MediaType = ocispec.MediaTypeImageLayerGzip
 	}
 	boot.Annotations = map[string]string{
-		annotationUncompressed: plain.Digest().String(), builder.AnnotationBootstrap: "true", builder.AnnotationFSVersion: "6",
+		LayerAnnotationUncompressed: plain.Digest().String(), builder.AnnotationBootstrap: "true", builder.AnnotationFSVersion: "6",
 	}
 	update := content.Info{Digest: boot.Digest, Labels: map[string]string{labels.LabelUncompressed: plain.Digest().String()}}
 	if _, err := cs.Update(ctx, update, "labels."+labels.LabelUncompressed); err != nil {
@@ -272,8 +263,8 @@ func MergeLayers(ctx context.Context, cs content.Store, descs []ocispec.Descript
 			return nil, nil, fmt.Errorf("blob %s of the chunk dictionary: %w", d, err)
 		}
 		blobs = append(blobs, ocispec.Descriptor{
-			MediaType: builder.MediaTypeBlob, Digest: d, Size: info.Size,
-			Annotations: map[string]string{annotationUncompressed: d.String(), builder.AnnotationBlob: "true"},
+			MediaType: MediaTypeNydusBlob, Digest: d, Size: info.Size,
+			Annotations: map[string]string{LayerAnnotationUncompressed: d.String(), LayerAnnotationNydusBlob: "true"},
 		})
 	}
 	return boot, blobs, nil

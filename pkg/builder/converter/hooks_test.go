@@ -15,6 +15,7 @@ import (
 	"github.com/containerd/containerd/v2/plugins/content/local"
 	"github.com/containerd/platforms"
 	"github.com/google/go-cmp/cmp"
+	"github.com/klauspost/compress/gzip"
 	"github.com/opencontainers/go-digest"
 	"github.com/opencontainers/image-spec/specs-go"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -245,9 +246,9 @@ func TestBackend(t *testing.T) {
 	}
 }
 
-// TestBuildKit makes the calls that BuildKit's exporter makes (moby/buildkit cache/compression_nydus.go
-// and cache/nydus.go): it packs a layer while it is being made, merges descriptors in its store, and
-// unpacks. Its module is not a dependency: it is the sequence that is tried.
+// TestBuildKit makes the calls that BuildKit makes (moby/buildkit util/compression/nydus.go and
+// cache/compression_nydus.go): it packs a layer while it is being made, merges readers of its store
+// through a pipe into a gzip stream, and unpacks. Its module is no dependency: the sequence is what is tried.
 func TestBuildKit(t *testing.T) {
 	cs := newStore(t)
 	var descs []ocispec.Descriptor
@@ -271,16 +272,33 @@ func TestBuildKit(t *testing.T) {
 		if err := errors.Join(err, w.Commit(t.Context(), 0, ""), w.Close()); err != nil {
 			t.Fatal(err)
 		}
-		descs = append(descs, ocispec.Descriptor{MediaType: builder.MediaTypeBlob, Digest: d, Size: status.Offset, Annotations: map[string]string{builder.AnnotationBlob: "true"}})
+		descs = append(descs, ocispec.Descriptor{MediaType: nydus.MediaTypeNydusBlob, Digest: d, Size: status.Offset, Annotations: map[string]string{nydus.LayerAnnotationNydusBlob: "true"}})
 	}
-	boot, blobs, err := nydus.MergeLayers(t.Context(), cs, descs, nydus.MergeOption{WithTar: true, FsVersion: "6", OCI: true})
-	if err != nil {
+	var layers []nydus.Layer
+	var blobs [][]byte
+	for _, d := range descs {
+		ra, err := cs.ReaderAt(t.Context(), d)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer ra.Close()
+		layers = append(layers, nydus.Layer{Digest: d.Digest, ReaderAt: ra})
+		blobs = append(blobs, get(t, cs, d, nil))
+	}
+	pr, pw := io.Pipe()
+	go func() {
+		_, err := nydus.Merge(t.Context(), layers, pw, nydus.MergeOption{WithTar: true})
+		_ = pw.CloseWithError(err) // never fails
+	}()
+	var targz bytes.Buffer
+	z := gzip.NewWriter(&targz)
+	if _, err := io.Copy(z, pr); err != nil {
 		t.Fatal(err)
 	}
-	if !cmp.Equal(blobs, descs) || boot.Annotations[builder.AnnotationBootstrap] != "true" {
-		t.Errorf("blobs %v, bootstrap %v", blobs, boot)
+	if err := z.Close(); err != nil {
+		t.Fatal(err)
 	}
-	judge(t, bootstrapOf(t, cs, *boot), [][]byte{get(t, cs, blobs[0], nil), get(t, cs, blobs[1], nil)}, true)
+	judge(t, bootstrapOf(t, cs, put(t, cs, ocispec.MediaTypeImageLayerGzip, targz.Bytes())), blobs, true)
 	for i, d := range descs {
 		ra, err := cs.ReaderAt(t.Context(), d)
 		if err != nil {

@@ -1,0 +1,34 @@
+package converter
+
+import (
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/headstart-oci/headstart/pkg/builder"
+)
+
+// What image builders name. Source: nydus-snapshotter pkg/converter/constant.go.
+const (
+	MediaTypeNydusBlob        = builder.MediaTypeBlob
+	ManifestConfigNydus       = "application/vnd.nydus.image.config.v1+json" // unknown to clients that are to leave the image alone
+	ManifestArtifactTypeNydus = "application/vnd.nydus.image.manifest.v1+json"
+	ManifestOSFeatureNydus    = "nydus.remoteimage.v1"
+	BootstrapFileNameInLayer  = "image/image.boot"
+
+	LayerAnnotationNydusBlob         = builder.AnnotationBlob
+	LayerAnnotationNydusBootstrap    = builder.AnnotationBootstrap
+	LayerAnnotationFSVersion         = builder.AnnotationFSVersion
+	LayerAnnotationNydusSourceDigest = builder.AnnotationSourceDigest
+	LayerAnnotationUncompressed      = "containerd.io/uncompressed" // a layer's diff ID, from LayerConvertFunc to ConvertHookFunc
+)
+
+// IsNydusBlob reports whether desc is marked as a blob of a Nydus image.
+func IsNydusBlob(desc ocispec.Descriptor) bool {
+	_, ok := desc.Annotations[LayerAnnotationNydusBlob]
+	return ok
+}
+
+// IsNydusBootstrap reports whether desc is marked as the bootstrap of a Nydus image.
+func IsNydusBootstrap(desc ocispec.Descriptor) bool {
+	_, ok := desc.Annotations[LayerAnnotationNydusBootstrap]
+	return ok
+}
