@@ -45,6 +45,9 @@ func (s *session) handle(e *fanotify.Event) {
 		return
 	}
 	how := ways(e.Mask)
+	if how&trace.Executed != 0 && s.pages != nil {
+		s.pages.reader.Wake() // it may leave the kernel's filter, see tracefs.Reader.Rejoined
+	}
 	f := file{inode: inodeOf(&st)}
 	var name string
 	if st.Nlink > 1 {

@@ -124,6 +124,9 @@ func monotonic() int64 {
 
 func (l *pageLog) run() {
 	defer close(l.done)
+	// Without the privilege it is an ordinary thread, and what is lost for that is counted.
+	restore, _ := tracefs.Prioritize()
+	defer restore()
 	events := make([]tracefs.Event, pageBatch)
 	for {
 		n, err := l.reader.Read(events)
@@ -203,6 +206,9 @@ func (l *pageLog) stop() []trace.Loss {
 		losses = append(losses, trace.Loss{Reason: "pages", Count: -1, Detail: fmt.Sprintf("how many page events were lost is not known: %v", err)})
 	} else if lost.Total() > 0 {
 		losses = append(losses, trace.Loss{Reason: "overrun", Count: lost.Total(), Detail: "the ring buffers of page events were full"})
+	}
+	if n := l.reader.Rejoined(); n > 0 {
+		losses = append(losses, trace.Loss{Reason: "exec", Count: -1, Detail: fmt.Sprintf("%d programs were started by a thread that was not its process' first: pages of their first milliseconds may be missing", n)})
 	}
 	if l.full {
 		losses = append(losses, trace.Loss{Reason: "limit", Count: -1, Detail: fmt.Sprintf("pages of more than %d files were touched", l.max)})

@@ -247,18 +247,7 @@ func TestFilterFollowsExecOfThread(t *testing.T) {
 		ended <- wait()
 		r.Stop()
 	}()
-	quit := make(chan struct{})
-	defer close(quit)
-	go func() {
-		for {
-			select {
-			case <-quit:
-				return
-			case <-time.After(5 * time.Millisecond):
-				r.Wake()
-			}
-		}
-	}()
+	r.Wake()
 	say("threadexec", "sleep", "fork", "read", f.Name())
 	var got []tracefs.Event
 	events := make([]tracefs.Event, 100)

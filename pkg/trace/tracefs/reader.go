@@ -28,6 +28,7 @@ type Reader struct {
 	polls   []unix.PollFd
 	page    []byte
 	paused  bool
+	sleep   time.Duration // how long the next wait takes at most; 0: Interval
 
 	missed, rejoined atomic.Int64
 
@@ -110,16 +111,27 @@ func (r *Reader) Read(events []Event) (int, error) {
 	}
 }
 
-// wait returns when a ring fills, the reader is stopped, or Interval is over.
+// soon is how long the first wait after Wake takes: a program that was opened to be executed
+// has taken over its process by then, mostly. Each further wait takes twice as long.
+const soon = 4 * time.Millisecond
+
+// wait returns when a ring fills, somebody wakes the reader, or it is time.
 func (r *Reader) wait() error {
-	timeout := int(Interval / time.Millisecond)
-	_, err := unix.Poll(r.polls, timeout)
+	timeout := Interval
+	if r.sleep > 0 {
+		timeout = r.sleep
+		if r.sleep *= 2; r.sleep >= Interval {
+			r.sleep = 0
+		}
+	}
+	_, err := unix.Poll(r.polls, int(timeout/time.Millisecond))
 	if err != nil && !errors.Is(err, unix.EINTR) {
 		return fmt.Errorf("wait for trace events: %w", err)
 	}
 	if r.polls[len(r.polls)-1].Revents&unix.POLLIN != 0 {
 		var b [8]byte
 		_, _ = unix.Read(r.wake, b[:]) // only a wake-up
+		r.sleep = soon
 	}
 	return nil
 }
@@ -265,9 +277,9 @@ func (r *Reader) follow(events []Event) {
 // at any time.
 func (r *Reader) Rejoined() int64 { return r.rejoined.Load() }
 
-// Wake makes Read look at the rings at once instead of when they fill or [Interval] is over.
-// Call it when a program was started: it shortens what [Reader.Rejoined] counts. Safe at any
-// time.
+// Wake makes Read look at the rings at once, and a few times more in the next [Interval],
+// instead of when they fill or that is over. Call it when a program is started: it shortens
+// what [Reader.Rejoined] counts. Safe at any time.
 func (r *Reader) Wake() {
 	r.mu.Lock()
 	defer r.mu.Unlock()
