@@ -165,10 +165,10 @@ func newData(p *persist.Profile, o Options) *data {
 
 func verdict(p *persist.Profile) string {
 	complete, all := p.Complete(), len(p.Runs)
-	switch {
-	case complete == all:
+	switch complete {
+	case all:
 		return "complete: nothing is known to be missing"
-	case complete == 0:
+	case 0:
 		return "incomplete: see what was lost"
 	}
 	return fmt.Sprintf("complete: %d of %d runs are; what the others lost is below", complete, all)

@@ -179,8 +179,10 @@ func TestPageOfLittle(t *testing.T) {
 		"no run":  {&persist.Profile{}, "No file."},
 		"no file": {profileOf(t, &persist.List{}), "No file."},
 		"paths":   {profileOf(t, paths), "No times were recorded"},
-		"one": {profileOf(t, &persist.List{Trace: trace.Trace{Accesses: []trace.Access{{Path: "/x", Elapsed: 1<<63 - 1, Size: 1<<63 - 1,
-			Ranges: []trace.Range{{Offset: 0, Length: 1<<63 - 1, Elapsed: 1<<63 - 1}}}}}}), "/x"},
+		"one": {profileOf(t, &persist.List{Trace: trace.Trace{Accesses: []trace.Access{{
+			Path: "/x", Elapsed: 1<<63 - 1, Size: 1<<63 - 1,
+			Ranges: []trace.Range{{Offset: 0, Length: 1<<63 - 1, Elapsed: 1<<63 - 1}},
+		}}}}), "/x"},
 	} {
 		page := write(t, c.p, report.Options{Image: &report.Image{}})
 		selfContained(t, parse(t, page))
@@ -199,8 +201,10 @@ func bigList(n int) *persist.List {
 	l := sample()
 	for i := range n {
 		at := time.Duration(i) * 20 * time.Microsecond
-		l.Accesses = append(l.Accesses, trace.Access{Path: fmt.Sprintf("/srv/node_modules/m%d/f%d.js", i%900, i), Elapsed: at, Size: int64(i),
-			Ranges: []trace.Range{{Length: int64(i) + 1, Elapsed: at + time.Microsecond, Certain: i%2 == 0}}})
+		l.Accesses = append(l.Accesses, trace.Access{
+			Path: fmt.Sprintf("/srv/node_modules/m%d/f%d.js", i%900, i), Elapsed: at, Size: int64(i),
+			Ranges: []trace.Range{{Length: int64(i) + 1, Elapsed: at + time.Microsecond, Certain: i%2 == 0}},
+		})
 	}
 	for i := range 500 {
 		l.Losses = append(l.Losses, trace.Loss{Reason: "overflow", Count: int64(i)})
@@ -240,8 +244,10 @@ func FuzzWrite(f *testing.F) {
 		l := sample()
 		l.Reference, l.Container = ref, ref
 		l.Losses = []trace.Loss{{Reason: reason, Count: 1, Detail: path}}
-		l.Accesses = append(l.Accesses, trace.Access{Path: path, Elapsed: time.Duration(elapsed), Size: length,
-			Ranges: []trace.Range{{Offset: offset, Length: length, Elapsed: time.Duration(elapsed)}}})
+		l.Accesses = append(l.Accesses, trace.Access{
+			Path: path, Elapsed: time.Duration(elapsed), Size: length,
+			Ranges: []trace.Range{{Offset: offset, Length: length, Elapsed: time.Duration(elapsed)}},
+		})
 		if l.Validate() != nil {
 			return
 		}

@@ -208,7 +208,7 @@ func union(in []trace.Range) []trace.Range {
 	return out
 }
 
-// once returns accesses with every path once, at its first place, with all its ranges.
+// once returns accesses with every path once, at its first place, with all its ranges and ways.
 func once(in []trace.Access) []trace.Access {
 	at := make(map[string]int, len(in))
 	var out []trace.Access // nil as long as no path came twice
@@ -226,6 +226,9 @@ func once(in []trace.Access) []trace.Access {
 		case out == nil:
 			out = slices.Clone(in[:i])
 		}
+		out[j].How |= a.How
+		out[j].Size = max(out[j].Size, a.Size)
+		out[j].Elapsed = min(out[j].Elapsed, a.Elapsed)
 		if out[j].Ranges == nil || a.Ranges == nil {
 			out[j].Ranges = nil // the whole file
 			continue

@@ -166,7 +166,7 @@ func WriteOverlayBDTrace(w io.Writer, frames []TraceFrame) error {
 			out = append(out, overlaybdRead, 0, 0, 0)
 			out = binary.LittleEndian.AppendUint32(out, f.Layer)
 			out = binary.LittleEndian.AppendUint64(out, uint64(n))
-			out = binary.LittleEndian.AppendUint64(out, uint64(f.Offset)) //nolint:gosec // at least 0
+			out = binary.LittleEndian.AppendUint64(out, uint64(f.Offset))
 			f.Offset, f.Length = f.Offset+n, f.Length-n
 		}
 	}

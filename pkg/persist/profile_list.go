@@ -103,6 +103,9 @@ type touch struct {
 type merger struct {
 	need int  // counted runs that have to have touched a byte
 	any  bool // one run of any kind is enough
+
+	edges []edge // scratch, as is sweep
+	sweep sweep
 }
 
 func (m *merger) enough(counted, all int) bool { return counted >= m.need || m.any && all > 0 }
@@ -156,7 +159,7 @@ func wholeRange(a *trace.Access) trace.Range {
 // ranges returns the bytes of a file that the policy asks for, in order of their median
 // first touch; nil when that is the whole file.
 func (m *merger) ranges(of []touch) []trace.Range {
-	var edges []edge
+	edges := m.edges[:0]
 	for i, t := range of {
 		in := t.access.Ranges
 		if in == nil {
@@ -167,7 +170,9 @@ func (m *merger) ranges(of []touch) []trace.Range {
 		}
 	}
 	slices.SortFunc(edges, func(a, b edge) int { return cmp.Compare(a.at, b.at) })
-	sweep := newSweep(of)
+	m.edges = edges
+	sweep := &m.sweep
+	sweep.reset(of)
 	out := []trace.Range{}
 	for i := 0; i < len(edges); {
 		at := edges[i].at
@@ -216,7 +221,16 @@ type sweep struct {
 	sure, sureCounted int // of which certain
 }
 
-func newSweep(of []touch) *sweep { return &sweep{of: of, open: make([][]trace.Range, len(of))} }
+// reset makes the sweep stand before the first byte of another file.
+func (s *sweep) reset(of []touch) {
+	for len(s.open) < len(of) {
+		s.open = append(s.open, nil)
+	}
+	for i := range s.open {
+		s.open[i] = s.open[i][:0]
+	}
+	s.of, s.all, s.counted, s.sure, s.sureCounted = of, 0, 0, 0, 0
+}
 
 func certain(ranges []trace.Range) bool {
 	return slices.ContainsFunc(ranges, func(r trace.Range) bool { return r.Certain })
@@ -312,8 +326,13 @@ func (l *List) agree(next *List, first bool) {
 		have *string
 		next string
 	}{
-		{&l.Reference, next.Reference}, {&l.Digest, next.Digest}, {&l.Platform, next.Platform}, {&l.Name, next.Name},
-		{&l.Namespace, next.Namespace}, {&l.Engine, next.Engine}, {&l.End, next.End},
+		{&l.Reference, next.Reference},
+		{&l.Digest, next.Digest},
+		{&l.Platform, next.Platform},
+		{&l.Name, next.Name},
+		{&l.Namespace, next.Namespace},
+		{&l.Engine, next.Engine},
+		{&l.End, next.End},
 	} {
 		if *f.have != f.next {
 			*f.have = ""

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"io"
 	"math/rand/v2"
 	"slices"
 	"strings"
@@ -406,4 +407,53 @@ func FuzzMerge(f *testing.F) {
 			}
 		}
 	})
+}
+
+// large is a run of 60,000 files with 1,000,000 ranges.
+func large(n int) *persist.List {
+	l := runAt(n)
+	for f := range 60000 {
+		a := trace.Access{Path: fmt.Sprintf("/usr/lib/python3/dist-packages/package%d/module%d.py", f%500, f), How: trace.Opened, Size: 1 << 20, Elapsed: time.Duration(f) * 20000}
+		for i := range 17 - f%2 {
+			a.Ranges = append(a.Ranges, rng(int64(i)*65536, 4096*int64(1+i%9), a.Elapsed+time.Duration(i*n*100), i%3 > 0))
+		}
+		l.Accesses = append(l.Accesses, a)
+	}
+	return l
+}
+
+func BenchmarkWriteLargeList(b *testing.B) {
+	l := large(1)
+	b.ReportAllocs()
+	for b.Loop() {
+		n, err := l.WriteTo(io.Discard)
+		if err != nil {
+			b.Fatal(err)
+		}
+		b.SetBytes(n)
+	}
+}
+
+func BenchmarkReadLargeList(b *testing.B) {
+	var text bytes.Buffer
+	if _, err := large(1).WriteTo(&text); err != nil {
+		b.Fatal(err)
+	}
+	b.SetBytes(int64(text.Len()))
+	b.ReportAllocs()
+	for b.Loop() {
+		if _, err := persist.Read(bytes.NewReader(text.Bytes())); err != nil {
+			b.Fatal(err)
+		}
+	}
+}
+
+func BenchmarkFilesOfLargeProfile(b *testing.B) {
+	p := profileOf(b, large(1), large(2), large(3), large(4))
+	b.ReportAllocs()
+	for b.Loop() {
+		if got := len(p.Files(0.5)); got != 60000 {
+			b.Fatal(got)
+		}
+	}
 }

@@ -279,7 +279,8 @@ func (p *nativeParser) process(raw string) error {
 // parseNumber parses the one spelling that strconv.AppendInt gives a number.
 func parseNumber(what, s string, least int64, bits int) (int64, error) {
 	v, err := strconv.ParseInt(s, 10, bits)
-	if err != nil || v < least || strconv.FormatInt(v, 10) != s {
+	digits := strings.TrimPrefix(s, "-")
+	if err != nil || v < least || s[0] == '+' || digits[0] == '0' && s != "0" {
 		return 0, invalidf("%s: got %s, want a decimal number of at least %d and less than 2^%d", what, clip(s), least, bits-1)
 	}
 	return v, nil
