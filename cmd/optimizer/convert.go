@@ -33,6 +33,8 @@ type convertOptions struct {
 	digester       string
 	chunkSize      string
 	markPrefetch   bool
+	batchSize      string
+	prefetchBatch  string
 	chunkDict      string
 	buildCache     string
 	cacheMax       int
@@ -92,6 +94,8 @@ func (o *convertOptions) addFlags(cmd *cobra.Command) {
 	f.StringVar(&o.digester, "digester", "blake3", "digest of chunks: blake3 or sha256")
 	f.StringVar(&o.chunkSize, "chunk-size", "1MiB", "bytes of a chunk, a power of two from 4KiB to 16MiB")
 	f.BoolVar(&o.markPrefetch, "mark-prefetch-blob", false, "set the feature flag of prefetch blobs (Nydus before 2.4 refuses such an image)")
+	f.StringVar(&o.batchSize, "batch-size", "0", "bytes of small chunks that are compressed together, a power of two from 4KiB to 16MiB (nydusd before 2.3 refuses such an image)")
+	f.StringVar(&o.prefetchBatch, "prefetch-batch-size", "0", "the same for the prefetch blob")
 	f.StringVar(&o.chunkDict, "chunk-dict", "", "Nydus image whose chunks are referred to and not stored again")
 	f.StringVar(&o.buildCache, "build-cache", "", "reference of the artifact that keeps built layers for later conversions; made if it is missing")
 	f.IntVar(&o.cacheMax, "build-cache-max-records", 200, "layers that the build cache keeps at most")
@@ -142,6 +146,16 @@ func (o *convertOptions) options(cmd *cobra.Command) (convert.Options, error) {
 		return fail("chunk-size", fmt.Errorf("got %s (%d bytes), want a power of two from 4KiB to 16MiB", o.chunkSize, size))
 	}
 	b.ChunkSize = uint32(size)
+	for flag, to := range map[string]*uint32{"batch-size": &b.BatchSize, "prefetch-batch-size": &b.PrefetchBatchSize} {
+		text := cmd.Flag(flag).Value.String()
+		if size, err = parseSize(text); text == "0" {
+			continue
+		}
+		if err != nil || size < rafs.MinChunkSize || size > rafs.MaxChunkSize || bits.OnesCount64(size) != 1 {
+			return fail(flag, fmt.Errorf("got %q, want 0 or a power of two from 4KiB to 16MiB", text))
+		}
+		*to = uint32(size)
+	}
 	if o.workers < 0 {
 		return fail("workers", fmt.Errorf("got %d, want at least 1, or 0 for one per CPU", o.workers))
 	}

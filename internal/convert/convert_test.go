@@ -66,6 +66,9 @@ func TestKernelMount(t *testing.T) {
 		"lz4, sha256, 4 KiB": func(o *convert.Options) {
 			o.Build.Compressor, o.Build.Digester, o.Build.ChunkSize = rafs.CompressorLZ4, rafs.DigesterSHA256, rafs.MinChunkSize
 		},
+		"batches": func(o *convert.Options) {
+			o.Build.ChunkSize, o.Build.BatchSize, o.Build.PrefetchBatchSize = 1<<16, 1<<17, 1<<18
+		},
 		"none, 16 MiB, marked": func(o *convert.Options) {
 			o.Build.Compressor, o.Build.ChunkSize, o.Build.MarkPrefetchBlob = rafs.CompressorNone, rafs.MaxChunkSize, true
 		},

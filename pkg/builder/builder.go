@@ -52,6 +52,11 @@ type Options struct {
 	Compressor rafs.Compressor // CompressorZstd, CompressorLZ4 or CompressorNone
 	Digester   rafs.Digester   // the zero value is BLAKE3
 	ChunkSize  uint32          // bytes, a power of two in [rafs.MinChunkSize, rafs.MaxChunkSize]; 0 means rafs.DefaultChunkSize
+	// BatchSize makes batches of small chunks in the layers' blobs: chunks below half of it are compressed
+	// together, as many as stay below it. PrefetchBatchSize does so in the prefetch blob. Both are powers of two
+	// in [rafs.MinChunkSize, rafs.MaxChunkSize]; 0 means no batches. RAFS v6 only. nydusd before 2.3 refuses
+	// such images; the kernel, and readers that ask for one chunk, read more than the chunk.
+	BatchSize, PrefetchBatchSize uint32
 	// Workers is the number of goroutines that digest and compress; 0 means GOMAXPROCS.
 	// It never changes the output.
 	Workers int

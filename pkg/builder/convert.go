@@ -87,6 +87,15 @@ func (o Options) complete() (Options, error) {
 	if o.Digester != rafs.DigesterBLAKE3 && o.Digester != rafs.DigesterSHA256 {
 		return Options{}, fmt.Errorf("%w: digester %v, want blake3 or sha256", ErrUnsupported, o.Digester)
 	}
+	for _, size := range []uint32{o.BatchSize, o.PrefetchBatchSize} {
+		switch {
+		case size == 0:
+		case size < rafs.MinChunkSize || size > rafs.MaxChunkSize || size&(size-1) != 0:
+			return Options{}, fmt.Errorf("%w: batch size %d, want a power of two from %d to %d", ErrUnsupported, size, rafs.MinChunkSize, rafs.MaxChunkSize)
+		case o.FSVersion != rafs.V6:
+			return Options{}, fmt.Errorf("%w: batches in RAFS v%v", ErrUnsupported, o.FSVersion)
+		}
+	}
 	if o.Workers < 0 {
 		return Options{}, fmt.Errorf("%w: %d workers", ErrUnsupported, o.Workers)
 	}
@@ -346,10 +355,16 @@ func (c *conversion) createBlob(name string, prefetch bool) (*blobFile, error) {
 		return nil, fmt.Errorf("create blob: %w", err)
 	}
 	b := &blobFile{f: f, w: bufio.NewWriterSize(f, blobBuffer), path: f.Name()}
-	b.BlobWriter, err = rafs.NewBlobWriter(b.w, rafs.BlobOptions{
-		Version: c.o.FSVersion, Compressor: c.o.Compressor, Digester: c.o.Digester, ChunkSize: c.o.ChunkSize,
-		MarkPrefetch: prefetch && c.o.MarkPrefetchBlob,
-	})
+	o := rafs.BlobOptions{
+		Version: c.o.FSVersion, Compressor: c.o.Compressor, Digester: c.o.Digester, ChunkSize: c.o.ChunkSize, BatchSize: c.o.BatchSize,
+	}
+	if prefetch {
+		o.MarkPrefetch, o.BatchSize = c.o.MarkPrefetchBlob, c.o.PrefetchBatchSize
+		if !c.o.NoRecompress {
+			o.BatchLevel = rafs.LevelBest
+		}
+	}
+	b.BlobWriter, err = rafs.NewBlobWriter(b.w, o)
 	if err != nil {
 		b.abort()
 		return nil, err

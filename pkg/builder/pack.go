@@ -37,7 +37,7 @@ func PackLayer(ctx context.Context, w io.Writer, r io.Reader, o Options) (rafs.B
 	if err != nil {
 		return rafs.Blob{}, err
 	}
-	blob, err := rafs.NewBlobWriter(w, rafs.BlobOptions{Compressor: o.Compressor, Digester: o.Digester, ChunkSize: o.ChunkSize, TOC: true})
+	blob, err := rafs.NewBlobWriter(w, rafs.BlobOptions{Compressor: o.Compressor, Digester: o.Digester, ChunkSize: o.ChunkSize, BatchSize: o.BatchSize, TOC: true})
 	if err != nil {
 		return rafs.Blob{}, err
 	}

@@ -57,6 +57,7 @@ func (p *pool) close() { close(p.jobs) }
 type batch struct {
 	digester rafs.Digester
 	dict     *dict
+	together uint32 // smaller chunks are compressed with others, by the blob's writer
 	raw      []byte // filled in order; the array has the batch size
 	out      []byte // encoded chunks; the array is large enough for all
 	pieces   []piece
@@ -74,10 +75,11 @@ type piece struct {
 	known  *rafs.Chunk // the dictionary's chunk; nil: chunk is to be stored
 }
 
-func newBatch(size int, d rafs.Digester, dict *dict) *batch {
+func newBatch(size int, d rafs.Digester, dict *dict, together uint32) *batch {
 	return &batch{
 		digester: d,
 		dict:     dict,
+		together: together,
 		raw:      make([]byte, 0, size),
 		matches:  make([]rafs.Match, 0, size/matchSize),
 		// What no compressor exceeds, lz4's bound being the largest.
@@ -113,6 +115,10 @@ func (b *batch) run(enc *rafs.Encoder) {
 			p.known = &known
 			continue
 		}
+		if uint32(p.n) < b.together { //nolint:gosec // at most the chunk size
+			p.chunk = rafs.EncodedChunk{Digest: sum, Data: src, UncompressedSize: uint32(p.n)} //nolint:gosec // at most the chunk size
+			continue
+		}
 		tail := b.out[len(b.out):]
 		data, compressed, err := enc.EncodeMatches(tail, src, b.matchesOf(i))
 		if err != nil {
@@ -141,7 +147,8 @@ type chunker struct {
 	layer     uint16 // Chunk.Blob until the image's blobs are numbered
 	blob      *rafs.BlobWriter
 	dict      *dict
-	known     int // chunks that the dictionary has; commit counts
+	known     int    // chunks that the dictionary has; commit counts
+	together  uint32 // smaller chunks go into batches of the blob
 
 	stream *layerStream // what the tar is read from; nil: nothing is known of its bytes
 
@@ -169,7 +176,7 @@ func newBatches(workers, layers int) chan *batch {
 
 func newChunker(p *pool, free chan *batch, o Options, dict *dict, layer uint16, blob *rafs.BlobWriter) *chunker {
 	return &chunker{
-		pool: p, chunkSize: int(o.ChunkSize), digester: o.Digester, layer: layer, blob: blob, dict: dict,
+		pool: p, chunkSize: int(o.ChunkSize), digester: o.Digester, layer: layer, blob: blob, dict: dict, together: o.BatchSize / 2,
 		free: free, order: make(chan *batch, cap(free)),
 	}
 }
@@ -223,7 +230,7 @@ func (c *chunker) next(ctx context.Context) error {
 	select {
 	case b := <-c.free:
 		if b == nil {
-			b = newBatch(max(c.chunkSize, minBatch), c.digester, c.dict)
+			b = newBatch(max(c.chunkSize, minBatch), c.digester, c.dict, c.together)
 		}
 		b.reset()
 		c.cur = b

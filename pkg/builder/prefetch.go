@@ -92,8 +92,8 @@ type copyJob struct {
 	chunk rafs.Chunk
 	best  bool // compress anew
 
-	compressor rafs.Compressor // of the prefetch blob
-	buf        []byte
+	blob *rafs.BlobWriter // the prefetch blob
+	buf  []byte
 
 	out     rafs.EncodedChunk
 	recoded bool
@@ -114,8 +114,12 @@ func (j *copyJob) encode(enc *rafs.Encoder) error {
 	}
 	j.out = rafs.EncodedChunk{Digest: c.Digest, Compressed: c.Compressed, UncompressedSize: c.UncompressedSize}
 	j.recoded = false
-	// What another compressor made, a dictionary's perhaps, is of no use in this blob.
-	foreign := j.src.Blob().Compressor != j.compressor
+	// What another compressor made, a dictionary's perhaps, or a batch is of no use in this blob.
+	foreign := j.src.Blob().Compressor != j.blob.Compressor() || j.src.Blob().Features&dependentBlob != 0
+	if j.blob.Batches(c.UncompressedSize) { // the writer compresses it
+		j.out.Data, j.out.Compressed = raw, false
+		return nil
+	}
 	if j.best || foreign {
 		data, compressed, err := enc.Encode(j.buf, raw)
 		if err != nil {
@@ -167,7 +171,7 @@ func (p *prefetchPlan) writeChunks(ctx context.Context, pool *pool, w *rafs.Blob
 	for i, c := range p.chunks {
 		slot := &ring[i%len(ring)]
 		if *slot == nil {
-			*slot = &copyJob{ctx: ctx, best: best, compressor: w.Compressor(), done: make(chan struct{}, 1)}
+			*slot = &copyJob{ctx: ctx, best: best, blob: w, done: make(chan struct{}, 1)}
 		} else if err := commit(*slot); err != nil {
 			return nil, err
 		}

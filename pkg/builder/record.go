@@ -39,7 +39,7 @@ type Record struct {
 }
 
 // RecordKey returns what a layer's blob is a function of: the layer's tar and those of the
-// options that shape blobs. Equal keys mean equal blobs.
+// options that shape blobs. Blobs of equal keys have equal chunks.
 func RecordKey(diffID digest.Digest, o Options) string {
 	chunk := o.ChunkSize
 	if chunk == 0 {
@@ -53,7 +53,7 @@ func RecordKey(diffID digest.Digest, o Options) string {
 	if version == 0 {
 		version = rafs.V6
 	}
-	text := fmt.Sprintf("%s%s %v %v %v %d %s", recordMagic, diffID, version, o.Compressor, o.Digester, chunk, dict)
+	text := fmt.Sprintf("%s%s %v %v %v %d %d %s", recordMagic, diffID, version, o.Compressor, o.Digester, chunk, o.BatchSize, dict)
 	return digest.FromString(text).Encoded()
 }
 
@@ -66,6 +66,12 @@ type recordHeader struct {
 	XattrsIgnored int           `json:"xattrs_ignored"`
 	DictChunks    int           `json:"dict_chunks"`
 }
+
+// Flags of chunks in a record.
+const (
+	recordCompressed = 0x1
+	recordBatch      = 0x2
+)
 
 // Kinds of entries in a record.
 const (
@@ -213,7 +219,14 @@ func (e *recordWriter) inode(ino *rafs.Inode) {
 			blob = uint64(int(c.Blob) - e.base) //nolint:gosec // positive
 		}
 		e.uint(blob)
-		e.flag(c.Compressed)
+		flags := uint64(0)
+		if c.Compressed {
+			flags |= recordCompressed
+		}
+		if c.Batch {
+			flags |= recordBatch
+		}
+		e.uint(flags)
 		for _, v := range []uint64{uint64(c.Index), c.CompressedOffset, c.UncompressedOffset, uint64(c.CompressedSize), uint64(c.UncompressedSize)} {
 			e.uint(v)
 		}

@@ -219,7 +219,8 @@ func (e *recordReader) chunk() rafs.Chunk {
 		}
 		c.Blob = uint16(e.base + int(blob)) //nolint:gosec // a blob's number
 	}
-	c.Compressed = e.count(1) == 1
+	flags := e.count(recordCompressed | recordBatch)
+	c.Compressed, c.Batch = flags&recordCompressed != 0, flags&recordBatch != 0
 	c.Index = e.u32()
 	c.CompressedOffset, c.UncompressedOffset = e.uint(), e.uint()
 	c.CompressedSize, c.UncompressedSize = e.u32(), e.u32()

@@ -50,6 +50,9 @@ func TestRecords(t *testing.T) {
 		layers := g.generate(t)
 		o := builder.DefaultOptions()
 		o.Records, o.TempDir = true, t.TempDir()
+		if seed%2 == 1 {
+			o.BatchSize, o.PrefetchBatchSize = 1<<14, 1<<15
+		}
 		first, err := builder.Convert(t.Context(), tars(t, layers...), o)
 		if errors.Is(err, builder.ErrInvalid) {
 			continue // as unpacking it is

@@ -57,7 +57,7 @@ type PackOption struct {
 	OCIRef           bool   // ErrUnsupported
 	AlignedChunk     bool   // RAFS v6 always is
 	ChunkSize        string // bytes, decimal or 0x…; empty: 1 MiB
-	BatchSize        string // ErrUnsupported unless empty or "0"
+	BatchSize        string // of small chunks that are compressed together, as ChunkSize; empty or "0": none
 	Backend          Backend
 	Timeout          *time.Duration
 	Encrypt          bool // ErrUnsupported
@@ -111,8 +111,6 @@ func (o PackOption) options() (builder.Options, error) {
 		return out, fmt.Errorf("%w: OCIRef", ErrUnsupported)
 	case o.Encrypt:
 		return out, fmt.Errorf("%w: Encrypt", ErrUnsupported)
-	case o.BatchSize != "" && o.BatchSize != "0":
-		return out, fmt.Errorf("%w: BatchSize %q", ErrUnsupported, o.BatchSize)
 	}
 	var err error
 	if o.Compressor != "" {
@@ -121,11 +119,14 @@ func (o PackOption) options() (builder.Options, error) {
 		}
 	}
 	if o.ChunkSize != "" {
-		n, err := strconv.ParseUint(o.ChunkSize, 0, 32)
-		if err != nil || bits.OnesCount64(n) != 1 {
-			return out, fmt.Errorf("%w: ChunkSize %q, want a power of two", ErrUnsupported, o.ChunkSize)
+		if out.ChunkSize, err = parseSize(o.ChunkSize); err != nil {
+			return out, fmt.Errorf("ChunkSize: %w", err)
 		}
-		out.ChunkSize = uint32(n) //nolint:gosec // ParseUint bounds it
+	}
+	if o.BatchSize != "" && o.BatchSize != "0" {
+		if out.BatchSize, err = parseSize(o.BatchSize); err != nil {
+			return out, fmt.Errorf("BatchSize: %w", err)
+		}
 	}
 	if o.ChunkDictPath != "" {
 		img, id, err := readBootstrap(o.ChunkDictPath)
@@ -143,6 +144,14 @@ func (o PackOption) options() (builder.Options, error) {
 		}
 	}
 	return out, nil
+}
+
+func parseSize(s string) (uint32, error) {
+	n, err := strconv.ParseUint(s, 0, 32)
+	if err != nil || bits.OnesCount64(n) != 1 {
+		return 0, fmt.Errorf("%w: %q, want a power of two", ErrUnsupported, s)
+	}
+	return uint32(n), nil //nolint:gosec // ParseUint bounds it
 }
 
 // readBootstrap opens a bootstrap file and returns its digest too.
