@@ -2,6 +2,7 @@ package server
 
 import (
 	"bytes"
+	"math"
 	"os"
 	"path"
 	"strconv"
@@ -36,6 +37,8 @@ type comms struct {
 	names map[int32]string // the last name of each process of the tree
 	tree  map[int32]relative
 	born  map[int32]int32 // by a fork: who made it
+	list  []string        // of names that were given numbers
+	at    map[string]uint16
 }
 
 type comm struct {
@@ -49,6 +52,7 @@ func newComms(proc, first int) *comms {
 	return &comms{
 		proc: proc, first: int32(first), outside: int32(os.Getpid()), //nolint:gosec // process ids fit: the kernel's limit is 2^22
 		cache: make(map[int32]comm), names: make(map[int32]string), tree: make(map[int32]relative), born: make(map[int32]int32),
+		list: []string{""}, at: map[string]uint16{"": 0},
 	}
 }
 
@@ -85,6 +89,25 @@ func (c *comms) of(pid int32, exec bool) string {
 		c.names[pid] = name
 	}
 	return name
+}
+
+// number returns a number for a command name, 0 for none and for what is too many.
+func (c *comms) number(name string) uint16 {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	n, ok := c.at[name]
+	if !ok && len(c.list) < math.MaxUint16 {
+		n = uint16(len(c.list)) //nolint:gosec // bounded above
+		c.list, c.at[name] = append(c.list, name), n
+	}
+	return n
+}
+
+// called returns the name that has a number.
+func (c *comms) called(n uint16) string {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.list[n]
 }
 
 // changes notes that process pid is about to execute a file that is known already.

@@ -44,6 +44,10 @@ func (s *session) handle(e *fanotify.Event) {
 	if s.others.has(mountOf(&st)) {
 		return
 	}
+	if s.lean != nil && st.Nlink == 1 && mountOf(&st) == s.t.stat.Mnt_id {
+		s.handleLean(e, fd, &st)
+		return
+	}
 	how := ways(e.Mask)
 	if how&trace.Executed != 0 && s.pages != nil {
 		s.pages.reader.Wake() // it may leave the kernel's filter, see tracefs.Reader.Rejoined
@@ -163,7 +167,7 @@ func (s *session) name(e *entry, a trace.Access, raw string, st *unix.Statx_t, w
 		if a.How&trace.Executed != 0 {
 			s.comms.executes(a.PID, p)
 		}
-		s.noted(e, p)
+		s.noted(s.entryIndex(), p)
 		s.out.send(stream.Touch{ID: e.id, Access: a})
 	case !s.t.whole():
 		e.state = left // a file of the same mount that lies outside the root

@@ -38,6 +38,9 @@ func (s *session) resolvePages() {
 	for i := range s.entries {
 		d.entry(uint32(i)) //nolint:gosec // at most Config.MaxFiles
 	}
+	if s.lean != nil {
+		s.nameRest(d.send)
+	}
 	for id := range d.named {
 		delete(d.wanted, id)
 	}
@@ -77,17 +80,22 @@ func (d *identity) entry(i uint32) {
 	case e.state != listed:
 		return
 	}
-	l, st := d.s.t.inLayers(e.path, e.ino)
+	p := d.s.pathOf(i)
+	if p == "" {
+		d.whole = true
+		return
+	}
+	l, st := d.s.t.inLayers(p, e.ino)
 	if l == nil {
 		d.renamed[e.ino] = append(d.renamed[e.ino], i)
 		d.whole = true
 		return
 	}
-	d.send(i, l, &st)
+	d.send(i, l, p, &st)
 }
 
-// send sends what is known of the pages of an entry that is file st of a layer.
-func (d *identity) send(i uint32, l *layer, st *unix.Stat_t) {
+// send sends what is known of the pages of an entry that is file st of a layer, at path p.
+func (d *identity) send(i uint32, l *layer, p string, st *unix.Stat_t) {
 	e, id := &d.s.entries[i], inode{l.dev, st.Ino}
 	if !l.visible() {
 		d.whole = true
@@ -98,15 +106,19 @@ func (d *identity) send(i uint32, l *layer, st *unix.Stat_t) {
 		f = &pageFile{} // another name of the same inode
 	} else if f == nil {
 		// Bytes that came past the page cache, by direct I/O, leave no page event.
-		unseen := e.how&trace.Read != 0 && !d.s.t.changed(e.path)
+		unseen := e.how&trace.Read != 0 && !d.s.t.changed(p)
 		if unseen || !d.s.pages.exact() {
 			d.whole = true
 			return
 		}
 		f = &pageFile{}
 	}
+	if e.how|f.how&trace.Read != e.how {
+		e.how |= trace.Read
+		d.s.out.send(stream.Merge{ID: e.id, How: e.how})
+	}
 	d.named[id] = struct{}{}
-	d.put(e.id, f, l, e.path, st.Size)
+	d.put(e.id, f, l, p, st.Size)
 }
 
 // put sends the ranges of the file of size bytes that is at path p of a layer.
@@ -177,8 +189,7 @@ func (d *identity) found(i int, p string) {
 	id := inode{l.dev, st.Ino}
 	for _, e := range d.renamed[st.Ino] {
 		d.s.out.send(stream.Rename{ID: d.s.entries[e].id, Path: p})
-		d.s.entries[e].path = p
-		d.send(e, l, &st)
+		d.send(e, l, p, &st)
 	}
 	if _, ok := d.renamed[st.Ino]; ok {
 		delete(d.renamed, st.Ino)
@@ -195,7 +206,7 @@ func (d *identity) found(i int, p string) {
 		return
 	}
 	first, _ := f.set.First()
-	a := trace.Access{Path: p, How: f.how, Size: st.Size, Elapsed: first, PID: f.pid, Command: f.comm}
+	a := trace.Access{Path: p, How: f.how, Size: st.Size, Elapsed: first, PID: f.pid, Command: d.s.comms.called(f.comm)}
 	d.s.out.send(stream.Found{ID: d.s.nextID, Access: a})
 	d.put(d.s.nextID, f, l, p, st.Size)
 	d.s.nextID++

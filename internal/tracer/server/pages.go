@@ -47,9 +47,9 @@ type pageLog struct {
 // pageFile is what is known of one inode.
 type pageFile struct {
 	set  trace.PageSet
-	pid  int32 // of the first touch
+	pid  int32  // of the first touch
+	comm uint16 // its name, see comms.number
 	how  trace.How
-	comm string
 }
 
 // newPageLog returns a log of an instance that is handed over; the instance stays its
@@ -171,7 +171,7 @@ func (l *pageLog) fold(e *tracefs.Event) {
 			return
 		}
 		f = &pageFile{pid: l.process(e.PID), how: trace.Opened}
-		f.comm = l.comms.of(f.pid, false)
+		f.comm = l.comms.number(l.comms.of(f.pid, false))
 		l.files[id] = f
 	}
 	if e.Kind == tracefs.Read {

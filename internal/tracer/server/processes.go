@@ -2,6 +2,7 @@ package server
 
 import (
 	"bytes"
+	"slices"
 	"strconv"
 
 	"golang.org/x/sys/unix"
@@ -67,6 +68,20 @@ const maxDepth = 256
 func (c *comms) processes() []trace.Process {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	// Those that were gone before they could be asked: forks tell who made them.
+	orphans := make([]int32, 0, len(c.tree))
+	for pid, r := range c.tree {
+		if r.parent == 0 && pid != c.first && c.born[pid] != 0 {
+			orphans = append(orphans, pid)
+		}
+	}
+	slices.SortFunc(orphans, func(a, b int32) int { return c.tree[a].seen - c.tree[b].seen })
+	for _, pid := range orphans {
+		r := c.tree[pid]
+		r.parent = c.born[pid]
+		c.tree[pid] = r
+		c.place(r.parent)
+	}
 	out := make([]trace.Process, len(c.tree))
 	for pid, r := range c.tree {
 		out[r.seen] = trace.Process{PID: pid, Parent: r.parent, Command: c.names[pid]}

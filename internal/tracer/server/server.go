@@ -119,12 +119,15 @@ func arm(c Config, out *output) (*session, error) {
 	if err := t.join(c.Root); err != nil {
 		return fail(fmt.Errorf("join process %d: %w", c.PID, err))
 	}
-	kind, err := t.mark(g)
-	if err != nil {
-		return fail(fmt.Errorf("mark the root of process %d: %w", c.PID, err))
-	}
 	if n := s.armPages(); note == "" {
 		note = n
+	}
+	if s.pages != nil && s.pages.exact() && t.numbersDo() {
+		s.lean = newLean()
+	}
+	kind, err := t.mark(g, s.lean != nil)
+	if err != nil {
+		return fail(fmt.Errorf("mark the root of process %d: %w", c.PID, err))
 	}
 	s.armed = time.Now()
 	if s.pages != nil {
@@ -149,8 +152,7 @@ func (s *session) openPages() string {
 	return ""
 }
 
-// armPages makes the kernel record page events. It comes after the marks and before the container goes on, and
-// returns why that failed.
+// armPages makes the kernel record page events, and returns why that failed.
 func (s *session) armPages() string {
 	if s.pages == nil {
 		return ""

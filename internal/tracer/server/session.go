@@ -38,6 +38,7 @@ type session struct {
 	origin  *origin
 	others  *outsiders
 	pages   *pageLog // nil: files only
+	lean    *lean    // nil: files are named at once
 	engine  string
 	grade   string
 	comms   *comms
@@ -47,6 +48,7 @@ type session struct {
 	seed    maphash.Seed
 	known   map[file]uint32 // index into entries
 	entries []entry
+	paths   []string // by entry, of those that have one
 	pending map[inode][]pending
 	losses  trace.Recorder // only its losses are used
 	nextID  uint32
@@ -68,7 +70,6 @@ type file struct {
 // entry is what is known of a file that was touched.
 type entry struct {
 	ino   uint64 // as the root shows it
-	path  string // of those that are listed, where page events are read
 	id    uint32
 	how   trace.How
 	hot   uint8
@@ -166,7 +167,11 @@ func (s *session) wait(wake, in int) error {
 		fds[4].Fd = pollFD(s.out.fd)
 	}
 	for {
-		_, err := unix.Poll(fds, -1)
+		n, err := unix.Poll(fds, s.patience())
+		if err == nil && n == 0 {
+			s.quiet()
+			return nil
+		}
 		if err == nil {
 			break
 		}
@@ -192,7 +197,25 @@ func (s *session) rest(wake, in int) {
 		{Fd: pollFD(wake), Events: unix.POLLIN},
 		{Fd: pollFD(in), Events: unix.POLLIN},
 	}
-	_, _ = unix.Poll(fds, restTime) // cut short by a signal it is a shorter rest
+	long := restTime
+	if s.lean != nil {
+		long = leanRest
+	}
+	_, _ = unix.Poll(fds, long) // cut short by a signal it is a shorter rest
+}
+
+// patience is how many milliseconds to wait for something to happen, -1 for ever.
+func (s *session) patience() int {
+	if s.lean == nil || s.lean.unnamed == 0 {
+		return -1
+	}
+	return s.lean.quiet
+}
+
+// quiet uses the time in which nothing happens.
+func (s *session) quiet() {
+	s.lean.quiet = min(s.lean.quiet*2, int(time.Hour/time.Millisecond))
+	_ = s.nameEntries(func(i uint32, _ *layer, p string, _ *unix.Stat_t) { s.noted(i, p) }) // the rest has time till the end
 }
 
 // atEnd reads from the parent's pipe, which carries nothing, and reports its end.
@@ -227,6 +250,10 @@ func (s *session) drain(limit int) error {
 				return err
 			}
 		}
+		if s.lean != nil && s.lean.fresh {
+			s.lean.fresh = false
+			s.out.send(stream.Pending{})
+		}
 		n += got
 		if s.out.full() {
 			s.out.flush()
@@ -259,11 +286,23 @@ func (s *session) finish() error {
 	return nil
 }
 
-// noted keeps the path of a listed file for when its pages are looked up.
-func (s *session) noted(e *entry, p string) {
-	if s.pages != nil {
-		e.path = p
+// noted keeps the path of the listed file of entry i for when its pages are looked up.
+func (s *session) noted(i uint32, p string) {
+	if s.pages == nil {
+		return
 	}
+	for uint32(len(s.paths)) <= i { //nolint:gosec // at most Config.MaxFiles
+		s.paths = append(s.paths, "")
+	}
+	s.paths[i] = p
+}
+
+// pathOf returns what noted kept, "" when that is nothing.
+func (s *session) pathOf(i uint32) string {
+	if i < uint32(len(s.paths)) { //nolint:gosec // at most Config.MaxFiles
+		return s.paths[i]
+	}
+	return ""
 }
 
 // release closes everything of the container.

@@ -30,6 +30,7 @@ type target struct {
 
 	hostDev string            // "major:minor" of the server's own root
 	layers  []layer           // where the image's files come from; none when that is not known
+	own     []*mountinfo.Info // of this process, before the join
 	mounts  []*mountinfo.Info // of the process, before the join
 	mount   *mountinfo.Info   // the mount that root lies on; nil when unknown
 	stat    unix.Statx_t      // of root
@@ -95,6 +96,13 @@ func (t *target) locate() error {
 		t.stat.Mnt_id = noMount
 	}
 	t.mount = findMount(t.mounts, t.stat.Mnt_id)
+	if t.own == nil {
+		own, err := t.mountinfo(os.Getpid())
+		if err != nil {
+			return fmt.Errorf("read own mountinfo: %w", err)
+		}
+		t.own = own
+	}
 	if t.mount == nil || t.mount.FSType != "overlay" {
 		return nil
 	}
@@ -107,11 +115,8 @@ func (t *target) locate() error {
 	if len(t.layers) > 0 {
 		return nil
 	}
-	own, err := t.mountinfo(os.Getpid())
-	if err != nil {
-		return fmt.Errorf("read own mountinfo: %w", err)
-	}
-	t.layers, err = openLayers(t.mount, own)
+	var err error
+	t.layers, err = openLayers(t.mount, t.own)
 	if errors.Is(err, errNoLayers) {
 		err = nil
 	}
@@ -120,12 +125,22 @@ func (t *target) locate() error {
 
 // takeRoot makes the root, which was entered, the one layer where it is no overlay.
 func (t *target) takeRoot() {
-	if t.overlay() || len(t.layers) > 0 || t.mount == nil || t.view < 0 {
+	m := t.mount
+	if m == nil {
+		// A process does not see the mount of a root below which it was put by chroot(2).
+		for _, own := range t.own {
+			if deviceOf(own) == unix.Mkdev(t.stat.Dev_major, t.stat.Dev_minor) {
+				m = own
+				break
+			}
+		}
+	}
+	if t.overlay() || len(t.layers) > 0 || m == nil || m.FSType == "overlay" || t.view < 0 {
 		return
 	}
 	fd, err := unix.FcntlInt(uintptr(t.view), unix.F_DUPFD_CLOEXEC, 0)
 	if err == nil {
-		t.layers = []layer{{fd: fd, dev: deviceOf(t.mount), kind: t.mount.FSType}}
+		t.layers = []layer{{fd: fd, dev: deviceOf(m), kind: m.FSType}}
 	}
 }
 
@@ -174,9 +189,13 @@ func (t *target) join(dir string) error {
 	return err
 }
 
-// mark marks the root and returns what kind of mark it took.
-func (t *target) mark(g *fanotify.Group) (fanotify.Kind, error) {
+// mark marks the root and returns what kind of mark it took. opens asks for opened files only: reads
+// are told by page events.
+func (t *target) mark(g *fanotify.Group, opens bool) (fanotify.Kind, error) {
 	m := fanotify.Mark{Kind: fanotify.Mount, Mask: fanotify.Open | fanotify.Access | fanotify.OpenExec, Dir: t.root, Path: "."}
+	if opens {
+		m.Mask &^= fanotify.Access
+	}
 	if t.ownSuperblock() {
 		m.Kind = fanotify.Filesystem
 		err := g.Mark(m)

@@ -69,7 +69,7 @@ func (s *session) found(p string, i inode) {
 		}
 		e := &s.entries[w.entry]
 		w.access.Path, w.access.How = p, e.how
-		s.noted(e, p)
+		s.noted(w.entry, p)
 		e.state = listed
 		s.out.send(stream.Touch{ID: e.id, Access: w.access})
 	}

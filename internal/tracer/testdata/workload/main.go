@@ -23,6 +23,8 @@ func main() {
 		_, err = os.ReadFile(os.Args[2])
 	case "ranges":
 		err = ranges(os.Args[2:])
+	case "files":
+		err = files(os.Args[2:])
 	case "nothing":
 	}
 	if err != nil {

@@ -1,0 +1,67 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"strings"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// files does things to files, each argument one: what:file[:other].
+func files(args []string) error {
+	for _, arg := range args {
+		what, rest, _ := strings.Cut(arg, ":")
+		file, other, _ := strings.Cut(rest, ":")
+		if err := file1(what, file, other); err != nil {
+			return fmt.Errorf("%s: %w", arg, err)
+		}
+	}
+	return nil
+}
+
+func file1(what, file, other string) error {
+	switch what {
+	case "read":
+		_, err := os.ReadFile(file)
+		return err
+	case "open":
+		f, err := os.Open(file)
+		if err != nil {
+			return err
+		}
+		return f.Close()
+	case "map":
+		f, err := os.Open(file)
+		if err != nil {
+			return err
+		}
+		return errors.Join(mapped("mmap", int(f.Fd()), 0, 1), f.Close())
+	case "rename":
+		return os.Rename(file, other)
+	case "link":
+		return os.Link(file, other)
+	case "remove":
+		return os.Remove(file)
+	case "append", "write":
+		f, err := os.OpenFile(file, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o644)
+		if err != nil {
+			return err
+		}
+		_, err = f.WriteString("x")
+		return errors.Join(err, f.Close())
+	case "unshared": // by a child in a mount namespace of its own
+		cmd := exec.Command("/program", "files", "read:"+file)
+		cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWNS}
+		return cmd.Run()
+	case "pause":
+		d, err := time.ParseDuration(file)
+		time.Sleep(d)
+		return err
+	}
+	return errors.New("unknown")
+}
