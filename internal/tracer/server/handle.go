@@ -44,13 +44,13 @@ func (s *session) handle(e *fanotify.Event) {
 	if s.others.has(mountOf(&st)) {
 		return
 	}
-	if s.lean != nil && st.Nlink == 1 && mountOf(&st) == s.t.stat.Mnt_id {
-		s.handleLean(e, fd, &st)
-		return
-	}
 	how := ways(e.Mask)
 	if how&trace.Executed != 0 && s.pages != nil {
 		s.pages.reader.Wake() // it may leave the kernel's filter, see tracefs.Reader.Rejoined
+	}
+	if s.lean != nil && st.Nlink == 1 && mountOf(&st) == s.t.stat.Mnt_id {
+		s.handleLean(e, fd, &st)
+		return
 	}
 	f := file{inode: inodeOf(&st)}
 	var name string
