@@ -44,8 +44,9 @@ type comms struct {
 type comm struct {
 	name  string
 	at    time.Time
-	stale bool   // the process was about to execute something else
-	next  string // what it will be called then, as far as the file's name tells
+	stale bool      // the process was about to execute something else
+	since time.Time // when it was
+	next  string    // what it will be called then, as far as the file's name tells
 }
 
 func newComms(proc, first int) *comms {
@@ -68,7 +69,7 @@ func (c *comms) of(pid int32, exec bool) string {
 	have, ok := c.cache[pid]
 	if ok && !have.stale && now.Sub(have.at) < commFresh {
 		if exec {
-			have.stale = true
+			have.stale, have.since = true, now
 			c.cache[pid] = have
 		}
 		return have.name
@@ -83,7 +84,12 @@ func (c *comms) of(pid int32, exec bool) string {
 	if len(c.cache) >= maxComms {
 		clear(c.cache)
 	}
-	c.cache[pid] = comm{name: name, at: now, stale: exec}
+	next := comm{name: name, at: now, stale: exec, since: now}
+	if alive && !exec && have.stale && name == have.name && now.Sub(have.since) < commFresh {
+		// It opened what it will execute and is not there yet.
+		next.stale, next.next, next.since = true, have.next, have.since
+	}
+	c.cache[pid] = next
 	c.place(pid)
 	if _, ok := c.tree[pid]; ok && name != "" {
 		c.names[pid] = name
@@ -115,7 +121,7 @@ func (c *comms) changes(pid int32) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if have, ok := c.cache[pid]; ok {
-		have.stale, have.next = true, ""
+		have.stale, have.next, have.since = true, "", time.Now()
 		c.cache[pid] = have
 	}
 }
