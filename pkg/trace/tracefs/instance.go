@@ -114,29 +114,43 @@ const attempts = 10
 func (f *FS) make() (*Instance, error) {
 	start, err := startTime(os.Getpid())
 	if err != nil {
-		return nil, err
+		return nil, explain(err)
 	}
-	for n := 0; ; n++ {
+	for n := 1; ; n++ {
 		name := fmt.Sprintf("%s%d-%d-%d", Prefix, os.Getpid(), start, counter.Add(1))
-		if err = f.instances.mkdir(name); err != nil {
+		if err := f.instances.mkdir(name); err != nil {
 			return nil, explain(err)
 		}
-		var d dir
-		if d, err = f.instances.sub(name); err == nil {
-			if err = d.lock(); err == nil {
-				if _, err = d.read("tracing_on"); err == nil {
-					return &Instance{name: name, dir: d, fs: f}, nil
-				}
-			}
-			err = errors.Join(err, d.close())
+		d, err := f.take(name)
+		if err == nil {
+			return &Instance{name: name, dir: d, fs: f}, nil
 		}
-		if n >= attempts {
-			if rerr := f.instances.rmdir(name); !errors.Is(rerr, unix.ENOENT) {
-				err = errors.Join(err, rerr)
-			}
+		if rerr := f.instances.rmdir(name); rerr != nil && !gone(rerr) {
+			return nil, explain(errors.Join(err, rerr))
+		}
+		if n == attempts || !gone(err) && !errors.Is(err, unix.EWOULDBLOCK) {
 			return nil, explain(err)
 		}
 	}
+}
+
+// take opens and locks an instance that was just made. It returns ENOENT or EWOULDBLOCK
+// where somebody who cleans up was faster.
+func (f *FS) take(name string) (dir, error) {
+	d, err := f.instances.sub(name)
+	if err != nil {
+		return dir{}, err
+	}
+	if err = d.lock(); err == nil {
+		var ok bool
+		if ok, err = d.has("tracing_on"); err == nil && !ok {
+			err = unix.ENOENT
+		}
+	}
+	if err != nil {
+		return dir{}, errors.Join(err, d.close())
+	}
+	return d, nil
 }
 
 // setup is written to every instance. What is not there in a kernel may be missing if
@@ -343,7 +357,7 @@ func parseStats(text []byte) (Lost, error) {
 // After a success later calls return nil.
 func (i *Instance) Close() error {
 	if i.fs != nil {
-		if err := i.fs.instances.rmdir(i.name); err != nil && !errors.Is(err, unix.ENOENT) {
+		if err := i.fs.instances.rmdir(i.name); err != nil && !gone(err) {
 			return fmt.Errorf("remove trace instance: %w", err)
 		}
 	}

@@ -12,17 +12,18 @@ import (
 const helperEnv = "TRACEFS_TEST_HELPER"
 
 func TestMain(m *testing.M) {
-	switch what := os.Getenv(helperEnv); what {
-	case "":
+	name := os.Getenv(helperEnv)
+	if name == "" {
 		testenv.Main(m)
-	case "nothing":
-	case "workload":
-		if err := workload(os.Args[1:]); err != nil {
-			fmt.Fprintln(os.Stderr, err)
-			os.Exit(1)
-		}
-	default:
-		fmt.Fprintln(os.Stderr, "unknown helper", what)
+		return
+	}
+	run, ok := helpers[name]
+	if !ok {
+		fmt.Fprintln(os.Stderr, "unknown helper", name)
 		os.Exit(2)
+	}
+	if err := run(); err != nil {
+		fmt.Fprintln(os.Stderr, name+":", err)
+		os.Exit(1)
 	}
 }

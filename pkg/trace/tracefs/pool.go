@@ -5,11 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"slices"
-	"strings"
 	"sync"
 	"time"
-
-	"golang.org/x/sys/unix"
 )
 
 // Defaults of [PoolOptions].
@@ -336,42 +333,4 @@ func (p *Pool) Close() error {
 	}
 	p.ready, p.used, p.broken = nil, nil, nil
 	return errors.Join(errs...)
-}
-
-// Clean removes the instances of this package that nobody holds: their makers, and who
-// inherited them, are dead. It leaves those of other programs alone.
-func (f *FS) Clean() error {
-	names, err := f.root.names("instances")
-	if err != nil {
-		return fmt.Errorf("clean trace instances: %w", explain(err))
-	}
-	var errs []error
-	for _, name := range names {
-		if !strings.HasPrefix(name, Prefix) {
-			continue
-		}
-		if err := f.clean(name); err != nil {
-			errs = append(errs, fmt.Errorf("clean trace instance %s: %w", name, explain(err)))
-		}
-	}
-	return errors.Join(errs...)
-}
-
-// clean removes the instance name unless somebody holds it.
-func (f *FS) clean(name string) error {
-	d, err := f.instances.sub(name)
-	if errors.Is(err, unix.ENOENT) {
-		return nil
-	}
-	if err != nil {
-		return err
-	}
-	if err = d.lock(); err == nil {
-		if err = f.instances.rmdir(name); errors.Is(err, unix.ENOENT) {
-			err = nil
-		}
-	} else if errors.Is(err, unix.EWOULDBLOCK) {
-		err = nil
-	}
-	return errors.Join(err, d.close())
 }
