@@ -109,7 +109,7 @@ const evil = "/evil/<script>alert(1)</script><img src=x onerror=alert(2)>\"'`{{.
 func sample() *persist.List {
 	return &persist.List{
 		Reference: "registry.example/app:1<b>", Digest: "sha256:4c1d", Platform: "linux/amd64", Command: []string{"app", "</dd><script>"},
-		Engine: "fanotify+tracefs", Grade: persist.GradeFaultAround, Started: time.Unix(1700000000, 0).UTC(), Duration: time.Second, End: "idle",
+		Engine: "fanotify+filemap", Grade: persist.GradeFaultAround, Started: time.Unix(1700000000, 0).UTC(), Duration: time.Second, End: "idle",
 		Trace: trace.Trace{Skipped: 7, Accesses: []trace.Access{
 			{Path: "/usr/bin/app", Elapsed: time.Millisecond, Size: 1 << 20, Ranges: []trace.Range{
 				{Offset: 0, Length: 64 << 10, Elapsed: 2 * time.Millisecond, Certain: true},

@@ -60,7 +60,7 @@ func ExampleReadAny() {
 
 // A list is one file of lines, and is read back as it was.
 func ExampleList_WriteTo() {
-	l := &persist.List{Engine: "fanotify+tracefs", Grade: persist.GradeFaultAround, Trace: trace.Trace{Accesses: []trace.Access{{
+	l := &persist.List{Engine: "fanotify+filemap", Grade: persist.GradeFaultAround, Trace: trace.Trace{Accesses: []trace.Access{{
 		Path: "/bin/app", How: trace.Opened | trace.Executed, Size: 8192, Elapsed: 1000,
 		Ranges: []trace.Range{{Offset: 0, Length: 4096, Elapsed: 1200, Certain: true}, {Offset: 4096, Length: 4096, Elapsed: 1200}},
 	}}}}
@@ -72,7 +72,7 @@ func ExampleList_WriteTo() {
 	fmt.Print(strings.ReplaceAll(b.String(), "\t", " "))
 	// Output:
 	// headstart-access-list v2
-	// engine fanotify+tracefs
+	// engine fanotify+filemap
 	// grade fault-around
 	// verdict complete
 	// accesses how elapsed_ns size pid command ranges path

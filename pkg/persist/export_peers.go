@@ -46,9 +46,10 @@ type Place struct {
 	Layer int
 }
 
-// WriteStargz writes the record that "ctr-remote convert --estargz-record-in" reads: a JSON object
-// per file, in order. place, where it is not nil, gives the layer that "ctr-remote optimize"
-// wants to know too; paths that it does not know are left out and counted in omitted, as are those that are not UTF-8.
+// WriteStargz writes the record that "ctr-remote convert --estargz-record-in" and
+// --zstdchunked-record-in read: a JSON object per file, in order. place, where it is not
+// nil, gives the layers that a record of "ctr-remote optimize --record-out" has too; paths
+// that it does not know are left out and counted in omitted, as are those that are not UTF-8.
 func (l *List) WriteStargz(w io.Writer, place func(path string) (Place, bool)) (omitted int, err error) {
 	b := bufio.NewWriterSize(w, 1<<16)
 	enc := json.NewEncoder(b)

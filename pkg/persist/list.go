@@ -11,11 +11,11 @@ import (
 // Values of [List.Grade]. A list of a later recorder may have another one.
 const (
 	// GradeExact: every byte range was touched by the run itself.
-	GradeExact = "exact"
+	GradeExact = trace.GradeExact
 	// GradeFaultAround: ranges that are not certain were mapped around a page fault.
-	GradeFaultAround = "fault-around"
+	GradeFaultAround = trace.GradeFaultAround
 	// GradeFile: whole files.
-	GradeFile = "file"
+	GradeFile = trace.GradeFile
 	// GradeRange: the ranges come from another tool's list.
 	GradeRange = "range"
 )
@@ -50,7 +50,7 @@ type List struct {
 	// Command is the argument vector of the container's first process; may be empty.
 	Command []string
 	// Engine names what recorded the run: "fanotify" alone, or with the source of the ranges
-	// ("fanotify+tracefs"). Empty when unknown.
+	// ("fanotify+filemap"). Empty when unknown.
 	Engine string
 	// Grade says how exact the list is: one of the Grade constants, or empty when unknown.
 	Grade string

@@ -19,7 +19,7 @@ func awkward() *persist.List {
 		Platform:  "linux/arm64/v8",
 		Container: "0123abc", Name: "web", Pod: "web-7c5d", Namespace: "default",
 		Command: []string{"/docker-entrypoint.sh", "", "-g", "daemon off;", "two\nlines\x00\x7f\\"},
-		Engine:  "fanotify+tracefs", Grade: persist.GradeFaultAround,
+		Engine:  "fanotify+filemap", Grade: persist.GradeFaultAround,
 		Started:  time.Date(2026, 11, 21, 0, 41, 0, 123456789, time.UTC),
 		Duration: 2500 * time.Millisecond,
 		End:      "exit",

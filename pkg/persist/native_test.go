@@ -23,7 +23,7 @@ const golden = "headstart-access-list v2\n" +
 	"platform linux/arm64/v8\n" +
 	"container 0123abc\nname web\npod web-7c5d\nnamespace default\n" +
 	"arg /docker-entrypoint.sh\narg \narg -g\narg daemon off;\narg two\\nlines\\x00\\x7f\\\\\n" +
-	"engine fanotify+tracefs\ngrade fault-around\nstarted 2026-11-21T00:41:00.123456789Z\nduration 2500000000\nended exit\nverdict incomplete\n" +
+	"engine fanotify+filemap\ngrade fault-around\nstarted 2026-11-21T00:41:00.123456789Z\nduration 2500000000\nended exit\nverdict incomplete\n" +
 	"events 1201\nskipped 3\n" +
 	"loss overflow -1 the queue overflowed, twice\nloss odd\\x20reason\\n 0\n" +
 	"process 4242 0 docker-entrypoi\nprocess 2147483647 4242 a b\\tc\nprocess 5 4242\n" +

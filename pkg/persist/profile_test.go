@@ -21,7 +21,7 @@ import (
 func runAt(n int, accesses ...trace.Access) *persist.List {
 	return &persist.List{
 		Reference: "docker.io/library/nginx:1.27", Digest: "sha256:4c1d", Platform: "linux/amd64", Command: []string{"nginx"},
-		Container: fmt.Sprintf("c%d", n), Engine: "fanotify+tracefs", Grade: persist.GradeFaultAround,
+		Container: fmt.Sprintf("c%d", n), Engine: "fanotify+filemap", Grade: persist.GradeFaultAround,
 		Started: time.Unix(1700000000+int64(n), 0).UTC(), Duration: time.Second,
 		Trace: trace.Trace{Accesses: accesses},
 	}
