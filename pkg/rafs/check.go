@@ -89,30 +89,38 @@ func (c *checker) run(ctx context.Context, bootstrap io.ReaderAt, size int64, op
 	if err != nil {
 		return err
 	}
-	c.count(img)
+	// In the order of places: blob by blob, and inside each as the chunks are stored.
+	slices.SortFunc(table, func(a, b Chunk) int { return cmp.Compare(chunkID(a.Blob, a.Index), chunkID(b.Blob, b.Index)) })
+	c.count(img, table)
 	if open == nil {
 		return nil
 	}
-	byBlob := make([][]Chunk, len(img.Blobs))
-	for _, chunk := range table {
-		byBlob[chunk.Blob] = append(byBlob[chunk.Blob], chunk)
-	}
-	for i := range img.Blobs {
+	blobs := img.Blobs // not the tree, whose memory may go
+	for i := range blobs {
 		if err := ctx.Err(); err != nil {
 			return err
 		}
-		slices.SortFunc(byBlob[i], func(a, b Chunk) int { return cmp.Compare(a.Index, b.Index) })
-		if err := c.openBlob(ctx, img.Blobs[i], byBlob[i], open); err != nil {
+		n, _ := findChunk(table, chunkID(uint16(i+1), 0)) //nolint:gosec // at most maxReadBlobs
+		if i+1 == len(blobs) {
+			n = len(table)
+		}
+		if err := c.openBlob(ctx, blobs[i], table[:n], open); err != nil {
 			return err
 		}
-		byBlob[i] = nil
+		table = table[n:]
 	}
 	return nil
 }
 
-func (c *checker) count(img *Image) {
+// findChunk returns where in a sorted table the chunk is, or would be.
+func findChunk(table []Chunk, id uint32) (int, bool) {
+	return slices.BinarySearchFunc(table, id, func(c Chunk, id uint32) int { return cmp.Compare(chunkID(c.Blob, c.Index), id) })
+}
+
+// count fills in the report. table is sorted.
+func (c *checker) count(img *Image, table []Chunk) {
 	c.report.Blobs = len(img.Blobs)
-	used := map[uint32]struct{}{}
+	used := newBitset(uint64(len(table)))
 	img.walkInodes(func(ino *Inode) {
 		c.report.Inodes++
 		switch fileType(ino.Mode) {
@@ -124,14 +132,16 @@ func (c *checker) count(img *Image) {
 			c.report.Files++
 			c.report.FileBytes += clampOffset(ino.Size)
 			for i := range ino.Chunks {
-				used[chunkID(ino.Chunks[i].Blob, ino.Chunks[i].Index)] = struct{}{}
+				at, ok := findChunk(table, chunkID(ino.Chunks[i].Blob, ino.Chunks[i].Index))
+				if ok && !used.has(uint64(at)) { //nolint:gosec // an index
+					used.set(uint64(at)) //nolint:gosec // an index
+					c.report.Chunks++
+				}
 			}
 		}
 	})
-	c.report.Chunks = len(used)
 }
 
-// openBlob opens the files of a blob and checks them.
 func (c *checker) openBlob(ctx context.Context, b Blob, chunks []Chunk, open func(b Blob) (io.ReaderAt, error)) (err error) {
 	var files []io.ReaderAt
 	defer func() {

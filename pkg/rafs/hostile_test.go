@@ -9,6 +9,7 @@ import (
 	"math/rand/v2"
 	"runtime"
 	"runtime/debug"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -246,6 +247,43 @@ func TestOverlapIsBounded(t *testing.T) {
 	}
 	if err := openErr(t, p); err == nil {
 		t.Error("Open succeeded")
+	}
+}
+
+// TestMoreNamesThanLinks opens an image whose file has two names and says it has one, which no reader minds.
+func TestMoreNamesThanLinks(t *testing.T) {
+	t.Parallel()
+	for _, prefetched := range []bool{false, true} { // inodes of the prefetch table are kept in another way
+		testMoreNames(t, prefetched)
+	}
+}
+
+func testMoreNames(t *testing.T, prefetched bool) {
+	b := newBuilder(t, smallCombo)
+	f := b.file("a", 0, []byte("data"))
+	b.add("b", f)
+	b.file("c", 0, []byte("other"))
+	if prefetched {
+		b.img.Prefetch = []*rafs.Inode{f}
+	}
+	s := b.build()
+	le := binary.LittleEndian
+	changed := 0
+	for at := int(le.Uint32(s.bootstrap[1064:]))*4096 + 4096; at+64 < len(s.bootstrap); at += 32 {
+		if p := s.bootstrap[at:]; le.Uint16(p) == 1|4<<1 && le.Uint16(p[4:]) == 0o100644 && le.Uint64(p[8:]) == 4 && le.Uint32(p[44:]) == 2 {
+			le.PutUint32(p[44:], 1)
+			changed++
+		}
+	}
+	if changed != 1 {
+		t.Fatalf("%d inodes changed", changed)
+	}
+	img := s.open(t)
+	if a := img.Lookup("a"); a == nil || a != img.Lookup("b") || len(img.Root.Children) != 3 || prefetched && !slices.Equal(img.Prefetch, []*rafs.Inode{a}) {
+		t.Errorf("a is %p, b %p, %d entries, prefetch %v", a, img.Lookup("b"), len(img.Root.Children), img.Prefetch)
+	}
+	if _, err := s.check(rafs.CheckOptions{}); !errors.Is(err, rafs.ErrInvalid) || !strings.Contains(err.Error(), "nlink is 1, want 2") || count(err) != 1 {
+		t.Errorf("Check = %v, want one fault: nlink", err)
 	}
 }
 

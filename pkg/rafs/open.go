@@ -95,6 +95,18 @@ func (f *faultList) err() error {
 
 var errTooManyFaults = errors.New("rafs: too many faults")
 
+// bitset is a set of small numbers.
+type bitset []uint64
+
+// newBitset returns a set for the numbers below n.
+func newBitset(n uint64) bitset { return make(bitset, n/64+1) }
+
+// has reports whether n is in the set; numbers beyond its size are not.
+func (b bitset) has(n uint64) bool { return n/64 < uint64(len(b)) && b[n/64]>>(n%64)&1 != 0 }
+
+// set adds n, which must be below the set's size.
+func (b bitset) set(n uint64) { b[n/64] |= 1 << (n % 64) }
+
 // pagedReader reads a file through a small cache of pages. Not safe for concurrent use.
 type pagedReader struct {
 	r     io.ReaderAt

@@ -17,7 +17,7 @@ type v5Loader struct {
 	// share bytes. It bounds memory and time for images whose records do.
 	budget  uint64
 	broke   bool               // more was asked for than the budget: reading ends
-	visited []uint64           // a bit per entry number
+	visited bitset             // by entry number
 	links   map[uint32]*v5Link // files with several names, by inode number
 	wanted  map[uint32]*Inode  // inodes of the prefetch table, nil until they are met
 	inodes  uint64             // distinct ones so far
@@ -46,7 +46,7 @@ type v5Dir struct {
 func (t *v5Tables) load(faults *faultList) (*Image, []Chunk, error) {
 	l := &v5Loader{
 		v5Tables: t, faults: faults, deep: faults.links, budget: t.src.size,
-		visited: make([]uint64, t.super.InodeTableEntries/64+1), // the table itself has 32 times that
+		visited: newBitset(uint64(t.super.InodeTableEntries) + 1), // the table itself has 32 times that
 		links:   map[uint32]*v5Link{}, wanted: map[uint32]*Inode{}, lookup: map[uint32]uint32{},
 		img: &Image{
 			Version: V5, Blobs: slices.Clone(t.blobs), ChunkSize: t.super.ChunkSize,
@@ -101,11 +101,10 @@ func (l *v5Loader) spend(n uint64, section string, offset uint64) error {
 
 // visit marks entry n; every entry belongs to one directory.
 func (l *v5Loader) visit(n uint32) error {
-	word, bit := n/64, uint64(1)<<(n%64)
-	if l.visited[word]&bit != 0 {
+	if l.visited.has(uint64(n)) {
 		return invalid(fmt.Sprintf("inode %d", n), -1, "number", n, "an entry of one directory only")
 	}
-	l.visited[word] |= bit
+	l.visited.set(uint64(n))
 	return nil
 }
 
@@ -297,7 +296,7 @@ func (l *v5Loader) checkCounts() error {
 		}
 	}
 	for n := uint32(1); n <= l.super.InodeTableEntries && n != 0; n++ {
-		if l.visited[n/64]&(1<<(n%64)) == 0 {
+		if !l.visited.has(uint64(n)) {
 			return l.faults.add(invalid(fmt.Sprintf("inode %d", n), -1, "number", "in no directory", "one"))
 		}
 	}

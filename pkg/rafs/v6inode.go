@@ -2,6 +2,7 @@ package rafs
 
 import (
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"strings"
 
@@ -324,8 +325,8 @@ func (s *v6DirState) entry(e disk.Dirent, name string) error {
 		return nil
 	}
 	err := s.loader.child(s.dir, e, name)
-	if err == nil {
-		return nil
+	if err == nil || errors.Is(err, errMoreNames) {
+		return err
 	}
 	return s.loader.faults.add(fmt.Errorf("file %q: %w", &v6Path{s.dir.path, name}, err))
 }
@@ -333,6 +334,9 @@ func (s *v6DirState) entry(e disk.Dirent, name string) error {
 // child adds the inode of one entry to the directory d.
 func (l *v6Loader) child(d *v6Dir, e disk.Dirent, name string) error {
 	f, ok := l.inodes[e.Nid]
+	if !ok && !l.keepAll && l.met.has(e.Nid) {
+		return errMoreNames
+	}
 	if ok {
 		if f.inode.IsDir() {
 			return invalid("dirent", -1, "nid", e.Nid, "a directory that has no other entry")
@@ -352,7 +356,11 @@ func (l *v6Loader) child(d *v6Dir, e disk.Dirent, name string) error {
 			l.inodes[d.nid] = parent
 			l.stack = append(l.stack, v6Dir{inode: ino, nid: e.Nid, parent: d.nid, head: head, path: &v6Path{d.path, name}})
 		}
-		l.inodes[e.Nid] = f
+		if ino.IsDir() {
+			l.inodes[e.Nid] = f
+		} else {
+			l.keep(e.Nid, f)
+		}
 	}
 	if e.FileType != disk.TypeUnknown && e.FileType != direntType(f.inode.Mode) {
 		return invalid("dirent", -1, "file type", e.FileType, direntType(f.inode.Mode))

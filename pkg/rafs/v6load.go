@@ -15,7 +15,12 @@ type v6Loader struct {
 	*v6Tables
 	faults *faultList
 	img    *Image
-	inodes map[uint64]v6Loaded // by nid
+	// inodes are, by nid, the directories, the files that say they have several names, and those of the
+	// prefetch table. Of all others met tells that they were: an image has many.
+	inodes  map[uint64]v6Loaded
+	met     bitset          // by nid
+	wanted  map[uint64]bool // nids of the prefetch table
+	keepAll bool            // inodes has every inode; met is not used
 	// budget is how many bytes of metadata may still be read: no two inodes, directories or
 	// xattrs of a real image share bytes, so all of them together fit in the file. It
 	// bounds memory and time for images whose parts overlap.
@@ -78,12 +83,44 @@ func chunkID(blob uint16, index uint32) uint32 { return uint32(blob)<<24 | index
 
 // load implements bootstrapReader.
 func (t *v6Tables) load(faults *faultList) (*Image, []Chunk, error) {
+	l := newV6Loader(t, faults, t.src.size > maxMetSize)
+	before := len(faults.faults)
+	err := l.run()
+	if errors.Is(err, errMoreNames) {
+		faults.faults = faults.faults[:before]
+		l = newV6Loader(t, faults, true)
+		err = l.run()
+	}
+	return l.img, l.chunks, err
+}
+
+// maxMetSize bounds the memory of v6Loader.met, a bit for every 32 bytes of the file.
+const maxMetSize = 4 << 30
+
+// errMoreNames: a file whose link count is 1 has a second name. No reader cares, so it is read again with all inodes kept.
+var errMoreNames = errors.New("rafs: more names than links")
+
+func newV6Loader(t *v6Tables, faults *faultList, keepAll bool) *v6Loader {
 	l := &v6Loader{
-		v6Tables: t, faults: faults, inodes: map[uint64]v6Loaded{}, budget: t.src.size,
+		v6Tables: t, faults: faults, inodes: map[uint64]v6Loaded{}, wanted: map[uint64]bool{}, keepAll: keepAll, budget: t.src.size,
 		img: &Image{Version: V6, Blobs: t.blobs, ChunkSize: t.ext.ChunkSize, Compressor: t.compressor(), Digester: t.digester()},
 	}
-	err := l.run()
-	return l.img, l.chunks, err
+	if !keepAll {
+		l.met = newBitset(t.src.size/disk.NidSize + 1)
+		for _, nid := range t.prefetch {
+			l.wanted[uint64(nid)] = true
+		}
+	}
+	return l
+}
+
+// keep remembers an inode that was met first.
+func (l *v6Loader) keep(nid uint64, f v6Loaded) {
+	if l.keepAll || f.nlink != 1 || l.wanted[nid] {
+		l.inodes[nid] = f
+		return
+	}
+	l.met.set(nid)
 }
 
 func (l *v6Loader) run() error {
@@ -97,7 +134,7 @@ func (l *v6Loader) run() error {
 		d := l.stack[len(l.stack)-1]
 		l.stack = l.stack[:len(l.stack)-1]
 		err := l.readDir(&d)
-		if errors.Is(err, errTooManyFaults) {
+		if errors.Is(err, errTooManyFaults) || errors.Is(err, errMoreNames) {
 			return err
 		}
 		if err != nil {

@@ -72,6 +72,7 @@ type placedWriter struct {
 	w       *bufio.Writer
 	written uint64
 	err     error
+	zeros   [512]byte // never written to
 }
 
 // at writes p at offset, which must not lie before what was written.
@@ -79,9 +80,8 @@ func (o *placedWriter) at(offset uint64, p []byte) {
 	if offset < o.written {
 		panic(fmt.Sprintf("rafs: plan overlaps at byte %d, written %d", offset, o.written))
 	}
-	var zeros [512]byte
 	for o.err == nil && o.written < offset {
-		o.put(zeros[:min(offset-o.written, uint64(len(zeros)))])
+		o.put(o.zeros[:min(offset-o.written, uint64(len(o.zeros)))])
 	}
 	o.put(p)
 }
