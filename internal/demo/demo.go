@@ -61,9 +61,10 @@ func (d *demo) close() error {
 		return fmt.Errorf("take the demo down: %w", err)
 	}
 	d.say("containerd is down; nothing is left running or mounted")
-	if err := os.Remove(d.dir); err != nil { // not empty
-		d.say("list and image stay in %s", d.dir)
+	if left, err := os.ReadDir(d.dir); err == nil && len(left) <= 1 { // the lock
+		return os.RemoveAll(d.dir)
 	}
+	d.say("list and image stay in %s until the next demo", d.dir)
 	return nil
 }
 

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"os"
 	"path/filepath"
@@ -81,6 +82,38 @@ func TestFailingWorkload(t *testing.T) {
 	err := run(t.Context(), o, io.Discard, io.Discard)
 	if err == nil || !strings.Contains(err.Error(), "exit code 7") {
 		t.Errorf("run = %v, want exit code 7", err)
+	}
+}
+
+// TestResults has directories of a demo that goes on, of one that ended and of one that was before locks.
+func TestResults(t *testing.T) {
+	parent := t.TempDir()
+	var said []string
+	say := func(format string, a ...any) { said = append(said, fmt.Sprintf(format, a...)) }
+	first, err := resultDir(parent, say)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.MkdirAll(filepath.Join(parent, "run-old/lists"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	second, err := resultDir(parent, say)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if dirs, err := filepath.Glob(filepath.Join(parent, "run-*")); err != nil || len(dirs) != 2 || len(said) != 1 || !strings.Contains(said[0], "results of 1 earlier demos") {
+		t.Errorf("there are %q, %v, said %q; want both that go on", dirs, err, said)
+	}
+	if err := errors.Join(first.held.Close(), second.held.Close()); err != nil {
+		t.Fatal(err)
+	}
+	third, err := resultDir(parent, say)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer third.held.Close()
+	if dirs, err := filepath.Glob(filepath.Join(parent, "run-*")); err != nil || len(dirs) != 1 || dirs[0] != third.dir {
+		t.Errorf("there are %q, %v, want %s", dirs, err, third.dir)
 	}
 }
 

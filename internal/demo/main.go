@@ -9,7 +9,7 @@
 // Without IMAGE the workload is made from the Go toolchain. CMD replaces the image's
 // command, split at blanks. A workload that does not end by itself is stopped after
 // some seconds. Nothing is left running or mounted; the list and the image stay in a
-// directory that the demo names. Exit status: 0 done, 1 a step or a check failed.
+// directory that the demo names, until the next demo. Exit status: 0 done, 1 a step or a check failed.
 package main
 
 import (
@@ -30,7 +30,6 @@ const (
 	runs        = 5                // of the workload, without and with the plugin
 	runLimit    = 15 * time.Second // a workload that goes on is a server: it is stopped
 	serverLimit = 3 * time.Second  // the same once it is known for one
-	keepDemos   = 24 * time.Hour   // results of earlier demos are removed after this
 )
 
 func main() {
@@ -58,11 +57,13 @@ func run(ctx context.Context, o options, stdout, stderr io.Writer) (err error) {
 	if os.Geteuid() != 0 {
 		return errors.New("needs root: containerd, runc and fanotify do")
 	}
-	dir, err := resultDir(o.dir)
+	d := &demo{options: o, out: stdout, log: stderr}
+	kept, err := resultDir(o.dir, d.say)
 	if err != nil {
 		return fmt.Errorf("make the directory of the results: %w", err)
 	}
-	d := &demo{options: o, dir: dir, out: stdout, log: stderr}
+	defer kept.held.Close() //nolint:errcheck // nothing was written
+	d.dir = kept.dir
 	defer func() {
 		err = errors.Join(err, d.close())
 		if err != nil && ctx.Err() != nil {
@@ -100,28 +101,72 @@ func run(ctx context.Context, o options, stdout, stderr io.Writer) (err error) {
 	return d.table(ctx, before, first, with, built)
 }
 
-// resultDir makes a directory that outlives the demo and removes those of earlier ones.
-func resultDir(parent string) (string, error) {
+// results is the directory that outlives the demo, until the next one.
+type results struct {
+	dir  string
+	held *os.File // locked as long as this process lives
+}
+
+// lockName is the file that a demo holds locked in its directory.
+const lockName = "lock"
+
+// resultDir makes the directory and removes those of earlier demos whose process has ended; it says so.
+func resultDir(parent string, say func(format string, a ...any)) (*results, error) {
 	if parent == "" {
 		cache, err := os.UserCacheDir()
 		if err != nil {
-			return "", err
+			return nil, err
 		}
 		parent = filepath.Join(cache, "headstart", "demo")
 	}
 	if err := os.MkdirAll(parent, 0o755); err != nil {
-		return "", err
+		return nil, err
 	}
-	old, err := os.ReadDir(parent)
+	// Nobody removes a directory between its making and its lock.
+	all, err := lock(filepath.Join(parent, lockName), 0)
 	if err != nil {
-		return "", err
+		return nil, err
 	}
-	for _, e := range old {
-		if info, err := e.Info(); err == nil && time.Since(info.ModTime()) > keepDemos {
-			if err := os.RemoveAll(filepath.Join(parent, e.Name())); err != nil {
-				return "", err
-			}
+	defer all.Close() //nolint:errcheck // nothing was written
+	old, err := filepath.Glob(filepath.Join(parent, "run-*"))
+	if err != nil {
+		return nil, err
+	}
+	removed := 0
+	for _, dir := range old {
+		held, err := lock(filepath.Join(dir, lockName), unix.LOCK_NB)
+		if errors.Is(err, unix.EWOULDBLOCK) {
+			continue // it goes on
 		}
+		if err == nil {
+			err = errors.Join(held.Close(), os.RemoveAll(dir))
+		}
+		if err != nil {
+			return nil, fmt.Errorf("remove the results of an earlier demo: %w", err)
+		}
+		removed++
 	}
-	return os.MkdirTemp(parent, "run-")
+	if removed > 0 {
+		say("removed the results of %d earlier demos below %s", removed, parent)
+	}
+	dir, err := os.MkdirTemp(parent, "run-")
+	if err != nil {
+		return nil, err
+	}
+	held, err := lock(filepath.Join(dir, lockName), unix.LOCK_NB)
+	if err != nil {
+		return nil, errors.Join(err, os.RemoveAll(dir))
+	}
+	return &results{dir: dir, held: held}, nil
+}
+
+func lock(path string, flags int) (*os.File, error) {
+	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o644)
+	if err != nil {
+		return nil, err
+	}
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|flags); err != nil {
+		return nil, errors.Join(err, f.Close())
+	}
+	return f, nil
 }

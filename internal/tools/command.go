@@ -13,8 +13,14 @@ import (
 	"time"
 )
 
-// binaryAge is how long a built command is kept for other test processes.
-const binaryAge = 6 * time.Hour
+// Built commands are kept for other test processes: for binaryAge, and for crowdedAge where there are more
+// than crowded. Both are longer than any test process goes on after it has built a command, long runs apart,
+// whose commands run already.
+const (
+	binaryAge  = 6 * time.Hour
+	crowdedAge = time.Hour
+	crowded    = 30 // some 15 MB each
+)
 
 // BuildCommand builds the main package pkg of this module, a directory that
 // begins with ./ and is relative to the module's root, and returns the path of
@@ -93,8 +99,12 @@ func removeOld(store string) {
 	if err != nil {
 		return
 	}
+	age := binaryAge
+	if len(entries) > crowded {
+		age = crowdedAge
+	}
 	for _, e := range entries {
-		if fi, err := e.Info(); err == nil && time.Since(fi.ModTime()) > binaryAge {
+		if fi, err := e.Info(); err == nil && time.Since(fi.ModTime()) > age {
 			_ = os.RemoveAll(filepath.Join(store, e.Name()))
 		}
 	}
