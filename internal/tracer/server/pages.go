@@ -238,7 +238,8 @@ func (l *pageLog) widen(f *pageFile, dir int, name string, size int64) bool {
 			at = append(at, r.Elapsed)
 		}
 	}
-	if len(spans) == 0 {
+	huge := size >= tracefs.HugeSize
+	if len(spans) == 0 && !huge {
 		return true
 	}
 	if l.widener == nil {
@@ -250,6 +251,14 @@ func (l *pageLog) widen(f *pageFile, dir int, name string, size int64) bool {
 	}
 	file := os.NewFile(uintptr(fd), name)
 	wide, err := l.widener.Widen(file, spans)
+	if huge && err == nil {
+		var more []tracefs.Span
+		more, err = l.widener.Huge(file) // in no event, if they were mapped
+		first, _ := f.set.First()
+		for _, s := range more {
+			wide, at = append(wide, s), append(at, first)
+		}
+	}
 	if err = errors.Join(err, file.Close()); err != nil {
 		return false
 	}

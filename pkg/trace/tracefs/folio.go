@@ -103,6 +103,42 @@ func (w *Widener) Widen(f *os.File, spans []Span) ([]Span, error) {
 	return out, nil
 }
 
+// HugeSize is the size of the folios that [Widener.Huge] looks for, in bytes: what one page
+// of page tables maps with pages of 4 KiB.
+const HugeSize = areaSize
+
+// Huge returns the folios of f in the page cache that a fault may map by one entry of a higher
+// page table: of all of these pages the kernel reports none, neither by [Fault] nor by
+// [Around] (mm/filemap.c filemap_map_pmd), so they may have been touched wherever the file
+// was mapped. There are such folios where files of at least [HugeSize] were written in large
+// pieces, not where they were unpacked from an archive in small ones. f is open for reading;
+// nothing is read from storage.
+func (w *Widener) Huge(f *os.File) ([]Span, error) {
+	st, err := f.Stat()
+	if err != nil {
+		return nil, fmt.Errorf("look up folios: %w", err)
+	}
+	pages := uint64(areaSize / w.page)    //nolint:gosec // positive
+	whole := uint64(st.Size()) / areaSize //nolint:gosec // sizes are positive
+	var out []Span
+	for i := range whole {
+		at := i * pages
+		first, last, err := w.folio(f, at, at+pages-1)
+		if err != nil {
+			return nil, fmt.Errorf("look up folios: %w", err)
+		}
+		if first != at || last != at+pages-1 {
+			continue
+		}
+		if n := len(out); n > 0 && out[n-1].Last+1 == first {
+			out[n-1].Last = last
+		} else {
+			out = append(out, Span{First: first, Last: last})
+		}
+	}
+	return out, nil
+}
+
 // folio returns the first and last page of what is mapped along with page at, which is at
 // itself when it is not cached or not in a large folio. end is the last page of the file.
 func (w *Widener) folio(f *os.File, at, end uint64) (first, last uint64, err error) {
