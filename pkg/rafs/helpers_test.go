@@ -61,6 +61,9 @@ func (s *stored) write(t testing.TB, dir string) (bootstrap, blobDir string, dev
 	img := s.open(t)
 	for i, b := range img.Blobs {
 		must(t, os.WriteFile(filepath.Join(blobDir, b.ID), s.blobs[b.ID], 0o600))
+		if meta, separate := b.MetaBlob(); separate {
+			must(t, os.WriteFile(filepath.Join(blobDir, meta.ID), s.blobs[meta.ID], 0o600))
+		}
 		r, err := s.reader(b)
 		must(t, err)
 		name := filepath.Join(dir, fmt.Sprintf("device%d", i))

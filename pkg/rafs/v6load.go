@@ -223,7 +223,7 @@ func parseChunkRecord(r *disk.ChunkRecord, blobs []Blob, chunkSize uint32, secti
 		return Chunk{}, invalid(section, clampOffset(offset), "index", r.Index, fmt.Sprintf("below %d", maxReadChunks))
 	case r.UncompressedSize == 0 || r.UncompressedSize > chunkSize:
 		return Chunk{}, invalid(section, clampOffset(offset), "uncompressed_size", r.UncompressedSize, fmt.Sprintf("1 to %d", chunkSize))
-	case r.CompressedSize > maxCompressed(chunkSize):
+	case r.CompressedSize > maxCompressed(chunkSize) && blobs[r.Blob].Features&disk.FeatureZran == 0:
 		return Chunk{}, invalid(section, clampOffset(offset), "compressed_size", r.CompressedSize, fmt.Sprintf("at most %d", maxCompressed(chunkSize)))
 	case r.Flags&disk.ChunkEncrypted != 0:
 		return Chunk{}, unsupported(section, clampOffset(offset), "flags", fmt.Sprintf("%#x", r.Flags), "no encryption")

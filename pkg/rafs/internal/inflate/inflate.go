@@ -64,6 +64,7 @@ type Decoder struct {
 	members  int
 	checksum hash.Hash32 // of the member; nil: not known from its beginning
 	size     uint32      // of the member so far
+	data     int64       // what was taken before the last block's end
 	err      error
 }
 
@@ -92,19 +93,29 @@ type Position struct {
 	Prev  byte  // that byte, when Bits is not 0
 	Out   int64 // bytes of output
 	Block bool  // a block begins here: see [Resume]
+	End   bool  // a member ends here, but for its checksum
+	// Data is In as it was behind the last byte of output, when End is set: before the code that ends the block.
+	Data int64
 	// Member counts members begun; together with Block it tells a new one.
 	Member int
 }
 
 // Position returns where the decoder is. With Resume, In counts from the beginning of src.
 func (d *Decoder) Position() Position {
-	p := Position{Out: d.total, Block: d.state == stateBlock, Member: d.members}
-	unread := d.n - d.ip + int(d.nbits/8) //nolint:gosec // at most 7
-	p.In = d.fed + int64(d.pad) - int64(unread)
+	p := Position{Out: d.total, Block: d.state == stateBlock, End: d.state == stateEnd, Member: d.members}
+	p.In = d.taken(d.nbits)
+	if p.Data = p.In; p.End {
+		p.Data = d.data
+	}
 	if p.Bits = d.nbits % 8; p.Bits != 0 {
 		p.Prev = byte(d.hold<<(8-p.Bits)) & byte(0xff<<(8-p.Bits)) //nolint:gosec // the low byte is meant
 	}
 	return p
+}
+
+// taken returns of how many bytes some bit was taken, when hold has nbits bits.
+func (d *Decoder) taken(nbits uint) int64 {
+	return d.fed + int64(d.pad) - int64(d.n-d.ip) - int64(nbits/8) //nolint:gosec // at most 7
 }
 
 // Window returns the last output of this member, at most WindowSize bytes. It is valid until the next call of Next.
@@ -392,6 +403,7 @@ func (d *Decoder) copyStored(limit int) error {
 		d.wr, d.ip, d.stored = d.wr+n, d.ip+n, d.stored-n
 	}
 	if d.stored == 0 {
+		d.data = d.taken(d.nbits)
 		d.endBlock()
 	}
 	return nil
@@ -423,6 +435,7 @@ func (d *Decoder) codes(limit int) error {
 			d.hold, d.nbits = hold, nbits
 			continue
 		case kindEnd:
+			d.data = d.taken(d.nbits)
 			d.hold, d.nbits = hold, nbits
 			d.endBlock()
 			return nil

@@ -1,0 +1,280 @@
+package rafs
+
+import (
+	"bufio"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"hash"
+	"io"
+
+	"github.com/headstart-oci/headstart/pkg/rafs/internal/disk"
+	"github.com/headstart-oci/headstart/pkg/rafs/internal/inflate"
+)
+
+// RefOptions says how a [RefBuilder] makes its table. The zero value takes BLAKE3 digests and chunks of 1 MiB;
+// nydus itself takes SHA-256 for images of this kind.
+type RefOptions struct {
+	Digester Digester
+	// ChunkSize is the image's chunk size in bytes, a power of two; 0: DefaultChunkSize.
+	ChunkSize uint32
+	// TOC adds chunk digests and a table of contents to the table's file, as registries hold it.
+	TOC bool
+}
+
+// RefBuilder makes the blob of an image whose data stay where they are: in a layer of an OCI image, a tar
+// that is compressed with gzip or not at all (OCI-ref). The layer is read once, front to back; beside it comes a small
+// file with the blob.meta table, which says of every chunk from where on to decompress (ZRAN).
+//
+// It is an io.Reader of the decompressed tar. Before the content of a chunk is read from it, directly or
+// through a tar.Reader, Begin is called, behind it End, and Append as soon as the digest is known:
+//
+//	tr := tar.NewReader(rb)
+//	…
+//	rb.Begin(size)
+//	io.ReadFull(tr, p[:size])
+//	place, err := rb.End()
+//	chunk, err := rb.Append(place, digester.Sum(p[:size]))
+//	…
+//	blob, err := rb.Close(file)
+//
+// Memory is 40 bytes and a dictionary of up to 32 KiB for every 512 KiB of layer or 2 MiB of tar, and about 100 bytes a chunk.
+// Not safe for concurrent use.
+type RefBuilder struct {
+	options RefOptions
+	src     *refSource
+	plain   *bufio.Reader // of a layer without compression; nil for gzip
+	gzip    *inflate.Decoder
+	err     error // of the layer
+	closed  bool
+
+	piece   []byte           // decompressed and not read
+	pieceIn int64            // where the compressed bytes of the last piece begin
+	offset  int64            // of the next Read in the tar
+	block   inflate.Position // where the block began that the next byte belongs to
+	window  []byte           // output before that
+
+	context *refContext // the present one
+	begun   bool
+	begin   refPosition
+
+	writer refTable
+}
+
+// refSource counts and hashes the layer.
+type refSource struct {
+	r    io.Reader
+	sum  hash.Hash
+	size int64
+}
+
+func (s *refSource) Read(p []byte) (int, error) {
+	n, err := s.r.Read(p)
+	s.sum.Write(p[:n])
+	s.size += int64(n)
+	return n, err
+}
+
+// refPosition is where a chunk begins.
+type refPosition struct{ in, out int64 }
+
+// refContext is a place where decompression may begin.
+type refContext struct {
+	start  inflate.Position
+	window []byte
+	in     int64 // end of what its chunks need, in the layer
+	out    int64 // and in the tar
+	index  int   // in the table; -1: no chunk of it is stored yet
+}
+
+// RefPlace is where a chunk was read. The zero value is no place.
+type RefPlace struct {
+	context *refContext
+	begin   refPosition
+	in, out int64 // ends, as in refContext
+	size    uint32
+	of      *RefBuilder
+}
+
+// Lengths at which a new context begins, where a deflate block does. Source: ZranContextGenerator in nydus'
+// storage/src/meta/zran.rs.
+const (
+	refContextIn  = 512 << 10
+	refContextOut = 2 << 20
+)
+
+// NewRefBuilder starts with the first bytes of layer: gzip is told by its magic number, everything else is taken for a plain tar, but
+// zstd data (ErrUnsupported), which has no places to begin at.
+func NewRefBuilder(layer io.Reader, o RefOptions) (*RefBuilder, error) {
+	if o.ChunkSize == 0 {
+		o.ChunkSize = DefaultChunkSize
+	}
+	switch {
+	case !validChunkSize(o.ChunkSize):
+		return nil, fmt.Errorf("%w: chunk size %d: want a power of two from %d to %d", ErrInvalid, o.ChunkSize, MinChunkSize, MaxChunkSize)
+	case o.Digester > DigesterSHA256:
+		return nil, fmt.Errorf("%w: %v", ErrUnsupported, o.Digester)
+	}
+	b := &RefBuilder{options: o, src: &refSource{r: layer, sum: sha256.New()}}
+	b.writer.init(o)
+	in := bufio.NewReaderSize(b.src, 64<<10)
+	magic, err := in.Peek(4)
+	if err != nil && !errors.Is(err, io.EOF) {
+		return nil, fmt.Errorf("read layer: %w", err)
+	}
+	switch {
+	case len(magic) >= 2 && magic[0] == 0x1f && magic[1] == 0x8b:
+		b.gzip = inflate.NewReader(in)
+	case len(magic) == 4 && magic[0] == 0x28 && magic[1] == 0xb5 && magic[2] == 0x2f && magic[3] == 0xfd:
+		return nil, fmt.Errorf("%w: a layer compressed with zstd cannot be referred to: convert it whole", ErrUnsupported)
+	default:
+		b.plain = in
+	}
+	return b, nil
+}
+
+// Read reads the decompressed layer.
+func (b *RefBuilder) Read(p []byte) (int, error) {
+	if b.plain != nil {
+		n, err := b.plain.Read(p)
+		b.offset += int64(n)
+		return n, err
+	}
+	if err := b.fill(); err != nil {
+		return 0, err
+	}
+	n := copy(p, b.piece)
+	b.piece, b.offset = b.piece[n:], b.offset+int64(n)
+	return n, nil
+}
+
+// fill makes the next piece available; it notes the blocks on the way.
+func (b *RefBuilder) fill() error {
+	for len(b.piece) == 0 {
+		if b.err != nil {
+			return b.err
+		}
+		pos := b.gzip.Position()
+		if pos.Block {
+			b.block = pos
+			b.window = append(b.window[:0], b.gzip.Window()...)
+		}
+		b.pieceIn = pos.In
+		if pos.Bits > 0 {
+			b.pieceIn--
+		}
+		if b.piece, b.err = b.gzip.Next(); b.err != nil && !errors.Is(b.err, io.EOF) {
+			b.err = fmt.Errorf("layer: %w", b.err)
+			if errors.Is(b.err, inflate.ErrFormat) {
+				b.err = fmt.Errorf("%w: %w", ErrInvalid, b.err)
+			}
+		}
+	}
+	return nil
+}
+
+// Offset returns how many bytes of the tar have been read.
+func (b *RefBuilder) Offset() int64 { return b.offset }
+
+// Begin says that the next size bytes that are read are a chunk.
+func (b *RefBuilder) Begin(size uint32) error {
+	switch {
+	case b.begun:
+		return fmt.Errorf("rafs: a chunk begins inside another")
+	case size == 0 || size > b.options.ChunkSize:
+		return fmt.Errorf("%w: chunk of %d bytes: want 1 to %d", ErrInvalid, size, b.options.ChunkSize)
+	}
+	b.begun, b.begin = true, refPosition{b.offset, b.offset}
+	if b.plain != nil {
+		return nil
+	}
+	if err := b.fill(); err != nil {
+		b.begun = false
+		if errors.Is(err, io.EOF) {
+			err = io.ErrUnexpectedEOF
+		}
+		return err
+	}
+	b.begin.in = b.pieceIn
+	if c := b.context; c == nil || c.start.Member != b.block.Member || c.start.Out != b.block.Out &&
+		(b.pieceIn-c.start.In >= refContextIn || b.offset-c.start.Out+int64(size) >= refContextOut) {
+		b.context = &refContext{start: b.block, window: append([]byte(nil), b.window...), index: -1}
+	}
+	return nil
+}
+
+// End says that the chunk begun last has been read whole, and returns where it was.
+func (b *RefBuilder) End() (RefPlace, error) {
+	size := b.offset - b.begin.out
+	if !b.begun || size <= 0 || size > int64(b.options.ChunkSize) {
+		return RefPlace{}, fmt.Errorf("rafs: end of a chunk of %d bytes, begun: %v", size, b.begun)
+	}
+	b.begun = false
+	p := RefPlace{context: b.context, begin: b.begin, in: b.offset, out: b.offset, size: uint32(size), of: b} //nolint:gosec // checked above
+	if b.plain != nil {
+		return p, nil
+	}
+	last := b.gzip.Position()
+	err := b.fill()
+	switch {
+	case err != nil && !errors.Is(err, io.EOF):
+		return RefPlace{}, err
+	case last.Out > b.offset || err == nil && b.block.Member == last.Member:
+		p.in = b.gzip.Position().In // more output follows in this member
+	default:
+		// What zlib is not given it does not run into: at the end of a member it reports that, and nydusd takes the report for an
+		// error. Where the end cannot be told from the last byte, newer versions of nydusd go on to the next member, if
+		// they are asked for a byte of it.
+		if p.in = last.Data; last.End && last.Data == last.In && err == nil {
+			p.in, p.out = b.gzip.Position().In, p.out+1
+		}
+	}
+	return p, b.checkPlace(&p)
+}
+
+func (b *RefBuilder) checkPlace(p *RefPlace) error {
+	if p.in-p.context.start.In <= 1<<32-1 && p.out-p.context.start.Out <= 1<<32-1 {
+		return nil
+	}
+	*p = RefPlace{}
+	return fmt.Errorf("%w: gzip layer with a deflate block of more than 4 GiB", ErrUnsupported)
+}
+
+// Append stores the record of a chunk that was read at p and has digest d, or returns that of the equal
+// chunk (same digest and size) that the blob already has. Chunks are appended in the order
+// in which they were read; Chunk.Blob is 0, as with [BlobWriter.Append].
+func (b *RefBuilder) Append(p RefPlace, d Digest) (Chunk, error) {
+	switch {
+	case b.closed:
+		return Chunk{}, fmt.Errorf("rafs: append to a closed blob")
+	case p.of != b:
+		return Chunk{}, fmt.Errorf("rafs: a place of another layer, or none")
+	}
+	return b.writer.append(p, d)
+}
+
+// Close reads what is left of the layer, writes the table's file to w and returns the blob: ID and CompressedSize
+// are those of the layer, MetaBlobDigest and MetaBlobSize those of the file (see [Blob.MetaBlob]). The
+// image's Compressor must be CompressorGzip, as the blob's is.
+// ErrNoChunks when nothing was appended: then nothing was written. Errors of the layer come back here too.
+func (b *RefBuilder) Close(w io.Writer) (Blob, error) {
+	if b.closed {
+		return Blob{}, fmt.Errorf("rafs: blob closed twice")
+	}
+	b.closed = true
+	if _, err := io.Copy(io.Discard, b); err != nil {
+		return Blob{}, err
+	}
+	if b.src.size > disk.MaxBlobStored {
+		return Blob{}, fmt.Errorf("%w: layer of %d bytes: want at most %d", ErrInvalid, b.src.size, uint64(disk.MaxBlobStored))
+	}
+	blob := Blob{ID: hex.EncodeToString(b.src.sum.Sum(nil)), CompressedSize: uint64(b.src.size)}
+	if b.gzip != nil {
+		blob.Features |= disk.FeatureZran
+	}
+	if err := b.writer.write(w, &blob); err != nil {
+		return Blob{}, err
+	}
+	return blob, nil
+}
