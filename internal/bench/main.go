@@ -1,9 +1,9 @@
 // Command bench measures Headstart against its peers in one run and prints tables:
 // conversion against the real nydus-image, memory against image size, the tracer's
-// cost and completeness on a burst of files, and the latency that the plugin adds to a
-// container's start.
+// cost and completeness on a burst of files, the latency that the plugin adds to a
+// container's start, and what is recorded of a start against what it needs.
 //
-//	go run ./internal/bench [-rows convert,memory,burst,start] [-runs 7]
+//	go run ./internal/bench [-rows convert,memory,burst,start,ranges] [-runs 7]
 //
 // Walls are medians of interleaved runs, so that a slow minute of the machine falls on
 // both sides; ratios, not times, are what the tables are for.
@@ -63,6 +63,7 @@ func rows() []row {
 		{"memory", benchMemory},
 		{"burst", benchBurst},
 		{"start", benchStart},
+		{"ranges", benchRanges},
 	}
 }
 
