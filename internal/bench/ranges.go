@@ -101,7 +101,7 @@ func unpackLayers(ctx context.Context, img *workload.Image, root string) error {
 	return nil
 }
 
-// coldPages starts a command on a private, cold copy of root and returns which pages the kernel had to
+// coldPages starts a command, which is killed when it does not end, on a private, cold copy of root and returns which pages the kernel had to
 // read for it.
 func coldPages(ctx context.Context, dir, root string, command []string) (pages map[string]extent, err error) {
 	image, lower := filepath.Join(dir, "erofs"), filepath.Join(dir, "cold")
@@ -128,7 +128,7 @@ func coldPages(ctx context.Context, dir, root string, command []string) (pages m
 		mount -t tmpfs tmpfs "$0"; mkdir "$0/upper" "$0/work" "$0/merged"
 		mount -t overlay overlay -o "lowerdir=$1,upperdir=$0/upper,workdir=$0/work" "$0/merged"
 		mount -t proc proc "$0/merged/proc"; mount --rbind /dev "$0/merged/dev"
-		shift; timeout ` + startLimit + ` chroot "$0/merged" "$@"; code=$?; [ $code = 0 ] || [ $code = 124 ]`, over, lower}, command...)...)
+		shift; timeout -s KILL ` + startLimit + ` chroot "$0/merged" "$@"; code=$?; [ $code = 0 ] || [ $code = 137 ]`, over, lower}, command...)...)
 	if said, err := cmd.CombinedOutput(); err != nil {
 		return nil, fmt.Errorf("%w: %s", err, tail(said))
 	}

@@ -49,8 +49,10 @@ func (s *session) handle(e *fanotify.Event) {
 		s.pages.reader.Wake() // it may leave the kernel's filter, see tracefs.Reader.Rejoined
 	}
 	if s.lean != nil && st.Nlink == 1 && mountOf(&st) == s.t.stat.Mnt_id {
-		s.handleLean(e, fd, &st)
-		return
+		if ino, ok := s.lean.of(&st); ok {
+			s.handleLean(e, fd, ino)
+			return
+		}
 	}
 	f := file{inode: inodeOf(&st)}
 	var name string

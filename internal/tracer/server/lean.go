@@ -27,6 +27,7 @@ const (
 
 // lean is what is kept of files that are known by their inode numbers.
 type lean struct {
+	numbering
 	byNumber map[uint64]uint32 // firsts, by inode number
 	firsts   []first
 	comms    []string // command names that firsts refer to
@@ -44,16 +45,10 @@ type first struct {
 	comm  uint16 // see comms.number
 }
 
-// numbersDo reports whether the inode numbers that the root shows tell which file of the image is
-// meant: that takes an overlay on one filesystem, which page events cover. There a file keeps the
-// number it has in its layer, also when it is changed or renamed.
-// Source: Documentation/filesystems/overlayfs.rst, "Inode properties".
+// numbersDo reports whether the inode numbers that the root shows may tell which file of the image is
+// meant: that takes an overlay whose layers are on one filesystem, which page events cover.
 func (t *target) numbersDo() bool {
 	if !t.overlay() || len(t.layers) == 0 || t.upper < 0 {
-		return false
-	}
-	var upper unix.Stat_t
-	if unix.Fstatat(t.upper, "", &upper, unix.AT_EMPTY_PATH) != nil || upper.Dev != t.layers[0].dev {
 		return false
 	}
 	for i := range t.layers {
@@ -64,18 +59,67 @@ func (t *target) numbersDo() bool {
 	return true
 }
 
-func newLean() *lean {
+// numbering is how an overlay numbers the files of its layers: all have this device number and, but
+// for the highest bits, the number they have in their layer. Where the writable layer is on the
+// same filesystem they keep it when they are changed or renamed.
+// Source: Documentation/filesystems/overlayfs.rst, "Inode properties"; fs/overlayfs/inode.c ovl_map_dev_ino.
+type numbering struct{ dev, high uint64 }
+
+// numberBits are the bits of an inode number that an overlay leaves to the layer, at least.
+const numberBits = 48
+
+// learn finds out the numbering from the first file of the layers that can be found in the
+// root; false: from none.
+func (t *target) learn() (n numbering, ok bool) {
+	for i := range t.layers {
+		tried := 0
+		w := walk{
+			view: t.layers[i].fd, deadline: time.Now().Add(learnTime), buf: make([]byte, 32<<10),
+			wanted: func(uint64) bool { tried++; return !ok && tried <= maxTries },
+			found: func(p string, id inode) {
+				var st unix.Stat_t
+				if unix.Fstatat(t.view, p[1:], &st, unix.AT_SYMLINK_NOFOLLOW) != nil || st.Nlink != 1 || t.shadowed(i, p) || t.changed(p) {
+					return
+				}
+				high := st.Ino ^ id.ino
+				if st.Mode&unix.S_IFMT == unix.S_IFREG && high<<(64-numberBits) == 0 {
+					n, ok = numbering{st.Dev, high}, true
+				}
+			},
+		}
+		err := w.run(func() bool { return !ok && tried <= maxTries })
+		if ok || err != nil {
+			break
+		}
+	}
+	return n, ok
+}
+
+// Bounds of learn: arming waits for it.
+const (
+	maxTries  = 64
+	learnTime = 20 * time.Millisecond
+)
+
+// of returns the number in its layer of a file with status st; false when it is in none.
+func (n numbering) of(st *unix.Statx_t) (uint64, bool) {
+	ino := st.Ino ^ n.high
+	return ino, ino>>numberBits == 0 && unix.Mkdev(st.Dev_major, st.Dev_minor) == n.dev
+}
+
+func newLean(n numbering) *lean {
 	return &lean{
-		byNumber: make(map[uint64]uint32), quiet: quietTime,
+		numbering: n,
+		byNumber:  make(map[uint64]uint32), quiet: quietTime,
 	}
 }
 
-// handleLean digests an event of the regular file fd, with status st and one name.
-func (s *session) handleLean(e *fanotify.Event, fd int, st *unix.Statx_t) {
+// handleLean digests an event of the regular file fd that has one name and a number in the layers.
+func (s *session) handleLean(e *fanotify.Event, fd int, ino uint64) {
 	how := ways(e.Mask)
-	n, known := s.lean.byNumber[st.Ino]
+	n, known := s.lean.byNumber[ino]
 	if !known {
-		s.firstLean(st.Ino, how, e.PID)
+		s.firstLean(ino, how, e.PID)
 		if how&trace.Executed != 0 {
 			s.comms.executes(e.PID, strings.TrimSuffix(s.names.raw(fd), deletedSuffix))
 		}
@@ -89,7 +133,7 @@ func (s *session) handleLean(e *fanotify.Event, fd int, st *unix.Statx_t) {
 		s.entries[i].how |= how
 		return
 	}
-	s.again(i, fd, how, st.Nlink)
+	s.again(i, fd, how, 1)
 }
 
 func (s *session) firstLean(ino uint64, how trace.How, pid int32) {

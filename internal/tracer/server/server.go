@@ -123,7 +123,9 @@ func arm(c Config, out *output) (*session, error) {
 		note = n
 	}
 	if s.pages != nil && s.pages.exact() && t.numbersDo() {
-		s.lean = newLean()
+		if n, ok := t.learn(); ok {
+			s.lean = newLean(n)
+		}
 	}
 	kind, err := t.mark(g, s.lean != nil)
 	if err != nil {
