@@ -18,7 +18,7 @@ import (
 func (o *recordOptions) writer(l *persist.List) (func(w io.Writer) (int, error), error) {
 	switch o.format {
 	case "native":
-		return func(w io.Writer) (int, error) { _, err := l.WriteTo(w); return 0, err }, nil
+		return func(w io.Writer) (int, error) { _, err := l.Fit().WriteTo(w); return 0, err }, nil
 	case "paths":
 		return l.WritePaths, nil
 	case "csv":

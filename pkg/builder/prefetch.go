@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"path"
+	"sort"
 
 	"golang.org/x/sys/unix"
 
@@ -53,8 +54,9 @@ func planPrefetch(t *tree, list *persist.List, chunkSize uint32) prefetchPlan {
 				p.inodes = append(p.inodes, e.ino)
 			}
 		}
+		spans := persist.Disjoint(a.Ranges)
 		for n, c := range e.ino.Chunks {
-			if !touched(a.Ranges, int64(n)*int64(chunkSize), int64(c.UncompressedSize)) {
+			if !touched(spans, int64(n)*int64(chunkSize), int64(c.UncompressedSize)) {
 				continue
 			}
 			if _, ok := chunkSeen[c.Digest]; !ok {
@@ -67,18 +69,14 @@ func planPrefetch(t *tree, list *persist.List, chunkSize uint32) prefetchPlan {
 	return p
 }
 
-// touched reports whether one of ranges overlaps [off, off+length); nil ranges are the whole file.
-func touched(ranges []trace.Range, off, length int64) bool {
-	if ranges == nil {
+// touched reports whether one of spans overlaps [off, off+length); nil is the whole file. Spans
+// are disjoint and sorted: a file may have a quarter of a million of them, and as many chunks.
+func touched(spans []trace.Range, off, length int64) bool {
+	if spans == nil {
 		return true
 	}
-	for _, r := range ranges {
-		// Differences of non-negative numbers do not overflow; r.Offset+r.Length might.
-		if r.Offset >= 0 && r.Length > 0 && r.Offset < off+length && off-r.Offset < r.Length {
-			return true
-		}
-	}
-	return false
+	i := sort.Search(len(spans), func(i int) bool { return spans[i].Offset+spans[i].Length > off })
+	return i < len(spans) && spans[i].Offset < off+length
 }
 
 // bestWorkers bounds the encoders of the strongest level: with zstd one takes 35 MiB, and a

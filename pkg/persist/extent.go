@@ -1,6 +1,10 @@
 package persist
 
-import "github.com/headstart-oci/headstart/pkg/trace"
+import (
+	"math"
+
+	"github.com/headstart-oci/headstart/pkg/trace"
+)
 
 // Upper returns the bytes of a file that a run may have touched, each counted once: those of
 // all its ranges, or of the whole file, as far as its size is known.
@@ -21,6 +25,22 @@ func Lower(a *trace.Access) int64 {
 		}
 	}
 	return sum(union(sure))
+}
+
+// Disjoint returns the bytes of ranges as ranges that neither overlap nor touch, sorted by
+// offset, without times and bounds. Ranges with a negative offset or no length are left out,
+// an end beyond 2^63-1 is cut off. Nil, the whole file, stays nil.
+func Disjoint(ranges []trace.Range) []trace.Range {
+	if ranges == nil {
+		return nil
+	}
+	valid := make([]trace.Range, 0, len(ranges))
+	for _, r := range ranges {
+		if r.Length = min(r.Length, math.MaxInt64-max(r.Offset, 0)); r.Offset >= 0 && r.Length > 0 {
+			valid = append(valid, r)
+		}
+	}
+	return union(valid)
 }
 
 // sum returns the bytes of disjoint ranges.

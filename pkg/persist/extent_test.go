@@ -1,6 +1,7 @@
 package persist_test
 
 import (
+	"math"
 	"math/rand/v2"
 	"testing"
 
@@ -48,6 +49,15 @@ func TestBytesAgainstCounting(t *testing.T) {
 		if got, want := persist.Lower(&x), count(func(at int64) bool { return in(a, at, true) }); got != want {
 			t.Fatalf("Lower(%v) = %d, want %d", a, got, want)
 		}
+		spans := persist.Disjoint(a)
+		for i := 1; i < len(spans); i++ {
+			if spans[i-1].Offset+spans[i-1].Length >= spans[i].Offset {
+				t.Fatalf("Disjoint(%v) = %v", a, spans)
+			}
+		}
+		if got, want := count(func(at int64) bool { return in(spans, at, false) }), count(func(at int64) bool { return in(a, at, false) }); got != want || (spans == nil) != (a == nil) {
+			t.Fatalf("Disjoint(%v) = %v: %d bytes, want %d", a, spans, got, want)
+		}
 		missing := persist.Missing(a, b, size)
 		for at := range int64(size) {
 			want := in(a, at, false) && !in(b, at, false)
@@ -55,5 +65,16 @@ func TestBytesAgainstCounting(t *testing.T) {
 				t.Fatalf("Missing(%v, %v) = %v: byte %d is in it: %v, want %v", a, b, missing, at, got, want)
 			}
 		}
+	}
+}
+
+func TestDisjointOfNonsense(t *testing.T) {
+	t.Parallel()
+	got := persist.Disjoint([]trace.Range{{Offset: -5, Length: 10}, {Offset: 3}, {Offset: 4, Length: -1}, {Offset: 7, Length: math.MaxInt64}, {Offset: math.MaxInt64, Length: 1}})
+	if len(got) != 1 || got[0].Offset != 7 || got[0].Length != math.MaxInt64-7 {
+		t.Errorf("Disjoint = %v, want the bytes from 7 on", got)
+	}
+	if got := persist.Disjoint([]trace.Range{}); got == nil || len(got) != 0 {
+		t.Errorf("Disjoint of no range = %#v, want no range and not nil", got)
 	}
 }
