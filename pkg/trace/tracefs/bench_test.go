@@ -3,6 +3,7 @@ package tracefs_test
 import (
 	"context"
 	"os"
+	"runtime"
 	"slices"
 	"testing"
 	"time"
@@ -62,32 +63,72 @@ func BenchmarkCreate(b *testing.B) {
 	b.ReportMetric(median(removed), "remove-ms")
 }
 
-// BenchmarkRead measures the cost of an event: to whom it happens, with and without being
-// recorded, and to who reads it.
-func BenchmarkRead(b *testing.B) {
+// BenchmarkEvent measures the CPU time of a read of one page without and with its event being
+// recorded, while somebody else is, and that of reading an event, in turns: the machine's other
+// work is in all of them.
+func BenchmarkEvent(b *testing.B) {
+	const reads = 40_000 // fit one CPU's ring
 	f, _ := subject(b, true)
-	page := int64(os.Getpagesize())
+	in := create(b, open(b), tracefs.Options{Events: 1 << tracefs.Read, Ring: 8 << 20})
+	r, err := in.Reader()
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer r.Close()
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
 	buf := make([]byte, 1)
-	work := func(b *testing.B) {
-		for i := int64(0); b.Loop(); i++ {
-			if _, err := unix.Pread(int(f.Fd()), buf, i%filePages*page); err != nil {
+	work := func() {
+		for i := range int64(reads) {
+			if _, err := unix.Pread(int(f.Fd()), buf, i%filePages*int64(os.Getpagesize())); err != nil {
 				b.Fatal(err)
 			}
 		}
 	}
-	b.Run("bare", work)
-	b.Run("recorded", func(b *testing.B) {
-		fs := open(b)
-		in := create(b, fs, tracefs.Options{})
-		threads, err := tracefs.Threads(os.Getpid())
-		if err != nil {
+	events := make([]tracefs.Event, 4096)
+	consume := func() {
+		for left := reads; left > 0; {
+			n, err := r.Read(events)
+			if err != nil {
+				b.Fatal(err)
+			}
+			left -= n
+		}
+	}
+	var bare, bystander, recorded, read []float64
+	for b.Loop() {
+		bare = append(bare, threadTime(b, work))
+		if err := in.Arm(os.Getppid()); err != nil { // go test, which waits
 			b.Fatal(err)
 		}
-		if err := in.Arm(threads...); err != nil {
+		bystander = append(bystander, threadTime(b, work))
+		if err := in.Arm(unix.Gettid()); err != nil {
 			b.Fatal(err)
 		}
-		work(b) // the ring fills and drops
-	})
+		recorded = append(recorded, threadTime(b, work))
+		read = append(read, threadTime(b, consume))
+		if err := in.Disarm(); err != nil {
+			b.Fatal(err)
+		}
+	}
+	for name, times := range map[string][]float64{"bare": bare, "bystander": bystander, "recorded": recorded, "consume": read} {
+		slices.Sort(times)
+		b.ReportMetric(times[len(times)/2]/reads, name+"-ns/event")
+	}
+}
+
+// threadTime returns the CPU time of f on this thread, in nanoseconds.
+func threadTime(b *testing.B, f func()) float64 {
+	b.Helper()
+	var before, after unix.Rusage
+	if err := unix.Getrusage(unix.RUSAGE_THREAD, &before); err != nil {
+		b.Fatal(err)
+	}
+	f()
+	if err := unix.Getrusage(unix.RUSAGE_THREAD, &after); err != nil {
+		b.Fatal(err)
+	}
+	return float64(after.Utime.Nano() + after.Stime.Nano() - before.Utime.Nano() - before.Stime.Nano())
 }
 
 func BenchmarkPoolGet(b *testing.B) {

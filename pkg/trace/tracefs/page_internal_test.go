@@ -358,3 +358,23 @@ func FuzzFormat(f *testing.F) {
 		}
 	})
 }
+
+// BenchmarkDecodePage measures what an event costs this package, without the system call.
+func BenchmarkDecodePage(b *testing.B) {
+	l := capturedLayout(b)
+	w := &pageWriter{stamp: 1}
+	data := fault(l)
+	for len(w.body)+headSize+len(data) <= l.size-l.data {
+		w.head(len(data)/4, 1).raw(data)
+	}
+	page := w.page(0)
+	var events []Event
+	for b.Loop() {
+		var err error
+		if events, _, err = l.decodePage(events[:0], page); err != nil {
+			b.Fatal(err)
+		}
+	}
+	b.ReportMetric(float64(b.Elapsed().Nanoseconds())/float64(b.N)/float64(len(events)), "ns/event")
+	b.ReportAllocs()
+}

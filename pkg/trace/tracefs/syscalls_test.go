@@ -411,3 +411,25 @@ func TestExecIsSeen(t *testing.T) {
 		t.Errorf("fork of %d seen: %t, exec: %t; want both", child, forked, executed)
 	}
 }
+
+// The next best engine names what had to be read into the page cache, at least what was
+// asked for, and nothing that was there.
+func TestInsertsSeeColdPages(t *testing.T) {
+	in := create(t, open(t), tracefs.Options{Events: tracefs.Inserts})
+	for state, warm := range map[string]bool{"cold": false, "warm": true} {
+		f, inode := subject(t, warm)
+		events := traced(t, in, func() error {
+			_, err := f.ReadAt(make([]byte, 3*os.Getpagesize()), int64(5*os.Getpagesize()))
+			return err
+		})
+		got := of(events, tracefs.Insert, inode, filePages)
+		if warm && len(got) != 0 || !warm && !span(5, 7).within(got) {
+			t.Errorf("%s: inserted pages %v, read 5 to 7", state, got)
+		}
+		for _, e := range events {
+			if e.Kind != tracefs.Insert {
+				t.Errorf("%s: event %+v, want insertions alone", state, e)
+			}
+		}
+	}
+}
