@@ -200,6 +200,10 @@ func TestFlippedByteIsFound(t *testing.T) {
 		{compressor: rafs.CompressorNone, chunkSize: 4096},
 		{compressor: rafs.CompressorLZ4, chunkSize: 4096, digester: rafs.DigesterSHA256},
 		{compressor: rafs.CompressorZstd, chunkSize: 4096, toc: true},
+		{compressor: rafs.CompressorZstd, chunkSize: 4096, v2: true},
+		{compressor: rafs.CompressorGzip, chunkSize: 4096, toc: true},
+		{compressor: rafs.CompressorZstd, chunkSize: 4096, batch: 16 << 10, toc: true},
+		{compressor: rafs.CompressorNone, chunkSize: 4096, batch: 8 << 10},
 	} {
 		t.Run(o.String(), func(t *testing.T) {
 			t.Parallel()

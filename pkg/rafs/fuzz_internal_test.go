@@ -2,6 +2,7 @@ package rafs
 
 import (
 	"bytes"
+	"compress/gzip"
 	"context"
 	"encoding/binary"
 	"errors"
@@ -30,6 +31,9 @@ func tinyImage(tb testing.TB, o BlobOptions) (bootstrap, blob []byte) {
 		data, compressed, err := enc.Encode(nil, p)
 		if err != nil {
 			tb.Fatal(err)
+		}
+		if w.Batches(uint32(len(p))) {
+			data, compressed = p, false
 		}
 		c, err := w.Append(EncodedChunk{Digest: o.Digester.Sum(p), Data: data, Compressed: compressed, UncompressedSize: uint32(len(p))})
 		if err != nil {
@@ -63,6 +67,8 @@ func tinyImages(tb testing.TB) [][2][]byte {
 		{ChunkSize: 4096},
 		{ChunkSize: 4096, Compressor: CompressorZstd, TOC: true},
 		{ChunkSize: 4096, Compressor: CompressorLZ4, Digester: DigesterSHA256},
+		{ChunkSize: 4096, Compressor: CompressorZstd, BatchSize: 4096},
+		{ChunkSize: 4096, Compressor: CompressorGzip, TOC: true},
 		{Version: V5, ChunkSize: 4096, Compressor: CompressorZstd},
 		{Version: V5, ChunkSize: 4096, Digester: DigesterSHA256},
 	} {
@@ -158,6 +164,8 @@ func FuzzBlobMeta(f *testing.F) {
 	binary.LittleEndian.PutUint32(v2[24:], 50)
 	binary.LittleEndian.PutUint32(v2[28:], 100)
 	f.Add(uint32(disk.FeatureAligned|disk.FeatureV2|disk.FeatureBatch), v2, header(disk.FeatureV2|disk.FeatureBatch, 1, 1, v2))
+	zran, zranBlob, layer := tinyRef(f)
+	f.Add(zranBlob.Features, zran[0], zran[1])
 	f.Fuzz(func(t *testing.T, features uint32, table, header []byte) {
 		blob := Blob{ID: "x", ChunkSize: 4096, Features: features, CompressedSize: 1 << 20, UncompressedSize: 1 << 20, MetaUncompressed: uint64(len(table)), MetaCompressed: uint64(len(table))}
 		if len(header) >= 16 {
@@ -175,7 +183,14 @@ func FuzzBlobMeta(f *testing.F) {
 			if m.check(i) != nil {
 				continue
 			}
-			if r := m.record(i); r.batch && uint64(r.batchOffset)+uint64(r.uncompressedSize) > uint64(m.batches[r.batchIndex].UncompressedSize) {
+			r := m.record(i)
+			if r.zran {
+				b := &BlobReader{r: bytes.NewReader(layer), blob: blob, meta: m}
+				if p, err := b.readZran(r); err == nil && len(p) != int(r.uncompressedSize) || err != nil && p != nil {
+					t.Errorf("record %d = %d bytes, %v", i, len(p), err)
+				}
+			}
+			if r.batch && uint64(r.batchOffset)+uint64(r.uncompressedSize) > uint64(m.batches[r.batchIndex].UncompressedSize) {
 				t.Errorf("record %d reaches out of its batch", i)
 			}
 			_ = m.compare(Chunk{Index: i})
@@ -279,4 +294,50 @@ func FuzzDecode(f *testing.F) {
 			d.zstd.Close()
 		}
 	})
+}
+
+// tinyRef refers to a small gzip layer: the table's uncompressed content and its header, and the layer.
+func tinyRef(tb testing.TB) (table [2][]byte, blob Blob, layer []byte) {
+	tb.Helper()
+	var z bytes.Buffer
+	w := gzip.NewWriter(&z)
+	if _, err := w.Write(bytes.Repeat([]byte("some text, "), 700)); err != nil {
+		tb.Fatal(err)
+	}
+	if err := w.Close(); err != nil {
+		tb.Fatal(err)
+	}
+	rb, err := NewRefBuilder(bytes.NewReader(z.Bytes()), RefOptions{ChunkSize: 4096})
+	if err != nil {
+		tb.Fatal(err)
+	}
+	for i := range 2 {
+		p := make([]byte, 3000)
+		if err := rb.Begin(3000); err != nil {
+			tb.Fatal(err)
+		}
+		if _, err := io.ReadFull(rb, p); err != nil {
+			tb.Fatal(err)
+		}
+		place, err := rb.End()
+		if err != nil {
+			tb.Fatal(err)
+		}
+		if _, err := rb.Append(place, Digest{byte(i)}); err != nil {
+			tb.Fatal(err)
+		}
+	}
+	var out bytes.Buffer
+	blob, err = rb.Close(&out)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	p := out.Bytes()
+	t, err := new(decoder).decode(blob.MetaCompressor, p[:blob.MetaCompressed], int(blob.MetaUncompressed))
+	if err != nil {
+		tb.Fatal(err)
+	}
+	header := bytes.Clone(p[blob.MetaCompressed:][:disk.SizeMetaHeader])
+	binary.LittleEndian.PutUint64(header[24:], uint64(len(t))) // ci_compressed_size: as if it were stored raw
+	return [2][]byte{t, header}, blob, z.Bytes()
 }

@@ -176,7 +176,7 @@ func (l *v6Loader) readRoot() error {
 // readChunkTable reads every record and makes each findable by blob and index.
 func (l *v6Loader) readChunkTable() error {
 	n := l.ext.ChunkTableSize / disk.SizeChunkRecord
-	if n == 0 {
+	if n == 0 || l.ext.Flags&disk.FlagTarfs != 0 {
 		return nil
 	}
 	if err := l.spend(l.ext.ChunkTableSize, "chunk table", l.ext.ChunkTableOffset); err != nil {
