@@ -104,7 +104,7 @@ func compareLists(a, b *persist.List) difference {
 		if y == nil {
 			n := persist.Upper(x)
 			d.OnlyA = append(d.OnlyA, diffFile{jsonPath: newJSONPath(x.Path), BytesA: n})
-			d.BytesA += n
+			d.BytesA = addBytes(d.BytesA, n)
 			continue
 		}
 		placeA[x.Path] = len(placeA) + 1
@@ -112,9 +112,9 @@ func compareLists(a, b *persist.List) difference {
 		f := diffFile{jsonPath: newJSONPath(x.Path)}
 		f.A, f.BytesA = diffRanges(persist.Missing(x.Ranges, y.Ranges, size))
 		f.B, f.BytesB = diffRanges(persist.Missing(y.Ranges, x.Ranges, size))
-		d.BytesA += f.BytesA
-		d.BytesB += f.BytesB
-		if f.BytesA+f.BytesB > 0 {
+		d.BytesA = addBytes(d.BytesA, f.BytesA)
+		d.BytesB = addBytes(d.BytesB, f.BytesB)
+		if f.BytesA > 0 || f.BytesB > 0 {
 			d.Changed = append(d.Changed, f)
 		}
 	}
@@ -128,7 +128,7 @@ func compareLists(a, b *persist.List) difference {
 		}
 		n := persist.Upper(y)
 		d.OnlyB = append(d.OnlyB, diffFile{jsonPath: newJSONPath(y.Path), BytesB: n})
-		d.BytesB += n
+		d.BytesB = addBytes(d.BytesB, n)
 	}
 	places := make([]int, len(common))
 	for i, p := range common {

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"fmt"
 	"io"
+	"math"
 	"strings"
 	"text/tabwriter"
 	"time"
@@ -136,9 +137,9 @@ func newShown(p *persist.Profile, policy persist.Policy, policyText string, limi
 	for i, f := range p.Files(policy) {
 		lower, upper := persist.Lower(&f.Access), persist.Upper(&f.Access)
 		s.Total.Files++
-		s.Total.Lower += lower
-		s.Total.Upper += upper
-		s.Total.Size += f.Size
+		s.Total.Lower = addBytes(s.Total.Lower, lower)
+		s.Total.Upper = addBytes(s.Total.Upper, upper)
+		s.Total.Size = addBytes(s.Total.Size, f.Size)
 		if f.Ranges == nil {
 			s.Total.Whole++
 		}
@@ -203,6 +204,14 @@ func (s *shown) print(to io.Writer) error {
 	}
 	_, err := io.WriteString(to, b.String())
 	return err
+}
+
+// addBytes adds two numbers of at least 0; a list may claim files of 2^63-1 bytes.
+func addBytes(a, b int64) int64 {
+	if a > math.MaxInt64-b {
+		return math.MaxInt64
+	}
+	return a + b
 }
 
 func milliseconds(ns int64) string { return fmt.Sprintf("%.3f ms", float64(ns)/1e6) }

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"html/template"
 	"io"
+	"math"
 	"path"
 	"slices"
 	"strconv"
@@ -131,7 +132,7 @@ func newData(p *persist.Profile, o Options) *data {
 	var lower, upper, size int64
 	whole := 0
 	for _, f := range files {
-		lower, upper, size = lower+f.lower, upper+f.upper, size+f.Size
+		lower, upper, size = add(lower, f.lower), add(upper, f.upper), add(size, f.Size)
 		if f.Ranges == nil {
 			whole++
 		}
@@ -172,6 +173,14 @@ func verdict(p *persist.Profile) string {
 		return "incomplete: see what was lost"
 	}
 	return fmt.Sprintf("complete: %d of %d runs are; what the others lost is below", complete, all)
+}
+
+// add adds two numbers of at least 0; a list may claim files of 2^63-1 bytes.
+func add(a, b int64) int64 {
+	if a > math.MaxInt64-b {
+		return math.MaxInt64
+	}
+	return a + b
 }
 
 func imageName(o Options) string {
@@ -246,7 +255,7 @@ func hottest(files []file) (largest, earliest table) {
 		if more := len(files) - len(t.Rows); more > 0 {
 			var upper int64
 			for _, f := range files[len(t.Rows):] {
-				upper += f.upper
+				upper = add(upper, f.upper)
 			}
 			t.More = fmt.Sprintf("and %d more files with %s", more, progress.Bytes(upper))
 		}
@@ -278,8 +287,8 @@ func directories(files []file) table {
 			all = append(all, sums{name: name})
 		}
 		all[i].files++
-		all[i].lower += f.lower
-		all[i].upper += f.upper
+		all[i].lower = add(all[i].lower, f.lower)
+		all[i].upper = add(all[i].upper, f.upper)
 	}
 	slices.SortStableFunc(all, func(a, b sums) int { return cmp.Compare(b.upper, a.upper) })
 	t := table{Head: []string{"Directory", "Files", "Certain", "At most"}}

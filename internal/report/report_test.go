@@ -179,6 +179,7 @@ func TestPageOfLittle(t *testing.T) {
 		"no run":  {&persist.Profile{}, "No file."},
 		"no file": {profileOf(t, &persist.List{}), "No file."},
 		"paths":   {profileOf(t, paths), "No times were recorded"},
+		"huge":    {profileOf(t, &persist.List{Trace: trace.Trace{Accesses: []trace.Access{{Path: "/x", Size: 1<<63 - 1}, {Path: "/y", Size: 1<<63 - 1}}}}), "8.0 EiB"},
 		"one": {profileOf(t, &persist.List{Trace: trace.Trace{Accesses: []trace.Access{{
 			Path: "/x", Elapsed: 1<<63 - 1, Size: 1<<63 - 1,
 			Ranges: []trace.Range{{Offset: 0, Length: 1<<63 - 1, Elapsed: 1<<63 - 1}},

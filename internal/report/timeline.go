@@ -69,21 +69,21 @@ func (t *timeline) curve() curve {
 	var upper, lower [buckets]int64
 	for i, x := range t.touches {
 		c := t.column(i)
-		upper[c] += x.Range.Length
+		upper[c] = add(upper[c], x.Range.Length)
 		if x.Range.Certain {
-			lower[c] += x.Range.Length
+			lower[c] = add(lower[c], x.Range.Length)
 		}
 	}
 	var total int64
 	for _, n := range upper {
-		total += n
+		total = add(total, n)
 	}
 	outline := func(of [buckets]int64) string {
 		var b strings.Builder
 		b.WriteString("M0 100")
 		var sum int64
 		for i, n := range of {
-			sum += n
+			sum = add(sum, n)
 			y := 100 - 100*float64(sum)/float64(max(1, total))
 			fmt.Fprintf(&b, "L%d %.2fH%d", i, y, i+1)
 		}
@@ -112,7 +112,8 @@ func (t *timeline) strips(rows int, rowOf func(path string) int) [][buckets]int6
 	out := make([][buckets]int64, rows)
 	for i, x := range t.touches {
 		if r := rowOf(x.Access.Path); r >= 0 {
-			out[r][t.column(i)] += max(1, x.Range.Length)
+			at := &out[r][t.column(i)]
+			*at = add(*at, max(1, x.Range.Length))
 		}
 	}
 	return out
@@ -135,7 +136,7 @@ func (t *timeline) marks(strip [buckets]int64) []mark {
 	for i := 0; i < buckets; {
 		s, from := strength(strip[i]), i
 		for bytes = 0; i < buckets && strength(strip[i]) == s; i++ {
-			bytes += strip[i]
+			bytes = add(bytes, strip[i])
 		}
 		if s > 0 {
 			out = append(out, mark{from, i - from, s, t.when(from) + ": " + progress.Bytes(bytes)})
@@ -168,7 +169,7 @@ func (t *timeline) fileRows(files []file) (rows []row, more string) {
 	}
 	for _, f := range files {
 		if _, ok := rowOf[f.Path]; !ok {
-			rest += f.upper
+			rest = add(rest, f.upper)
 		}
 	}
 	others := len(files) - len(shown)
@@ -214,8 +215,8 @@ func (t *timeline) layerRows(files []file, i *Image) []row {
 		}
 		layerOf[f.Path] = n
 		all[n].files++
-		all[n].lower += f.lower
-		all[n].upper += f.upper
+		all[n].lower = add(all[n].lower, f.lower)
+		all[n].upper = add(all[n].upper, f.upper)
 	}
 	strips := t.strips(len(all), func(path string) int {
 		if n, ok := layerOf[path]; ok {
