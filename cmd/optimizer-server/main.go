@@ -31,7 +31,7 @@ var errUsage = errors.New("usage")
 
 // Memory is what a node pays per traced container, so the collector runs early.
 const (
-	gcPercent   = 40
+	gcPercent   = 20
 	memoryLimit = 64 << 20 // bytes; soft
 )
 

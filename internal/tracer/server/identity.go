@@ -18,7 +18,6 @@ import (
 // inodes whose pages were touched.
 type identity struct {
 	s       *session
-	named   map[inode]struct{}  // inodes with pages whose path is known
 	left    map[uint64]struct{} // numbers of inodes that the run made
 	renamed map[uint64][]uint32 // entries that are not where they were in the image, by inode number
 	wanted  map[inode]*pageFile // inodes with pages whose path is not known
@@ -32,7 +31,7 @@ type identity struct {
 // their paths. It runs after the last event.
 func (s *session) resolvePages() {
 	d := &identity{
-		s: s, named: make(map[inode]struct{}), left: make(map[uint64]struct{}),
+		s: s, left: make(map[uint64]struct{}),
 		renamed: make(map[uint64][]uint32), wanted: s.pages.files, sure: true, bound: time.Now().Add(walkTime),
 	}
 	for i := range s.entries {
@@ -41,8 +40,10 @@ func (s *session) resolvePages() {
 	if s.lean != nil {
 		s.nameRest(d.send)
 	}
-	for id := range d.named {
-		delete(d.wanted, id)
+	for id, f := range d.wanted {
+		if f.sent {
+			delete(d.wanted, id)
+		}
 	}
 	err := d.search()
 	for id := range d.wanted {
@@ -96,28 +97,31 @@ func (d *identity) entry(i uint32) {
 
 // send sends what is known of the pages of an entry that is file st of a layer, at path p.
 func (d *identity) send(i uint32, l *layer, p string, st *unix.Stat_t) {
+	var none pageFile
 	e, id := &d.s.entries[i], inode{l.dev, st.Ino}
 	if !l.visible() {
 		d.whole = true
 		return
 	}
 	f := d.s.pages.files[id]
-	if _, again := d.named[id]; again {
-		f = &pageFile{} // another name of the same inode
-	} else if f == nil {
+	switch {
+	case f != nil && f.sent:
+		f = &none // another name of the same inode
+	case f != nil:
+		f.sent = true
+	default:
 		// Bytes that came past the page cache, by direct I/O, leave no page event.
 		unseen := e.how&trace.Read != 0 && !d.s.t.changed(p)
 		if unseen || !d.s.pages.exact() {
 			d.whole = true
 			return
 		}
-		f = &pageFile{}
+		f = &none
 	}
 	if e.how|f.how&trace.Read != e.how {
 		e.how |= trace.Read
 		d.s.out.send(stream.Merge{ID: e.id, How: e.how})
 	}
-	d.named[id] = struct{}{}
 	d.put(e.id, f, l, p, st.Size)
 }
 

@@ -2,6 +2,7 @@ package server
 
 import (
 	"fmt"
+	"path"
 	"strings"
 	"time"
 
@@ -156,10 +157,8 @@ func (s *session) firstLean(ino uint64, how trace.How, pid int32) {
 func (s *session) nameEntries(found func(i uint32, l *layer, p string, st *unix.Stat_t)) error {
 	bound := time.Now().Add(walkTime)
 	for i := range s.t.layers {
-		w := walk{
-			view: s.t.layers[i].fd, deadline: bound, buf: make([]byte, 64<<10),
-			wanted: s.waits, found: func(p string, id inode) { s.named(i, p, id.ino, found) },
-		}
+		w := walk{view: s.t.layers[i].fd, deadline: bound, buf: make([]byte, 64<<10), wanted: s.waits}
+		w.found = func(p string, id inode) { s.named(i, w.dirfd, p, id.ino, found) }
 		if err := w.run(func() bool { return s.lean.unnamed > 0 }); err != nil {
 			return err
 		}
@@ -173,10 +172,11 @@ func (s *session) waits(ino uint64) bool {
 	return ok && s.entries[s.lean.firsts[n].entry].state == waiting
 }
 
-// named handles a path of layer j that is perhaps the one of a file that was touched.
-func (s *session) named(j int, p string, ino uint64, found func(i uint32, l *layer, p string, st *unix.Stat_t)) {
+// named handles a path of layer j, in the open directory dir, that is perhaps the one of a file that
+// was touched.
+func (s *session) named(j, dir int, p string, ino uint64, found func(i uint32, l *layer, p string, st *unix.Stat_t)) {
 	var st unix.Stat_t
-	if unix.Fstatat(s.t.layers[j].fd, p[1:], &st, unix.AT_SYMLINK_NOFOLLOW) != nil || st.Ino != ino || s.t.shadowed(j, p) {
+	if unix.Fstatat(dir, path.Base(p), &st, unix.AT_SYMLINK_NOFOLLOW) != nil || st.Ino != ino || s.t.shadowed(j, p) {
 		return
 	}
 	l := s.lean

@@ -50,6 +50,7 @@ type pageFile struct {
 	pid  int32  // of the first touch
 	comm uint16 // its name, see comms.number
 	how  trace.How
+	sent bool // it has a path
 }
 
 // newPageLog returns a log of an instance that is handed over; the instance stays its

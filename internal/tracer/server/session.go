@@ -134,6 +134,8 @@ func (s *session) loop(ctx context.Context, stdin *os.File) error {
 	if isStream(stdin) {
 		in = int(stdin.Fd())
 	}
+	restore := yieldCPU()
+	defer restore()
 	for s.reason == "" {
 		s.out.flush()
 		if s.out.err != nil {
@@ -150,8 +152,27 @@ func (s *session) loop(ctx context.Context, stdin *os.File) error {
 			s.rest(wake, in)
 		}
 	}
+	restore()
 	return s.finish()
 }
+
+// workNice is the nice value of the thread that handles events while the workload runs: the
+// kernel's queue holds them as long as the machine has better things to do.
+const workNice = 10
+
+// yieldCPU lowers the priority of the calling thread, which must be locked, and returns what puts it
+// back. Without the privilege to do that the thread keeps the lower one.
+func yieldCPU() func() {
+	raw, err := unix.Getpriority(unix.PRIO_PROCESS, 0)
+	before := niceBase - raw // getpriority(2): the system call returns 20 less the value
+	if err != nil || before >= workNice {
+		return func() {}
+	}
+	_ = unix.Setpriority(unix.PRIO_PROCESS, 0, workNice) // then it competes
+	return func() { _ = unix.Setpriority(unix.PRIO_PROCESS, 0, before) }
+}
+
+const niceBase = 20
 
 // wait blocks until there is something to do and sets the reason when that is to end.
 // A reason found before a drain covers everything that happened before it.

@@ -80,6 +80,7 @@ type walk struct {
 	view     int
 	deadline time.Time
 	found    func(p string, i inode)
+	dirfd    int // while found is called: the open directory of p
 	// wanted, when set, says by the number that a directory has for a file whether it is worth
 	// a visit; what is visited then has that number and no device.
 	wanted  func(ino uint64) bool
@@ -138,6 +139,7 @@ func (w *walk) dir(dir string) ([]string, error) {
 
 // visit looks at one entry of the open directory and reports whether it is one itself.
 func (w *walk) visit(fd int, dir string, e dirent) bool {
+	w.dirfd = fd
 	if e.name == "" || e.name == "." || e.name == ".." || len(dir)+len(e.name) >= maxPath {
 		return false
 	}
