@@ -100,7 +100,7 @@ func (c *checker) run(ctx context.Context, bootstrap io.ReaderAt, size int64, op
 		if err := ctx.Err(); err != nil {
 			return err
 		}
-		n, _ := findChunk(table, chunkID(uint16(i+1), 0)) //nolint:gosec // at most maxReadBlobs
+		n, _ := findChunk(table, chunkID(uint16(i+1), 0))
 		if i+1 == len(blobs) {
 			n = len(table)
 		}

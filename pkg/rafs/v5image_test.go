@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/binary"
 	"errors"
+	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -257,9 +258,7 @@ func TestMergeNydusV5(t *testing.T) {
 		name := filepath.Join(dir, s.open(t).Blobs[0].ID)
 		must(t, os.WriteFile(name, s.bootstrap, 0o600))
 		args = append(args, name)
-		for id, p := range s.blobs {
-			merged.blobs[id] = p
-		}
+		maps.Copy(merged.blobs, s.blobs)
 		if len(merged.blobs) != i+1 {
 			t.Fatal("the layers have the same blob")
 		}

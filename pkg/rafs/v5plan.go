@@ -339,7 +339,7 @@ func xattrSizeV5(xattrs []Xattr) (uint64, error) {
 				return 0, invalid("xattr "+x.Name, -1, "name", "there twice", "once")
 			}
 		}
-		total += uint64(disk.SizeXattrPairV5 + len(x.Name) + 1 + len(x.Value)) //nolint:gosec // lengths
+		total += uint64(disk.SizeXattrPairV5 + len(x.Name) + 1 + len(x.Value))
 	}
 	return total, nil
 }
@@ -359,8 +359,8 @@ func (p *v5Plan) digest() {
 		}
 		sum := p.img.Digester.hash()
 		for j := range n.inode.Children {
-			d := p.digestOf(&p.nodes[n.child+uint32(j)]) //nolint:gosec // bounded by dir
-			sum.Write(d[:])                              // never fails
+			d := p.digestOf(&p.nodes[n.child+uint32(j)])
+			sum.Write(d[:]) // never fails
 		}
 		p.digests[n.extra] = Digest(sum.Sum(nil))
 	}

@@ -121,7 +121,7 @@ func (p *v5Plan) appendInode(buf []byte, n *v5Node) []byte {
 		buf = appendPadded(buf, xattrs)
 	}
 	for i := range ino.Chunks {
-		buf = appendRecord(buf, chunkRecord(&ino.Chunks[i], uint64(i)*uint64(p.img.ChunkSize))) //nolint:gosec // an index
+		buf = appendRecord(buf, chunkRecord(&ino.Chunks[i], uint64(i)*uint64(p.img.ChunkSize)))
 	}
 	return buf
 }
