@@ -59,7 +59,7 @@ func compareNydusd(t *testing.T, res *builder.Result, entries []expected) {
 
 func mountNydusd(t testing.TB, res *builder.Result) string {
 	t.Helper()
-	return testenv.MountNydusd(t, res.BootstrapPath, blobDir(t, res))
+	return testenv.MountNydusdPrefetching(t, res.BootstrapPath, blobDir(t, res))
 }
 
 // blobDir makes a directory with the blobs by id, as a Nydus backend has them.
