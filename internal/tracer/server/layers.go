@@ -2,6 +2,7 @@ package server
 
 import (
 	"errors"
+	"os"
 	"path"
 	"slices"
 	"strconv"
@@ -34,7 +35,7 @@ var errNoLayers = errors.New("the image's layers cannot be seen from here")
 // them. It returns errNoLayers when any of them is not there.
 func openLayers(overlay *mountinfo.Info, mounts []*mountinfo.Info) ([]layer, error) {
 	dirs := lowerDirs(overlay.VFSOptions)
-	if len(dirs) == 0 {
+	if len(dirs) == 0 || splitsData(overlay.VFSOptions, readParameter("metacopy")) {
 		return nil, errNoLayers
 	}
 	for _, base := range bases(overlay, mounts) {
@@ -44,6 +45,28 @@ func openLayers(overlay *mountinfo.Info, mounts []*mountinfo.Info) ([]layer, err
 		}
 	}
 	return nil, errNoLayers
+}
+
+// splitsData reports whether a file of the overlay may have its data in another layer than its
+// metadata: then one path is two inodes. on is what the module does by default, which the
+// options do not show.
+func splitsData(options string, on bool) bool {
+	for o := range strings.SplitSeq(options, ",") {
+		key, value, _ := strings.Cut(o, "=")
+		switch {
+		case key == "datadir+", key == "lowerdir" && strings.Contains(value, "::"):
+			return true
+		case key == "metacopy":
+			on = value == "on"
+		}
+	}
+	return on
+}
+
+// readParameter returns a default of the overlay module.
+func readParameter(name string) bool {
+	b, err := os.ReadFile("/sys/module/overlay/parameters/" + name)
+	return err == nil && strings.HasPrefix(string(b), "Y")
 }
 
 func openDirs(dirs []string, base, below string, mounts []*mountinfo.Info) ([]layer, error) {

@@ -39,6 +39,23 @@ func TestLowerDirs(t *testing.T) {
 	}
 }
 
+func TestSplitsData(t *testing.T) {
+	for in, want := range map[string]bool{
+		"rw,lowerdir=/a:/b,upperdir=/u":             false,
+		"rw,lowerdir=/a:/b,metacopy=on":             true,
+		"rw,lowerdir=/a::/data,redirect_dir=follow": true,
+		"rw,lowerdir+=/a,datadir+=/b":               true,
+		"rw,lowerdir=/a,metacopy=off":               false,
+	} {
+		if got := splitsData(in, false); got != want {
+			t.Errorf("splitsData(%q) = %v, want %v", in, got, want)
+		}
+	}
+	if !splitsData("lowerdir=/a", true) || splitsData("lowerdir=/a,metacopy=off", true) {
+		t.Error("the module's default does not count where the options are silent, or counts where they are not")
+	}
+}
+
 // FuzzLowerDirs holds that no options make it panic or return what is no name.
 func FuzzLowerDirs(f *testing.F) {
 	f.Add(`rw,lowerdir=/a\134:b:/c\040d,upperdir=/u`)
