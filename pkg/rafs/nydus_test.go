@@ -98,3 +98,35 @@ func runNydus(t *testing.T, nydus, source string, args []string) *stored {
 	}
 	return s
 }
+
+// TestReadChunkDict reads an image whose chunks are partly in the blob of another one.
+func TestReadChunkDict(t *testing.T) {
+	testenv.Root(t)
+	nydus := testenv.Tool(t, "nydus-image")
+	dict, source := t.TempDir(), sourceTree(t)
+	shared := content(newRand(6), 3<<20)
+	must(t, os.WriteFile(filepath.Join(dict, "base"), shared, 0o644))
+	must(t, os.WriteFile(filepath.Join(source, "copy"), shared, 0o644))
+	base := runNydus(t, nydus, dict, nil)
+	bootstrap := filepath.Join(t.TempDir(), "base.boot")
+	must(t, os.WriteFile(bootstrap, base.bootstrap, 0o600))
+	s := runNydus(t, nydus, source, []string{"--chunk-dict", "bootstrap=" + bootstrap})
+	img := s.open(t)
+	if len(img.Blobs) != 2 {
+		t.Fatalf("%d blobs, want the image's and the dictionary's", len(img.Blobs))
+	}
+	if _, err := s.check(rafs.CheckOptions{Data: true}); err == nil {
+		t.Error("Check says nothing of the blob that is not there")
+	}
+	for id, p := range base.blobs {
+		s.blobs[id] = p
+	}
+	if _, err := s.check(rafs.CheckOptions{Data: true}); err != nil {
+		t.Error(err)
+	}
+	got := flatten(t, img, img.FS(s.reader))
+	want := flattenDir(t, source, got)
+	got[0].Mtime, got[0].Nsec = want[0].Mtime, want[0].Nsec
+	diff(t, "tree", got, want)
+	s.compareMount(t)
+}
