@@ -12,12 +12,15 @@
 //	img, err := rafs.Open(bootstrap, size)
 //	…
 //	fsys := img.FS(func(b rafs.Blob) (*rafs.BlobReader, error) {
-//		return rafs.OpenBlob(blobs[b.ID], b)
+//		return rafs.OpenBlobFrom(func(b rafs.Blob) (io.ReaderAt, error) { return files[b.ID], nil }, b)
 //	})
 //	data, err := fs.ReadFile(fsys, "etc/os-release") // every chunk verified
 //
-// Limits: encryption, tarfs data and chunks inside plain gzip layers (ZRAN) give [ErrUnsupported]; the
-// tree of a tarfs or ZRAN image can be read. Bytes are written for little-endian readers of block size 4096.
+// Blobs are read in all kinds that nydus-image makes, but encrypted and external ones ([ErrUnsupported]): chunks stored one by
+// one or in batches, inside the gzip or tar layers of another image (ZRAN, OCI-ref: [RefBuilder] makes such blobs), and
+// plain tars (tarfs, whose chunks have no digests). [BlobWriter] makes the first two.
+//
+// Limits: bytes are written for little-endian readers of block size 4096, so no tarfs images.
 // The layout was learned from the sources of dragonflyoss/nydus and the kernel's fs/erofs; WriteBootstrap
 // gives the bytes that nydus-image 2.4 gives, but for the CRCs of chunks and the order of xattrs.
 package rafs

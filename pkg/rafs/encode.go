@@ -19,7 +19,8 @@ const (
 	// LevelDefault is for layer blobs: fast, zstd within 3 % of the size of libzstd's level 3.
 	LevelDefault Level = iota
 	// LevelBest is for prefetch blobs, which are small and read by every start: about
-	// 7 % smaller and seven times slower with zstd, and it holds 35 MiB per encoder.
+	// 6 % smaller and ten times slower with zstd (39 MB of Python's files in chunks of 64 KiB: 15.5 MB after 16.6), and it
+	// holds 35 MiB per encoder. Batches of 256 KiB take 3 % less again.
 	LevelBest
 )
 
