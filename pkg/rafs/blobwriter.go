@@ -88,7 +88,7 @@ type BlobWriter struct {
 	data    hash.Hash // of the chunk data and its tar header, for the TOC; nil without one
 	closed  bool
 
-	seen         map[chunkKey]uint32 // index of the chunk
+	seen         chunkIndex
 	count        uint32
 	table        []byte   // blob.meta records, as they are stored
 	offsets      []uint64 // uncompressed ones of V5, which the records cannot say
@@ -111,7 +111,7 @@ func NewBlobWriter(w io.Writer, o BlobOptions) (*BlobWriter, error) {
 	if err := o.check(); err != nil {
 		return nil, err
 	}
-	b := &BlobWriter{tailWriter: tailWriter{w: w, sum: sha256.New()}, options: o, seen: map[chunkKey]uint32{}}
+	b := &BlobWriter{tailWriter: tailWriter{w: w, sum: sha256.New()}, options: o}
 	if o.TOC {
 		b.data = sha256.New()
 	}
@@ -172,7 +172,7 @@ func (b *BlobWriter) known(d Digest, size uint32) (Chunk, bool, error) {
 	case b.closed:
 		return Chunk{}, false, fmt.Errorf("rafs: append to a closed blob")
 	}
-	i, ok := b.seen[chunkKey{d, size}]
+	i, ok := b.seen.find(chunkKey{d, size})
 	if !ok {
 		return Chunk{}, false, nil
 	}
@@ -182,9 +182,8 @@ func (b *BlobWriter) known(d Digest, size uint32) (Chunk, bool, error) {
 // keep gives a new chunk of which the stored place is known its index and its place in the cache file.
 func (b *BlobWriter) keep(r metaRecord, d Digest, size uint32) Chunk {
 	r.uncompressedOffset, r.uncompressedSize = b.uncompressed, size
-	index := b.count
+	index := b.seen.add(chunkKey{d, size})
 	b.count++
-	b.seen[chunkKey{d, size}] = index
 	if b.options.v2() {
 		b.table = appendV2(b.table, r)
 	} else {
@@ -288,7 +287,7 @@ func (b *BlobWriter) Close() (Blob, error) {
 	}
 	blob.CompressedSize = b.written
 	blob.ID = hex.EncodeToString(b.sum.Sum(nil))
-	b.seen, b.table, b.digests, b.offsets, b.batches = nil, nil, nil, nil, batchWriter{}
+	b.seen, b.table, b.digests, b.offsets, b.batches = chunkIndex{}, nil, nil, nil, batchWriter{}
 	return blob, nil
 }
 

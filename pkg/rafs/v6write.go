@@ -124,35 +124,44 @@ func chunkRecord(c *Chunk, fileOffset uint64) *disk.ChunkRecord {
 	return r
 }
 
-// v6Piece is one run of bytes of the metadata area: an inode with what follows it, or the
-// whole blocks of its data.
-type v6Piece struct {
-	offset uint64
-	node   uint32
-	blocks bool
+// v6Piece is one run of bytes of the metadata area: an inode with what follows it (even), or
+// the whole blocks of its data (odd); half of it is its place in nodes.
+type v6Piece uint32
+
+func (p *v6Plan) pieceOffset(piece v6Piece) uint64 {
+	n := &p.nodes[piece/2]
+	if piece%2 == 1 {
+		return n.data
+	}
+	return n.offset
 }
 
 // writeMeta writes the metadata area in order of place, which is not the order of layout.
 func (p *v6Plan) writeMeta(out *placedWriter) {
-	pieces := make([]v6Piece, 0, len(p.nodes))
+	count := len(p.nodes)
 	for i := range p.nodes {
-		n := &p.nodes[i]
-		pieces = append(pieces, v6Piece{n.offset, uint32(i), false})
-		if hasBlocks(n) {
-			pieces = append(pieces, v6Piece{n.data, uint32(i), true})
+		if hasBlocks(&p.nodes[i]) {
+			count++
 		}
 	}
-	slices.SortFunc(pieces, func(a, b v6Piece) int { return cmp.Compare(a.offset, b.offset) })
+	pieces := make([]v6Piece, 0, count)
+	for i := range p.nodes {
+		pieces = append(pieces, v6Piece(2*i)) //nolint:gosec // nodes are far below 2^31
+		if hasBlocks(&p.nodes[i]) {
+			pieces = append(pieces, v6Piece(2*i+1)) //nolint:gosec // as above
+		}
+	}
+	slices.SortFunc(pieces, func(a, b v6Piece) int { return cmp.Compare(p.pieceOffset(a), p.pieceOffset(b)) })
 	var record, data []byte
 	for _, piece := range pieces {
-		n := &p.nodes[piece.node]
-		data = p.flatData(data[:0], n, piece.blocks)
-		if piece.blocks {
-			out.at(p.sizes.meta+piece.offset, data)
+		n, blocks := &p.nodes[piece/2], piece%2 == 1
+		data = p.flatData(data[:0], n, blocks)
+		if blocks {
+			out.at(p.sizes.meta+n.data, data)
 			continue
 		}
 		record = p.appendInode(record[:0], n)
-		out.at(p.sizes.meta+piece.offset, append(record, data...))
+		out.at(p.sizes.meta+n.offset, append(record, data...))
 	}
 }
 
