@@ -221,6 +221,7 @@ func (c *conversion) run(ctx context.Context, cfg sourceConfig) error {
 // complete verifies what was written, and meanwhile packs the bootstrap; then it writes
 // the documents of the image.
 func (c *conversion) complete(ctx context.Context, cfg sourceConfig, want summary, chunks []blobChunks) error {
+	collectTree()
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error {
 		if err := c.verifyBootstrap(ctx, want); err != nil {

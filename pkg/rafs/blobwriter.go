@@ -270,7 +270,7 @@ func (b *BlobWriter) Close() (Blob, error) {
 		return Blob{}, fmt.Errorf("rafs: blob closed twice")
 	}
 	b.closed = true
-	b.seen = nil // the tables take memory too
+	b.seen = chunkIndex{} // the tables take memory too
 	if b.count == 0 {
 		return Blob{}, ErrNoChunks
 	}
