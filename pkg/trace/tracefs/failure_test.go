@@ -554,7 +554,7 @@ func TestPoolCyclesLeaveNothing(t *testing.T) {
 			ours++
 		}
 	}
-	if ours > tracefs.DefaultReady+2 {
+	if ours > tracefs.DefaultMax/4+2 {
 		t.Errorf("%d descriptors of instances are open, want those of the pool", ours)
 	}
 	if err := p.Close(); err != nil {

@@ -3,6 +3,7 @@ package tracefs_test
 import (
 	"fmt"
 	"os"
+	"runtime"
 	"testing"
 
 	"github.com/headstart-oci/headstart/internal/testenv"
@@ -10,6 +11,14 @@ import (
 
 // helperEnv makes the test binary a program for tests; its value says which.
 const helperEnv = "TRACEFS_TEST_HELPER"
+
+// A helper that calls execve does so in its first thread unless it says otherwise: the
+// goroutine of main is on it now and stays there.
+func init() {
+	if os.Getenv(helperEnv) != "" {
+		runtime.LockOSThread()
+	}
+}
 
 func TestMain(m *testing.M) {
 	name := os.Getenv(helperEnv)

@@ -11,7 +11,7 @@ import (
 
 // Defaults of [PoolOptions].
 const (
-	DefaultReady  = 4
+	DefaultReady  = 6
 	DefaultMax    = 64
 	DefaultBudget = 128 << 20 // bytes
 )
@@ -28,7 +28,8 @@ type PoolOptions struct {
 	// 0: DefaultBudget. While it lasts an instance gets Instance.Ring, then what is left when
 	// 512 KiB are kept for every further one, and at least that.
 	Budget int64
-	// Ready is how many instances are kept waiting, at least 0; 0: DefaultReady.
+	// Ready is how many instances are kept waiting, at least 0; 0: DefaultReady. When that was
+	// too few there are up to a quarter of Max for some minutes.
 	Ready int
 	// Max is how many there are at most, waiting ones included, at least 0; 0: DefaultMax.
 	Max int
@@ -55,8 +56,10 @@ type Pool struct {
 	count  int          // instances that there are, wherever they are
 	out    int          // those that Get returned and Put did not take back
 	rings  map[*Instance]int64
-	spent  int64 // bytes of rings
-	failed error // of the last attempt to make one; nil after a success
+	spent  int64     // bytes of rings
+	want   int       // instances to keep ready: at least o.Ready, more after a rush
+	rushed time.Time // when want was last raised or lowered
+	failed error     // of the last attempt to make one; nil after a success
 	closed bool
 }
 
@@ -83,7 +86,7 @@ func NewPool(fs *FS, o PoolOptions) (*Pool, error) {
 	if o.Log == nil {
 		o.Log = func(error) {}
 	}
-	p := &Pool{fs: fs, o: o, rings: map[*Instance]int64{}, wake: make(chan struct{}, 1), quit: make(chan struct{}), done: make(chan struct{})}
+	p := &Pool{fs: fs, o: o, want: o.Ready, rings: map[*Instance]int64{}, wake: make(chan struct{}, 1), quit: make(chan struct{}), done: make(chan struct{})}
 	go p.work()
 	return p, nil
 }
@@ -119,6 +122,7 @@ func (p *Pool) Get(ctx context.Context) (*Instance, error) {
 		p.mu.Unlock()
 		return nil, fmt.Errorf("pool of trace instances: %w: all %d are in use", ErrLimit, p.o.Max)
 	}
+	p.want, p.rushed = max(min(2*p.want, p.o.Max/4), p.want), time.Now()
 	answer := make(chan got, 1)
 	p.queue = append(p.queue, answer)
 	p.mu.Unlock()
@@ -205,8 +209,12 @@ func (p *Pool) signal() {
 	}
 }
 
-// again is when the worker tries once more what did not work.
-const again = time.Second
+// again is when the worker tries once more what did not work, and calm how long after a rush
+// it keeps one instance less ready, and then another.
+const (
+	again = time.Second
+	calm  = time.Minute
+)
 
 // work makes, resets and removes instances until the pool is closed.
 func (p *Pool) work() {
@@ -229,6 +237,9 @@ func (p *Pool) work() {
 		}
 		p.mu.Lock()
 		p.failed = nil
+		if p.want > p.o.Ready && time.Since(p.rushed) > calm {
+			p.want, p.rushed = p.want-1, time.Now()
+		}
 		p.mu.Unlock()
 	}
 }
@@ -252,7 +263,11 @@ func (p *Pool) step() bool {
 	case len(p.used) > 0:
 		p.recycle()
 		return true
-	case len(p.ready) < p.o.Ready && p.count < p.o.Max && p.failed == nil:
+	case len(p.ready) > p.want:
+		p.broken = append(p.broken, p.ready[0])
+		p.ready = p.ready[1:]
+		return true
+	case len(p.ready) < p.want && p.count < p.o.Max && p.failed == nil:
 		i, err := p.create()
 		if p.failed = err; err != nil {
 			p.o.Log(err)
@@ -283,7 +298,7 @@ func (p *Pool) recycle() {
 	case err != nil:
 		p.broken = append(p.broken, i)
 	case p.answer(got{i: i}):
-	case len(p.ready) < p.o.Ready:
+	case len(p.ready) < p.want:
 		p.ready = append(p.ready, i)
 	default:
 		p.broken = append(p.broken, i)
