@@ -2,6 +2,7 @@ package builder
 
 import (
 	"bufio"
+	"cmp"
 	"encoding/binary"
 	"encoding/json"
 	"errors"
@@ -14,6 +15,9 @@ import (
 
 	"github.com/headstart-oci/headstart/pkg/rafs"
 )
+
+// errMagic is what is wrong with a stream of enough other bytes.
+var errMagic = errors.New("no layer record")
 
 // maxRecord bounds what a record decompresses to: that of [MaxEntries] usual files.
 const maxRecord = 4 << 30
@@ -46,7 +50,7 @@ func decodeRecord(r io.Reader, layer, base int, d *dict) (recordHeader, *tree, e
 	}
 	magic := make([]byte, len(recordMagic))
 	if _, err := io.ReadFull(e.r, magic); err != nil || string(magic) != recordMagic {
-		return recordHeader{}, nil, fmt.Errorf("%w: it begins with %q, want %q (%v)", ErrInvalid, magic, recordMagic, err)
+		return recordHeader{}, nil, fmt.Errorf("%w: it begins with %q, want %q: %w", ErrInvalid, magic, recordMagic, cmp.Or(err, errMagic))
 	}
 	var h recordHeader
 	if err := json.Unmarshal(e.bytes(1<<20), &h); err != nil && e.err == nil {

@@ -151,7 +151,7 @@ func parseSize(s string) (uint32, error) {
 	if err != nil || bits.OnesCount64(n) != 1 {
 		return 0, fmt.Errorf("%w: %q, want a power of two", ErrUnsupported, s)
 	}
-	return uint32(n), nil //nolint:gosec // ParseUint bounds it
+	return uint32(n), nil
 }
 
 // readBootstrap opens a bootstrap file and returns its digest too.

@@ -227,7 +227,7 @@ func MergeLayers(ctx context.Context, cs content.Store, descs []ocispec.Descript
 		if err != nil {
 			return nil, nil, fmt.Errorf("blob %s: %w", d.Digest, err)
 		}
-		defer ra.Close() // only read
+		defer func() { _ = ra.Close() }() // only read
 		layers = append(layers, Layer{Digest: d.Digest, ReaderAt: ra})
 	}
 	opt.WithTar = true

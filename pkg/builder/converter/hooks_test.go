@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"errors"
 	"io"
+	"maps"
 	"testing"
 
 	"github.com/containerd/containerd/v2/core/content"
@@ -36,9 +37,7 @@ func (l labels) Update(d digest.Digest, update map[string]string) (map[string]st
 	if l[d] == nil {
 		l[d] = map[string]string{}
 	}
-	for k, v := range update {
-		l[d][k] = v
-	}
+	maps.Copy(l[d], update)
 	return l[d], nil
 }
 
