@@ -14,6 +14,7 @@ type profileMergeOptions struct {
 	*global
 	output string
 	mixed  bool
+	keep   int
 }
 
 func newProfileMerge(g *global) *cobra.Command {
@@ -22,8 +23,8 @@ func newProfileMerge(g *global) *cobra.Command {
 		Use:   "merge LIST... -o FILE",
 		Short: "Merge lists and profiles of one workload into a profile",
 		Long: fmt.Sprintf(`merge writes the profile of all runs that the arguments hold, lists or profiles, each run
-once, in whatever order they come. Of more than %d runs the complete and then the latest
-ones are kept. A run with losses is kept too: it adds what it saw, and counts for nothing
+once, in whatever order they come. Of more than %d runs, or --keep, the complete and then
+the latest ones are kept. A run with losses is kept too: it adds what it saw, and counts for nothing
 it did not see.`, persist.MaxRuns),
 		Example: `  optimizer profile merge run1.list run2.list -o app.profile
   optimizer profile merge app.profile run3.list -o app.profile`,
@@ -33,6 +34,8 @@ it did not see.`, persist.MaxRuns),
 				return usagef(cmd, "want at least one list or profile")
 			case o.output == "":
 				return usagef(cmd, "want --output FILE, or --output - for standard output")
+			case o.keep < 1 || o.keep > persist.MaxRuns:
+				return usagef(cmd, "--keep: got %d, want 1 to %d", o.keep, persist.MaxRuns)
 			}
 			return o.run(cmd, args)
 		},
@@ -40,18 +43,22 @@ it did not see.`, persist.MaxRuns),
 	f := cmd.Flags()
 	f.StringVarP(&o.output, "output", "o", "", "the profile to write, - for standard output; may be one of the arguments")
 	f.BoolVar(&o.mixed, "mixed", false, "merge runs of different images, platforms or commands too")
+	f.IntVar(&o.keep, "keep", persist.MaxRuns, "keep so many runs: complete ones first, then the latest")
 	return cmd
 }
 
 func (o *profileMergeOptions) run(cmd *cobra.Command, args []string) error {
 	var first, all *persist.Profile
-	seen := 0
+	seen, ids := 0, map[string]bool{}
 	for _, name := range args {
 		p, err := o.readProfile(cmd, name)
 		if err != nil {
 			return err
 		}
 		seen += len(p.Runs)
+		for _, r := range p.Runs {
+			ids[r.ID] = true
+		}
 		if all == nil {
 			first, all = p, p
 		}
@@ -63,12 +70,16 @@ func (o *profileMergeOptions) run(cmd *cobra.Command, args []string) error {
 			return o.refused(err, args[0], name)
 		}
 	}
+	all = all.Keep(o.keep)
 	if err := o.writeOutput(o.output, func(w io.Writer) error { _, err := all.WriteTo(w); return err }); err != nil {
+		if errors.Is(err, persist.ErrInvalid) {
+			return fmt.Errorf("%w; --keep leaves fewer runs", err)
+		}
 		return err
 	}
 	o.note("%d runs, %d of them complete, from %d in %d files", len(all.Runs), all.Complete(), seen, len(args))
-	if len(all.Runs) == persist.MaxRuns && seen > persist.MaxRuns {
-		o.note("a profile keeps %d runs: the complete and the latest ones", persist.MaxRuns)
+	if gone := len(ids) - len(all.Runs); gone > 0 {
+		o.note("%d runs were left out: the profile keeps %d, complete ones first, then the latest", gone, o.keep)
 	}
 	return nil
 }

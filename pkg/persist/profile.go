@@ -110,6 +110,11 @@ func sameWorkload(a, b *List) error {
 	return nil
 }
 
+// Keep returns the profile of the first n runs of p.
+func (p *Profile) Keep(n int) *Profile {
+	return &Profile{Runs: slices.Clone(p.Runs[:min(max(n, 0), len(p.Runs))])}
+}
+
 // Mixed returns nil when all runs are of one image, platform and workload, else
 // [ErrMixed] with the first difference.
 func (p *Profile) Mixed() error {

@@ -2,6 +2,7 @@ package persist
 
 import (
 	"bufio"
+	"errors"
 	"fmt"
 	"io"
 	"slices"
@@ -36,6 +37,9 @@ func (p *Profile) WriteTo(w io.Writer) (int64, error) {
 		r.List.write(lw)
 	}
 	lw.line(fmt.Appendf(nil, "end %d runs", len(p.Runs)))
+	if errors.Is(lw.err, ErrInvalid) {
+		return lw.n - int64(lw.w.Buffered()), fmt.Errorf("write profile of %d runs: %w", len(p.Runs), lw.err)
+	}
 	if lw.err == nil {
 		lw.err = lw.w.Flush()
 	}

@@ -281,6 +281,33 @@ func checkMerging(t *testing.T, a, b, c *persist.Profile) {
 	same("neutral", merge(a, &persist.Profile{}), a)
 }
 
+// A profile that its file has no room for is refused, and one of fewer runs is not.
+func TestProfileTooLarge(t *testing.T) {
+	t.Parallel()
+	if testing.Short() {
+		t.Skip("writes 256 MiB")
+	}
+	long := strings.Repeat("/0123456789abcdef", 200)
+	var lists []*persist.List
+	for n := range 3 {
+		l := runAt(n)
+		for i := range 30000 {
+			l.Accesses = append(l.Accesses, trace.Access{Path: fmt.Sprintf("%s/%d", long, i)})
+		}
+		lists = append(lists, l)
+	}
+	p := profileOf(t, lists...)
+	if _, err := p.WriteTo(io.Discard); !errors.Is(err, persist.ErrInvalid) || !strings.Contains(err.Error(), "write profile of 3 runs: ") {
+		t.Errorf("WriteTo = %v, want ErrInvalid", err)
+	}
+	if _, err := p.Keep(2).WriteTo(io.Discard); err != nil {
+		t.Error(err)
+	}
+	if got := p.Keep(9); len(got.Runs) != 3 || len(p.Keep(-1).Runs) != 0 {
+		t.Errorf("Keep = %v", got)
+	}
+}
+
 // What a policy asks for, byte by byte, against counting.
 func TestFilesAgainstCounting(t *testing.T) {
 	t.Parallel()
