@@ -11,6 +11,10 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/containerd/containerd/v2/core/images"
+	"github.com/containerd/containerd/v2/core/leases"
+	"github.com/containerd/containerd/v2/pkg/namespaces"
+	"github.com/containerd/platforms"
 	"github.com/google/go-containerregistry/pkg/name"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	ggcr "github.com/google/go-containerregistry/pkg/v1/remote"
@@ -230,6 +234,42 @@ func TestMergePlatform(t *testing.T) {
 				t.Errorf("again: %+v, %v", again, err)
 			}
 		})
+	}
+}
+
+// An index goes to containerd's image store too, and stays whole when containerd collects garbage.
+func TestMergePlatformContainerd(t *testing.T) {
+	e := critest.Start(t, testcri.Options{})
+	source := "oci:" + t.TempDir() + "/src:app"
+	entries := pushIndex(t, source)
+	o := indexOptions(t, source, "containerd:example/registry.test/app:v")
+	o.TargetRemote = remote.Options{ContainerdAddress: e.Address()}
+	o.MergePlatform, o.AllPlatforms = true, true
+	sum := run(t, o)
+	ctx := namespaces.WithNamespace(t.Context(), "example")
+	leased := e.Client().LeasesService()
+	l, err := leased.Create(ctx, leases.WithRandomID())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := leased.Delete(ctx, l, leases.SynchronousDelete); err != nil { // runs the collector
+		t.Fatal(err)
+	}
+	img, err := e.Client().ImageService().Get(ctx, "registry.test/app:v")
+	if err != nil || img.Target.Digest != sum.TargetDigest {
+		t.Fatalf("image %+v, %v, want %s", img, err, sum.TargetDigest)
+	}
+	// containerd, which is told of no Nydus, takes the plain image of its platform.
+	m, err := images.Manifest(ctx, e.Client().ContentStore(), img.Target, platforms.OnlyStrict(ocispec.Platform{OS: "linux", Architecture: "amd64"}))
+	if err != nil || m.Annotations["of"] != "amd64" || len(m.Layers) != 1 {
+		t.Errorf("manifest %+v, %v, want that of %s", m, err, entries[0].Digest)
+	}
+	got, err := nydusimage.Open(t.Context(), o.Target, nydusimage.Options{Platform: "linux/arm64", Remote: o.TargetRemote, TempDir: t.TempDir()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(got.CheckLayers(t.Context(), true), got.Close()); err != nil {
+		t.Error(err)
 	}
 }
 
