@@ -183,14 +183,15 @@ func (i *Instance) prepare(ring int64) error {
 	if err != nil {
 		return err
 	}
-	each := max(ring/int64(len(cpus)), minRing)
+	each := max(ring/int64(min(online(), len(cpus))), minRing)
 	if err := i.dir.write("buffer_size_kb", strconv.FormatInt(each>>10, 10)); err != nil {
 		return fmt.Errorf("ring of %d bytes for each of %d CPUs: %w", each, len(cpus), err)
 	}
 	return nil
 }
 
-// cpus returns the directories of the CPUs that have a ring.
+// cpus returns the directories of the CPUs that there may be; those that are not online have
+// no ring.
 func (i *Instance) cpus() ([]string, error) {
 	names, err := i.dir.names("per_cpu")
 	if err != nil {

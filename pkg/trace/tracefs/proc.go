@@ -3,6 +3,7 @@ package tracefs
 import (
 	"errors"
 	"fmt"
+	"math"
 	"os"
 	"runtime"
 	"slices"
@@ -64,6 +65,35 @@ func descendants(pid int) []int {
 		all = append(all, threads...)
 	}
 	return all
+}
+
+// online returns the number of CPUs that run; many where that is not known.
+func online() int {
+	text, err := os.ReadFile("/sys/devices/system/cpu/online")
+	n := countCPUs(strings.TrimSpace(string(text)))
+	if err != nil || n == 0 {
+		return math.MaxInt
+	}
+	return n
+}
+
+// countCPUs returns how many CPUs a list such as "0-3,8" names, 0 when it is none.
+// Source: Documentation/admin-guide/cputopology.rst.
+func countCPUs(list string) int {
+	n := 0
+	for part := range strings.SplitSeq(list, ",") {
+		first, last, ok := strings.Cut(part, "-")
+		if !ok {
+			last = first
+		}
+		a, err := strconv.ParseUint(first, 10, 16)
+		b, err2 := strconv.ParseUint(last, 10, 16)
+		if err != nil || err2 != nil || b < a {
+			return 0
+		}
+		n += int(b-a) + 1
+	}
+	return n
 }
 
 // startTime returns when process pid began, in clock ticks since boot: together with pid it

@@ -27,6 +27,7 @@ type Reader struct {
 	streams []*stream
 	polls   []unix.PollFd
 	page    []byte
+	read    func(fd int, p []byte) (int, error) // read(2), but in tests
 	paused  bool
 	sleep   time.Duration // how long the next wait takes at most; 0: Interval
 
@@ -58,7 +59,7 @@ func (i *Instance) Reader() (*Reader, error) {
 	if err != nil {
 		return nil, fmt.Errorf("read trace instance: %w", explain(err))
 	}
-	r := &Reader{in: i, layout: l, page: make([]byte, l.size), wake: -1}
+	r := &Reader{in: i, layout: l, page: make([]byte, l.size), read: unix.Read, wake: -1}
 	for _, cpu := range cpus {
 		f, err := i.dir.open("per_cpu/"+cpu+"/trace_pipe_raw", unix.O_RDONLY|unix.O_NONBLOCK)
 		if err != nil {
@@ -127,6 +128,12 @@ func (r *Reader) wait() error {
 	_, err := unix.Poll(r.polls, int(timeout/time.Millisecond))
 	if err != nil && !errors.Is(err, unix.EINTR) {
 		return fmt.Errorf("wait for trace events: %w", err)
+	}
+	for i := range r.streams {
+		if r.polls[i].Revents&^unix.POLLIN != 0 {
+			// A CPU that is not online has no ring, and poll would return at once for ever.
+			r.polls[i].Fd = -1
+		}
 	}
 	if r.polls[len(r.polls)-1].Revents&unix.POLLIN != 0 {
 		var b [8]byte
@@ -199,7 +206,7 @@ func (r *Reader) limit(first *stream, horizon int64) int64 {
 // present where at is the end of time.
 func (r *Reader) refill(at int64) (bool, error) {
 	more := false
-	for _, s := range r.streams {
+	for i, s := range r.streams {
 		if len(s.events) > 0 || s.until >= at {
 			continue
 		}
@@ -213,6 +220,7 @@ func (r *Reader) refill(at int64) (bool, error) {
 		}
 		if len(s.events) > 0 {
 			more = true
+			r.polls[i].Fd = int32(s.fd) //nolint:gosec // a descriptor; it has a ring, if it had none before
 			continue
 		}
 		// The ring's clock may be ahead of ours by what adjusting it takes, hence at.
@@ -228,11 +236,11 @@ func (r *Reader) refill(at int64) (bool, error) {
 // then.
 func (r *Reader) next(s *stream) error {
 	for len(s.events) == 0 {
-		n, err := unix.Read(s.fd, r.page)
+		n, err := r.read(s.fd, r.page)
 		switch {
 		case errors.Is(err, unix.EINTR):
 			continue
-		case errors.Is(err, unix.EAGAIN), err == nil && n == 0:
+		case errors.Is(err, unix.EAGAIN), errors.Is(err, unix.ENODEV), err == nil && n == 0: // ENODEV: the CPU is not online
 			return nil
 		case err != nil:
 			return fmt.Errorf("read trace events: %w", err)
