@@ -196,6 +196,7 @@ func (c *conversion) run(ctx context.Context, cfg sourceConfig) error {
 	for _, f := range final.files {
 		c.res.Stats.FileBytes += int64(f.Size) //nolint:gosec // came from an int64
 	}
+	plan.follow(final.files)
 	records, err := c.writePrefetch(ctx, &plan)
 	if err != nil {
 		return fmt.Errorf("prefetch blob: %w", err)

@@ -308,7 +308,11 @@ func (c *chunker) record(p *piece) (rafs.Chunk, error) {
 		c.known++
 		return *p.known, nil
 	}
-	rec, err := c.blob.Append(p.chunk)
+	var before []rafs.Chunk
+	if n := len(p.ino.Chunks); n > 0 && p.ino.Chunks[n-1].Blob == c.layer {
+		before = p.ino.Chunks[n-1:]
+	}
+	rec, err := c.blob.AppendAfter(before, p.chunk)
 	rec.Blob = c.layer
 	return rec, err
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"path"
+	"slices"
 	"sort"
 
 	"golang.org/x/sys/unix"
@@ -15,8 +16,9 @@ import (
 
 // prefetchPlan says what the prefetch blob is to hold. It is pure data.
 type prefetchPlan struct {
-	chunks []rafs.Chunk  // one per digest, in the order of the list
-	inodes []*rafs.Inode // regular files with data, in the order of the list, each once
+	chunks []rafs.Chunk                  // one per digest, in the order of the list
+	inodes []*rafs.Inode                 // regular files with data, in the order of the list, each once
+	before map[rafs.Digest][]rafs.Digest // of chunks: those that some file has in front of them
 	stats  PrefetchStats
 }
 
@@ -67,6 +69,26 @@ func planPrefetch(t *tree, list *persist.List, chunkSize uint32) prefetchPlan {
 		}
 	}
 	return p
+}
+
+// follow finds which chunks of the plan follow each other in files.
+func (p *prefetchPlan) follow(files []*rafs.Inode) {
+	planned := make(map[rafs.Digest]struct{}, len(p.chunks))
+	for i := range p.chunks {
+		planned[p.chunks[i].Digest] = struct{}{}
+	}
+	p.before = map[rafs.Digest][]rafs.Digest{}
+	for _, f := range files {
+		for i := 1; i < len(f.Chunks); i++ {
+			first, second := f.Chunks[i-1].Digest, f.Chunks[i].Digest
+			if _, ok := planned[second]; !ok || slices.Contains(p.before[second], first) {
+				continue
+			}
+			if _, ok := planned[first]; ok {
+				p.before[second] = append(p.before[second], first)
+			}
+		}
+	}
 }
 
 // touched reports whether one of spans overlaps [off, off+length); nil is the whole file. Spans
@@ -152,7 +174,13 @@ func (p *prefetchPlan) writeChunks(ctx context.Context, pool *pool, w *rafs.Blob
 		if j.err != nil {
 			return fmt.Errorf("copy chunk %x: %w", j.chunk.Digest[:8], j.err)
 		}
-		rec, err := w.Append(j.out)
+		var before []rafs.Chunk
+		for _, d := range p.before[j.chunk.Digest] {
+			if rec, ok := records[d]; ok {
+				before = append(before, rec)
+			}
+		}
+		rec, err := w.AppendAfter(before, j.out)
 		if err != nil {
 			return fmt.Errorf("write blob: %w", err)
 		}

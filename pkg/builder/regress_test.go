@@ -2,9 +2,12 @@ package builder_test
 
 import (
 	"archive/tar"
+	"bufio"
 	"bytes"
 	"errors"
 	"fmt"
+	"io"
+	"os"
 	"slices"
 	"strings"
 	"testing"
@@ -338,4 +341,56 @@ func TestMostLayers(t *testing.T) {
 			t.Errorf("Convert of 254 layers with a prefetch blob = %v, want ErrUnsupported with both numbers", err)
 		}
 	})
+}
+
+// TestChunksThatNydusdMisreads: nydusd reads two chunks of a file as one when both are in its cache and the second is stored
+// a little behind the first, so that it gives what lies between. Images must not have such chunks.
+func TestChunksThatNydusdMisreads(t *testing.T) {
+	eachVersion(t, func(t *testing.T, o builder.Options) {
+		head, mid := string(noise(5, testChunk)), string(noise(6, testChunk))
+		src := tars(t, makeTar(t,
+			reg("a", head+"aaaa"), reg("b", head+"bbbb"), reg("c", head+"cccc"), reg("d", head+mid+"aaaa"), reg("e", mid+"bbbb"),
+			reg("f", chunked("xyz")), reg("g", chunked("xz")), reg("h", chunked("yxzzx")), reg("i", head+"cccc"+strings.Repeat("i", testChunk)),
+			reg("j", chunked("pq")), reg("k", chunked("prs")), reg("l", chunked("qps"))))
+		for name, list := range map[string]*persist.List{"layer": nil, "prefetched": listOf("/j", "/k", "/a", "/l", "/b", "/d", "/h", "/f", "/g")} {
+			t.Run(name, func(t *testing.T) {
+				o := o
+				o.List = list
+				res := convert(t, src, o)
+				if checkNydusImage(t, res); o.FSVersion == rafs.V6 {
+					checkTools(t, res)
+				}
+				want := dumpImage(t, res)
+				root := mountNydusd(t, res)
+				for range 3 {
+					for path, w := range want {
+						if w.Mode&unix.S_IFMT != unix.S_IFREG {
+							continue
+						}
+						if got := readUncached(t, root+path); sum(got) != w.Data {
+							t.Errorf("%s: nydusd gives other bytes", path)
+						}
+					}
+				}
+			})
+		}
+	})
+}
+
+// readUncached reads a file without what the kernel remembers of it, so that nydusd is asked again.
+func readUncached(t *testing.T, name string) string {
+	t.Helper()
+	f, err := os.Open(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if err := unix.Fadvise(int(f.Fd()), 0, 0, unix.FADV_DONTNEED); err != nil {
+		t.Fatal(err)
+	}
+	b, err := io.ReadAll(bufio.NewReaderSize(f, 1<<16))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(b)
 }

@@ -136,6 +136,11 @@ func (b *BlobWriter) Append(c EncodedChunk) (Chunk, error) {
 	if chunk, ok, err := b.known(c.Digest, c.UncompressedSize); ok || err != nil {
 		return chunk, err
 	}
+	return b.store(c)
+}
+
+// store stores one chunk, whether the blob has an equal one or not.
+func (b *BlobWriter) store(c EncodedChunk) (Chunk, error) {
 	if err := b.checkAppend(c); err != nil {
 		return Chunk{}, err
 	}
