@@ -112,17 +112,17 @@ func (b *BlobWriter) AppendBatch(e EncodedBatch) ([]Chunk, error) {
 	case fresh == 0:
 		return list, nil
 	}
-	if err := b.checkRoom(size, uint32(min(total+uint64(fresh)*disk.BlockSize, 1<<31))); err != nil { //nolint:gosec // at most 2^31
+	if err := b.checkRoom(size, uint32(min(total+uint64(fresh)*disk.BlockSize, 1<<31))); err != nil {
 		return nil, err
 	}
-	if b.count+uint32(fresh) > MaxChunks { //nolint:gosec // a batch has at most MaxChunkSize chunks
+	if b.count+uint32(fresh) > MaxChunks {
 		return nil, fmt.Errorf("%w: blob with more than %d chunks: use a larger chunk size", ErrInvalid, MaxChunks)
 	}
 	if err := b.flushBatch(); err != nil {
 		return nil, err
 	}
 	r := metaRecord{compressedOffset: b.written, compressed: true, batch: true, batchIndex: uint32(len(b.batches.contexts))} //nolint:gosec // at most MaxChunks
-	if err := b.writeBatch(e.Data, int(total)); err != nil {                                                                 //nolint:gosec // at most MaxChunkSize
+	if err := b.writeBatch(e.Data, int(total)); err != nil {
 		return nil, err
 	}
 	for i, c := range e.Chunks {

@@ -2,6 +2,7 @@ package rafs_test
 
 import (
 	"fmt"
+	"maps"
 	"math/rand/v2"
 	"os"
 	"os/exec"
@@ -118,9 +119,7 @@ func TestReadChunkDict(t *testing.T) {
 	if _, err := s.check(rafs.CheckOptions{Data: true}); err == nil {
 		t.Error("Check says nothing of the blob that is not there")
 	}
-	for id, p := range base.blobs {
-		s.blobs[id] = p
-	}
+	maps.Copy(s.blobs, base.blobs)
 	if _, err := s.check(rafs.CheckOptions{Data: true}); err != nil {
 		t.Error(err)
 	}

@@ -269,7 +269,7 @@ func (b *RefBuilder) Close(w io.Writer) (Blob, error) {
 	if b.src.size > disk.MaxBlobStored {
 		return Blob{}, fmt.Errorf("%w: layer of %d bytes: want at most %d", ErrInvalid, b.src.size, uint64(disk.MaxBlobStored))
 	}
-	blob := Blob{ID: hex.EncodeToString(b.src.sum.Sum(nil)), CompressedSize: uint64(b.src.size)}
+	blob := Blob{ID: hex.EncodeToString(b.src.sum.Sum(nil)), CompressedSize: uint64(b.src.size)} //nolint:gosec // not negative
 	if b.gzip != nil {
 		blob.Features |= disk.FeatureZran
 	}

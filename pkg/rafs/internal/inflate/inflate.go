@@ -180,7 +180,7 @@ func (d *Decoder) fill() error {
 		}
 	}
 	d.hold |= binary.LittleEndian.Uint64(d.in[d.ip:]) << d.nbits
-	d.ip += int((63 - d.nbits) >> 3) //nolint:gosec // at most 7
+	d.ip += int((63 - d.nbits) >> 3)
 	d.nbits |= 56
 	return nil
 }
@@ -212,7 +212,7 @@ func (d *Decoder) more() error {
 
 // overrun tells whether bits behind the end of src were taken.
 func (d *Decoder) overrun() bool {
-	return d.pad > 0 && d.pad > d.n-d.ip+int(d.nbits/8) //nolint:gosec // at most 7
+	return d.pad > 0 && d.pad > d.n-d.ip+int(d.nbits/8)
 }
 
 // endErr is the error for taking bits behind the end.
@@ -248,7 +248,7 @@ func (d *Decoder) align() {
 // unhold gives whole bytes in hold back to the buffer.
 func (d *Decoder) unhold() {
 	d.align()
-	d.ip -= int(d.nbits / 8) //nolint:gosec // at most 7
+	d.ip -= int(d.nbits / 8)
 	d.hold, d.nbits = 0, 0
 }
 
@@ -425,7 +425,7 @@ func (d *Decoder) codes(limit int) error {
 			hold, nbits, e = hold>>litBits, nbits-litBits, e2
 		}
 		hold, nbits = hold>>e.length(), nbits-e.length()
-		if d.pad > 0 && d.pad > d.n-d.ip+int(nbits/8) { //nolint:gosec // at most 7
+		if d.pad > 0 && d.pad > d.n-d.ip+int(nbits/8) {
 			return d.endErr()
 		}
 		switch e.kind() {
@@ -456,7 +456,7 @@ func (d *Decoder) codes(limit int) error {
 		hold, nbits = hold>>e.length(), nbits-e.length()
 		distance := int(e.value()) + int(hold&(1<<e.extra()-1)) //nolint:gosec // masked
 		hold, nbits = hold>>e.extra(), nbits-e.extra()
-		if d.pad > 0 && d.pad > d.n-d.ip+int(nbits/8) { //nolint:gosec // at most 7
+		if d.pad > 0 && d.pad > d.n-d.ip+int(nbits/8) {
 			return d.endErr()
 		}
 		if distance > d.wr-d.low {

@@ -122,7 +122,7 @@ func (t *table) build(primary uint, lengths []uint8, symbols []entry) bool {
 		}
 		c := bits.Reverse16(uint16(next[n])) >> (16 - n) //nolint:gosec // at most 15 bits
 		next[n]++
-		t.insert(uint(c), uint(n), symbols[symbol], uint(longest)) //nolint:gosec // at most 15
+		t.insert(uint(c), uint(n), symbols[symbol], uint(longest))
 	}
 	return true
 }
@@ -131,7 +131,7 @@ func (t *table) build(primary uint, lengths []uint8, symbols []entry) bool {
 func (t *table) insert(c, n uint, meaning entry, longest uint) {
 	if n <= t.primary {
 		for i := c; i < 1<<t.primary; i += 1 << n {
-			t.entries[i] = meaning | entry(n)
+			t.entries[i] = meaning | entry(n) //nolint:gosec // a small number
 		}
 		return
 	}
@@ -146,7 +146,7 @@ func (t *table) insert(c, n uint, meaning entry, longest uint) {
 	}
 	part := t.entries[link.value():]
 	for i := c >> t.primary; i < 1<<second; i += 1 << (n - t.primary) {
-		part[i] = meaning | entry(n-t.primary)
+		part[i] = meaning | entry(n-t.primary) //nolint:gosec // a small number
 	}
 }
 
