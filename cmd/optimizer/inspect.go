@@ -27,6 +27,7 @@ type inspectOptions struct {
 	output string
 	files  bool
 	tables bool
+	blob   string
 }
 
 func newInspect(g *global) *cobra.Command {
@@ -38,9 +39,16 @@ func newInspect(g *global) *cobra.Command {
 tree has, and what the prefetch blob holds. Only manifest, config and bootstrap are read.`,
 		Example: `  optimizer inspect oci:images:nginx-optimized
   optimizer inspect registry.example/nginx:optimized -o json
-  optimizer inspect --bootstrap image.boot --prefetch-files`,
+  optimizer inspect --bootstrap image.boot --prefetch-files
+  optimizer inspect --blob blobs/sha256/5d71395cfaf5`,
 		Args: atMost(1, "one image"),
 		RunE: func(cmd *cobra.Command, args []string) error {
+			if o.blob != "" {
+				if len(args) > 0 || o.output != "text" && o.output != "json" {
+					return usagef(cmd, "--blob stands for an image, and --output is text or json: got %q and %q", args, o.output)
+				}
+				return o.runBlob(o.blob)
+			}
 			ref, rest, err := o.image.image(cmd, args)
 			switch {
 			case err != nil:
@@ -57,6 +65,7 @@ tree has, and what the prefetch blob holds. Only manifest, config and bootstrap 
 	f := cmd.Flags()
 	f.StringVarP(&o.output, "output", "o", "text", "what standard output gets: text or json")
 	f.BoolVar(&o.tables, "tables", false, "show where in the bootstrap each table is")
+	f.StringVar(&o.blob, "blob", "", "show the sections of this bare blob file instead of an image")
 	f.BoolVar(&o.files, "prefetch-files", false, "list the files in the prefetch blob, in its order")
 	return cmd
 }
