@@ -191,7 +191,7 @@ func startUnarmed(t *testing.T, pid int, o tracer.Options) *tracer.Session {
 		o.Server = testenv.Binary(t, "optimizer-server")
 	}
 	o.Log = zaptest.NewLogger(t)
-	if usePages {
+	if o.Pages == nil {
 		o.Pages = pool(t)
 	}
 	s, err := tracer.Start(context.Background(), o)

@@ -26,5 +26,3 @@ func pool(t testing.TB) *tracefs.Pool {
 	})
 	return p
 }
-
-var usePages = true
