@@ -41,7 +41,7 @@ func (s *PageSet) Add(first, last uint64, at time.Duration, certain bool) {
 	if first > last || first > math.MaxUint32 {
 		return
 	}
-	n := span{uint32(first), uint32(min(last, math.MaxUint32)), certain, max(at, 0)} //nolint:gosec // bounded above
+	n := span{uint32(first), uint32(min(last, math.MaxUint32)), certain, max(at, 0)}
 	i := s.search(n.first)
 	if i < len(s.spans) {
 		// What a program reads a second time changes nothing; most events are such.

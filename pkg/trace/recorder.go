@@ -187,7 +187,7 @@ func (r *Recorder) Trace() Trace {
 	}
 	slices.SortStableFunc(order, func(a, b touch) int { return cmp.Compare(a.Elapsed, b.Elapsed) })
 	for _, n := range order {
-		n.Access.Ranges = slices.Clone(n.Ranges)
+		n.Ranges = slices.Clone(n.Ranges)
 		t.Accesses = append(t.Accesses, n.Access)
 	}
 	return t

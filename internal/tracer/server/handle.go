@@ -35,7 +35,7 @@ func (s *session) handle(e *fanotify.Event) {
 	fd := int(e.FD)
 	const want = unix.STATX_BASIC_STATS | unix.STATX_BTIME | unix.STATX_MNT_ID
 	if err := unix.Statx(fd, "", unix.AT_EMPTY_PATH, want, &st); err != nil {
-		s.unresolved(1, fmt.Sprintf("stat of an opened file: %v", err))
+		s.unresolved(fmt.Sprintf("stat of an opened file: %v", err))
 		return
 	}
 	if st.Mode&unix.S_IFMT != unix.S_IFREG {
@@ -91,12 +91,12 @@ func (s *session) unopened(errno syscall.Errno) {
 	case unix.ENXIO, unix.ENODEV:
 		s.skipped++ // a device or a socket
 	default:
-		s.unresolved(1, fmt.Sprintf("open of a touched file: %v", errno))
+		s.unresolved(fmt.Sprintf("open of a touched file: %v", errno))
 	}
 }
 
-func (s *session) unresolved(n int64, detail string) {
-	s.losses.Lose(trace.Loss{Reason: "unresolved", Count: n, Detail: detail})
+func (s *session) unresolved(detail string) {
+	s.losses.Lose(trace.Loss{Reason: "unresolved", Count: 1, Detail: detail})
 }
 
 // again handles an event of a file that is known.

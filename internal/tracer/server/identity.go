@@ -35,7 +35,7 @@ func (s *session) resolvePages() {
 		renamed: make(map[uint64][]uint32), wanted: s.pages.files, sure: true, bound: time.Now().Add(walkTime),
 	}
 	for i := range s.entries {
-		d.entry(uint32(i)) //nolint:gosec // at most Config.MaxFiles
+		d.entry(uint32(i))
 	}
 	if s.lean != nil {
 		s.nameRest(d.send)
@@ -51,7 +51,7 @@ func (s *session) resolvePages() {
 		switch {
 		case known: // it was counted already
 		case err != nil:
-			s.unresolved(1, fmt.Sprintf("no path of the image was found for pages that were touched (search ended early: %v)", err))
+			s.unresolved(fmt.Sprintf("no path of the image was found for pages that were touched (search ended early: %v)", err))
 		default:
 			s.skipped++
 		}

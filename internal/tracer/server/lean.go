@@ -31,8 +31,6 @@ type lean struct {
 	numbering
 	byNumber map[uint64]uint32 // firsts, by inode number
 	firsts   []first
-	comms    []string // command names that firsts refer to
-	commAt   map[string]uint32
 	unnamed  int  // entries without a path
 	fresh    bool // a file was touched for the first time
 	quiet    int  // milliseconds until the next look-up
@@ -199,7 +197,7 @@ func (s *session) nameRest(found func(i uint32, l *layer, p string, st *unix.Sta
 		if e := &s.entries[f.entry]; e.state == waiting {
 			e.state = left
 			if err != nil {
-				s.unresolved(1, fmt.Sprintf("no path was found for a file that was touched (search ended early: %v)", err))
+				s.unresolved(fmt.Sprintf("no path was found for a file that was touched (search ended early: %v)", err))
 				continue
 			}
 			s.skipped++

@@ -37,7 +37,7 @@ func (s *session) resolvePending() {
 		for _, p := range waiters {
 			// Without a name there is no telling; a search that was cut short lost it.
 			if p.image || err != nil {
-				s.unresolved(1, detail)
+				s.unresolved(detail)
 			} else {
 				s.skipped++
 			}
