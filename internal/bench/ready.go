@@ -19,6 +19,9 @@ import (
 // readyPairs is how many pairs of starts benchReady times.
 const readyPairs = 100
 
+// settleTime passes before each start.
+const settleTime = 200 * time.Millisecond
+
 // benchReady starts python with numpy and flask from its first instruction to its first answered
 // request, with and without a tracer, in turn, and prints the ratio with its 95 % interval. As a
 // measure of the machine it does the same for pairs that are both without.
@@ -116,6 +119,14 @@ func (r *readyRun) once(ctx context.Context, traced bool) (took time.Duration, e
 			return 0, fmt.Errorf("tracer: %w", s.Result().Err)
 		}
 		r.arming = append(r.arming, time.Since(began))
+	}
+	// What the run before left to be cleaned up, and what arming took, is nobody's advantage.
+	settle := time.NewTimer(settleTime)
+	defer settle.Stop()
+	select {
+	case <-settle.C:
+	case <-ctx.Done():
+		return 0, ctx.Err()
 	}
 	began := time.Now()
 	if err := p.Release(); err != nil {

@@ -169,7 +169,7 @@ func TestQuietNames(t *testing.T) {
 	s := start(t, c, tracer.Options{})
 	server := childOf(t, os.Getpid(), "optimizer-server")
 	c.letGo(t)
-	time.Sleep(3 * time.Second)
+	time.Sleep(5 * time.Second)
 	signal(t, server, unix.SIGKILL)
 	r := result(t, s)
 	if _, ok := find(r, "/s/plain"); !ok || lossOf(r) != "killed -1" || r.Grade != trace.GradeFile {
