@@ -513,6 +513,7 @@ func (d *Decoder) header() error {
 	first, err := d.take(16)
 	if err != nil {
 		if d.members > 0 && d.Position().In == d.fed+2 && errors.Is(err, io.ErrUnexpectedEOF) {
+			d.hold, d.nbits = d.hold<<16, d.nbits+16 // nothing was there to be taken
 			return io.EOF
 		}
 		return err

@@ -113,7 +113,7 @@ func TestResume(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
-		if pos := d.Position(); pos.Out != int64(len(s[1])) {
+		if pos := d.Position(); pos.Out != int64(len(s[1])) || pos.In != int64(len(s[0])) {
 			t.Errorf("%s: at %+v at the end of %d", name, pos, len(s[1]))
 		}
 		if blocks == 0 {
