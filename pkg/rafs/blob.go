@@ -15,6 +15,8 @@ const (
 	FeatureSeparate = disk.FeatureSeparate
 	FeaturePrefetch = disk.FeaturePrefetch // a prefetch blob, marked
 	FeatureTOC      = disk.FeatureTOC
+	// FeatureInlinedBootstrap is on blobs that also hold the bootstrap of their layer.
+	FeatureInlinedBootstrap = disk.FeatureInlinedMeta
 )
 
 // dataEnd is where the chunk data ends inside the blob file. Source: rafs-format, how

@@ -38,8 +38,8 @@ type Report struct {
 // bytes, and for every blob its size, its blob.meta table against the chunk table, and its table of
 // contents; with o.Data every chunk's digest and every blob's id too.
 //
-// open gives the blob file of b and Check closes it if it is an io.Closer; with a nil open the
-// bootstrap is checked alone. Sizes are compared where the file tells its own (Size or Stat).
+// open gives the blob file of b and Check closes it if it is an io.Closer; a blob that it gives nil for,
+// without an error, is left out, and with a nil open the bootstrap is checked alone. Sizes are compared where the file tells its own (Size or Stat).
 // The error joins all faults found, at most o.MaxFaults, each a [*FormatError] or wrapping
 // one where it is about bytes; ctx.Err() when cancelled. Memory is that of [Open] plus a chunk per worker.
 func Check(ctx context.Context, bootstrap io.ReaderAt, size int64, open func(b Blob) (io.ReaderAt, error), o CheckOptions) (Report, error) {
@@ -142,6 +142,9 @@ func (c *checker) count(img *Image, table []Chunk) {
 	})
 }
 
+// errLeftOut means that the caller gave no file for a blob.
+var errLeftOut = errors.New("left out")
+
 func (c *checker) openBlob(ctx context.Context, b Blob, chunks []Chunk, open func(b Blob) (io.ReaderAt, error)) (err error) {
 	var files []io.ReaderAt
 	defer func() {
@@ -156,9 +159,15 @@ func (c *checker) openBlob(ctx context.Context, b Blob, chunks []Chunk, open fun
 		if err != nil {
 			return nil, fmt.Errorf("open blob %s: %w", short(b.ID), err)
 		}
+		if r == nil {
+			return nil, errLeftOut
+		}
 		files = append(files, r)
 		return r, nil
 	}, b)
+	if errors.Is(err, errLeftOut) {
+		return nil
+	}
 	if err != nil {
 		return c.add(err)
 	}
