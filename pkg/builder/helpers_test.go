@@ -213,8 +213,13 @@ type item struct {
 // so inodes are opened directly.
 func dumpImage(t testing.TB, res *builder.Result) map[string]item {
 	t.Helper()
-	img := openImage(t, res)
-	fsys := img.FS(func(b rafs.Blob) (*rafs.BlobReader, error) { return openBlob(t, res, b) })
+	return dumpRAFS(t, openImage(t, res), func(b rafs.Blob) (*rafs.BlobReader, error) { return openBlob(t, res, b) })
+}
+
+// dumpRAFS reads a whole image.
+func dumpRAFS(t testing.TB, img *rafs.Image, open func(rafs.Blob) (*rafs.BlobReader, error)) map[string]item {
+	t.Helper()
+	fsys := img.FS(open)
 	first := map[*rafs.Inode]string{}
 	out := map[string]item{}
 	err := img.Walk(func(p string, ino *rafs.Inode) error {

@@ -1,0 +1,167 @@
+package builder
+
+import (
+	"path"
+	"slices"
+	"strings"
+
+	"github.com/headstart-oci/headstart/pkg/persist"
+	"github.com/headstart-oci/headstart/pkg/rafs"
+	"github.com/headstart-oci/headstart/pkg/trace"
+)
+
+// optimizePlan fills a prefetchPlan from a list.
+type optimizePlan struct {
+	prefetchPlan
+	chunkSize int64
+	chunkSeen map[rafs.Digest]struct{}
+	inodeSeen map[*rafs.Inode]struct{}
+}
+
+// plan resolves the list in the image's tree.
+func (c *optimization) plan() *prefetchPlan {
+	p := &optimizePlan{chunkSize: int64(c.img.ChunkSize), chunkSeen: map[rafs.Digest]struct{}{}, inodeSeen: map[*rafs.Inode]struct{}{}}
+	p.stats.Listed = len(c.o.List.Accesses)
+	st := &c.res.Stats
+	for i := range c.o.List.Accesses {
+		a := &c.o.List.Accesses[i]
+		var found []*rafs.Inode
+		if path.IsAbs(a.Path) {
+			found = c.find(c.o.List, path.Clean(a.Path))
+		}
+		if len(found) == 0 {
+			if p.stats.Missing++; len(st.MissingPaths) < MaxMissingPaths {
+				st.MissingPaths = append(st.MissingPaths, a.Path)
+			}
+		}
+		spans := persist.Disjoint(a.Ranges)
+		for _, ino := range found {
+			p.add(ino, spans)
+		}
+	}
+	var files []*rafs.Inode
+	c.eachFile(func(ino *rafs.Inode) { files = append(files, ino) })
+	p.follow(files)
+	return &p.prefetchPlan
+}
+
+// find returns what the cleaned absolute path name stands for: one inode, or those of the
+// regular files that it matches as a pattern.
+func (c *optimization) find(l *persist.List, name string) []*rafs.Inode {
+	if ino := locateInode(c.img.Root, name); ino != nil {
+		return []*rafs.Inode{ino}
+	}
+	// A path that was recorded is a path, whatever it looks like.
+	if l.Engine != "" || !strings.ContainsAny(name, "*?[") {
+		return nil
+	}
+	g := globber{found: map[*rafs.Inode]struct{}{}, visited: map[globState]struct{}{}}
+	g.match(c.img.Root, split(name[1:]))
+	if len(g.files) > 0 {
+		c.res.Stats.Patterns++
+	}
+	return g.files
+}
+
+// add selects the chunks of ino that spans touch.
+func (p *optimizePlan) add(ino *rafs.Inode, spans []trace.Range) {
+	if !ino.IsRegular() {
+		p.stats.NotRegular++
+		return
+	}
+	if _, ok := p.inodeSeen[ino]; ok {
+		p.stats.Repeated++
+	} else {
+		p.inodeSeen[ino] = struct{}{}
+		p.stats.Files++
+		if len(ino.Chunks) > 0 {
+			p.inodes = append(p.inodes, ino)
+		}
+	}
+	for n, ch := range ino.Chunks {
+		if !touched(spans, int64(n)*p.chunkSize, int64(ch.UncompressedSize)) {
+			continue
+		}
+		if _, ok := p.chunkSeen[ch.Digest]; !ok {
+			p.chunkSeen[ch.Digest] = struct{}{}
+			p.chunks = append(p.chunks, ch)
+			p.stats.RawBytes += int64(ch.UncompressedSize)
+		}
+	}
+}
+
+// locateInode finds the inode at a cleaned absolute path, with every symlink followed
+// inside the root, also the last one; nil when there is none.
+func locateInode(root *rafs.Inode, name string) *rafs.Inode {
+	todo := split(name[1:])
+	var at []string // the path so far, without symlinks
+	ino := root
+	for links := 0; len(todo) > 0; {
+		next := todo[0]
+		todo = todo[1:]
+		child := ino.Child(next)
+		if child == nil {
+			return nil
+		}
+		if !child.IsSymlink() {
+			at, ino = append(at, next), child
+			continue
+		}
+		if links++; links > maxLinks {
+			return nil
+		}
+		target := child.Target
+		if !path.IsAbs(target) {
+			target = strings.Join(at, "/") + "/" + target
+		}
+		// Cleaning below "/" keeps ".." inside the root.
+		todo = slices.Concat(split(path.Clean("/" + target)[1:]), todo)
+		at, ino = nil, root
+	}
+	return ino
+}
+
+// globber gathers the regular files that a pattern matches, in the order of the tree.
+type globber struct {
+	files   []*rafs.Inode
+	found   map[*rafs.Inode]struct{}
+	visited map[globState]struct{} // so that many ** cost no more than one
+}
+
+type globState struct {
+	at   *rafs.Inode
+	left int // elements of the pattern
+}
+
+func (g *globber) match(at *rafs.Inode, pattern []string) {
+	if len(pattern) == 0 {
+		if _, ok := g.found[at]; !ok && at.IsRegular() {
+			g.found[at] = struct{}{}
+			g.files = append(g.files, at)
+		}
+		return
+	}
+	state := globState{at, len(pattern)}
+	if _, ok := g.visited[state]; ok || !at.IsDir() {
+		return
+	}
+	g.visited[state] = struct{}{}
+	if pattern[0] == "**" {
+		g.match(at, pattern[1:])
+	}
+	for _, d := range at.Children {
+		if pattern[0] == "**" {
+			switch {
+			case d.Inode.IsDir():
+				g.match(d.Inode, pattern)
+			case len(pattern) == 1:
+				g.match(d.Inode, nil)
+			}
+			continue
+		}
+		// A pattern that is none matches nothing.
+		if ok, err := path.Match(pattern[0], d.Name); ok && err == nil {
+			g.match(d.Inode, pattern[1:])
+		}
+	}
+}
