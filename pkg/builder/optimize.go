@@ -69,8 +69,8 @@ type Optimized struct {
 	Bootstrap File
 	// BootstrapPath is the bare bootstrap file.
 	BootstrapPath string
-	// Blobs are the ids of the bootstrap's blobs, in its order.
-	Blobs []string
+	// Blobs are the bootstrap's blobs, in its order.
+	Blobs []rafs.Blob
 	// Kept are the layers of the source that remain, in order.
 	Kept []ocispec.Descriptor
 	// Config and Manifest are the JSON documents of the image; nil for a bare bootstrap.
@@ -152,7 +152,7 @@ type optimization struct {
 
 	doc    *nydusDocument // nil for a bare bootstrap
 	extras []extraFile    // what the bootstrap layer holds beside the bootstrap
-	before []string       // the ids of the source's blobs
+	before []rafs.Blob    // the source's blobs
 	img    *rafs.Image
 	blob   *builtBlob // the prefetch blob, nil when there is none
 }
@@ -221,7 +221,7 @@ func (c *optimization) settle() error {
 	for i := range c.img.Blobs {
 		// The bootstrap that stands alone is inlined nowhere, and readers that find the bit take
 		// the blob's id from the bootstrap's file name. nydus-image clears it when it rebuilds one.
-		c.before = append(c.before, c.img.Blobs[i].ID)
+		c.before = append(c.before, c.img.Blobs[i])
 		c.img.Blobs[i].Features &^= rafs.FeatureInlinedBootstrap
 	}
 	var err error
@@ -277,9 +277,7 @@ func (c *optimization) refer(records map[rafs.Digest]rafs.Chunk) error {
 			ino.Chunks[i].Blob = index[ino.Chunks[i].Blob]
 		}
 	})
-	for _, b := range c.img.Blobs {
-		c.res.Blobs = append(c.res.Blobs, b.ID)
-	}
+	c.res.Blobs = slices.Clone(c.img.Blobs)
 	return nil
 }
 

@@ -252,9 +252,18 @@ func encodedPart(d string) string {
 	return encoded
 }
 
-// isDropped reports whether id is a blob that the source's bootstrap had and the new one has not.
+// isDropped reports whether id is a file of a blob that the source's bootstrap had and the new
+// one has not.
 func (c *optimization) isDropped(id string) bool {
-	return slices.Contains(c.before, id) && !slices.Contains(c.res.Blobs, id)
+	return hasFile(c.before, id) && !hasFile(c.res.Blobs, id)
+}
+
+// hasFile reports whether id names a blob, or the table of one that is in two files.
+func hasFile(blobs []rafs.Blob, id string) bool {
+	return slices.ContainsFunc(blobs, func(b rafs.Blob) bool {
+		meta, _ := b.MetaBlob()
+		return b.ID == id || meta.ID == id
+	})
 }
 
 // encodeManifest writes the manifest: every field of the source's but for what changed.

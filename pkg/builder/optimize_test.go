@@ -133,7 +133,8 @@ func (l *loose) optimize(t testing.TB, o builder.OptimizeOptions) (*loose, *buil
 	if out.boot, err = os.ReadFile(res.BootstrapPath); err != nil {
 		t.Fatal(err)
 	}
-	for _, id := range res.Blobs {
+	for _, b := range res.Blobs {
+		id := b.ID
 		if res.Prefetch != nil && id == res.Prefetch.Descriptor.Digest.Encoded() {
 			b, err := os.ReadFile(res.Prefetch.Path)
 			if err != nil {
