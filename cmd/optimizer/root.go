@@ -102,7 +102,7 @@ Exit status: 0 done, 1 failed, 2 the command line was wrong.`,
 	root.SetErr(s.err)
 	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error { return usagef(cmd, "%w", err) })
 	root.PersistentFlags().BoolVarP(&g.quiet, "quiet", "q", false, "say nothing but errors and warnings")
-	root.AddCommand(newRecord(g), newConvert(g), newCheck(g), newInspect(g), newUnpack(g), newProfile(g), newVersion(g))
+	root.AddCommand(newRecord(g), newConvert(g), newOptimize(g), newCheck(g), newInspect(g), newUnpack(g), newProfile(g), newVersion(g))
 	return root
 }
 
@@ -195,7 +195,7 @@ func hint(err error) string {
 	case strings.Contains(err.Error(), "server gave HTTP response to HTTPS client"):
 		return "the registry speaks http: --plain-http, or a hosts.toml for it"
 	case errors.Is(err, rafs.ErrUnsupported):
-		return "only RAFS v6 images whose chunks are in their own blobs can be read"
+		return "images whose blobs are encrypted or lie in a backend of their own cannot be read"
 	}
 	return ""
 }
