@@ -190,8 +190,10 @@ func TestNode(t *testing.T) {
 			name  string
 			files []string
 		}{
-			{first, "init", []string{"/hello", "/etc/one"}}, {sidecar, "sidecar", []string{"/hello"}},
-			{app, "app", []string{"/hello", "/etc/two"}}, {again, "app", []string{"/hello", "/etc/one", "/etc/two"}},
+			{first, "init", []string{"/hello", "/etc/one"}},
+			{sidecar, "sidecar", []string{"/hello"}},
+			{app, "app", []string{"/hello", "/etc/two"}},
+			{again, "app", []string{"/hello", "/etc/one", "/etc/two"}},
 		} {
 			l := n.list(tc.c.ID)
 			if l.Name != tc.name || l.Pod != "shop-1" || l.Namespace != "shop" || !l.Complete() || !slices.Equal(listed(l, nil), tc.files) {

@@ -72,7 +72,7 @@ func instances(t testing.TB) []string {
 		if err != nil {
 			return err
 		}
-		defer os.Remove(dir)
+		defer os.Remove(dir) //nolint:errcheck // empty
 		if err := unix.Mount("tracefs", dir, "tracefs", 0, ""); err != nil {
 			return err
 		}

@@ -36,7 +36,11 @@ func TestRecordContainerElsewhere(t *testing.T) {
 		if _, err := c.ContainerService().Create(ctx, containers.Container{ID: id, Runtime: containers.RuntimeInfo{Name: "io.containerd.runc.v2"}}); err != nil {
 			t.Fatal(err)
 		}
-		defer c.ContainerService().Delete(context.WithoutCancel(ctx), id)
+		t.Cleanup(func() {
+			if err := c.ContainerService().Delete(context.WithoutCancel(ctx), id); err != nil {
+				t.Error(err)
+			}
+		})
 	}
 	server := testenv.Binary(t, "optimizer-server")
 	list := filepath.Join(t.TempDir(), "list")

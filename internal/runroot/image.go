@@ -268,7 +268,7 @@ var kept = []uintptr{
 // dropCapabilities takes the others out of the calling thread's bounding set: what is executed next, even
 // as root, does not have them. Nothing is inheritable from then on.
 func dropCapabilities() error {
-	for c := uintptr(0); c < 64; c++ { // of 64 bits; the kernel refuses those it does not know
+	for c := range uintptr(64) { // of 64 bits; the kernel refuses those it does not know
 		if slices.Contains(kept, c) {
 			continue
 		}
