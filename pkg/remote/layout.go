@@ -112,8 +112,8 @@ func findEntry(entries []ocispec.Descriptor, ref Reference) (ocispec.Descriptor,
 					strings.HasSuffix(d.Annotations[images.AnnotationImageName], ":"+ref.Tag)
 			})
 		}
-	default:
-		found = entries
+	default: // an index of artifacts about an image is no image
+		found = filter(entries, func(d ocispec.Descriptor) bool { return !isFallbackTag(d.Annotations[ocispec.AnnotationRefName]) })
 	}
 	found = distinct(found)
 	switch len(found) {
