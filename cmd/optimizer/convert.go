@@ -12,6 +12,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/headstart-oci/headstart/internal/convert"
+	"github.com/headstart-oci/headstart/internal/profiles"
 	"github.com/headstart-oci/headstart/internal/progress"
 	"github.com/headstart-oci/headstart/pkg/builder"
 	"github.com/headstart-oci/headstart/pkg/persist"
@@ -56,6 +57,7 @@ The list may be in any format that is known here: the native one, a path per lin
 table of paths, sizes and times, or Nydus' JSON. The image has been read back and
 verified before TARGET names it. The digest of its manifest goes to standard output.`,
 		Example: `  optimizer convert nginx registry.example/nginx:optimized --profile nginx.list
+  optimizer convert registry.example/app:1 registry.example/app:1-fast --profile auto
   optimizer convert oci:images:app oci:images:app-optimized --chunk-size 256KiB --compressor lz4
   optimizer convert nginx registry.example/nginx:both --all-platforms --merge-platform
   optimizer convert app:2 registry.example/app:2-nydus --build-cache registry.example/app:cache
@@ -84,7 +86,7 @@ func (o *convertOptions) addFlags(cmd *cobra.Command) {
 	f := cmd.Flags()
 	f.StringVar(&o.source, "source", "", "the source image, instead of the first argument")
 	f.StringVar(&o.target, "target", "", "the target image, instead of the second argument")
-	f.StringVarP(&o.profile, "profile", "p", "", "access list to build around, - for standard input")
+	f.StringVarP(&o.profile, "profile", "p", "", "access list to build around, - for standard input, auto for the profiles kept beside SOURCE")
 	f.BoolVar(&o.patterns, "prefetch-patterns", false, "read the access list from standard input")
 	f.StringSliceVar(&o.platforms, "platform", nil, "OS/ARCH[/VARIANT] of an image for several (default this machine's); several make an index")
 	f.BoolVar(&o.allPlatforms, "all-platforms", false, "convert the image of every Linux platform; the target is an index where the source is one")
@@ -183,6 +185,15 @@ func (o *convertOptions) options(cmd *cobra.Command) (convert.Options, error) {
 // list reads the access list, if one is asked for.
 func (o *convertOptions) list(cmd *cobra.Command) (*persist.List, error) {
 	switch {
+	case o.profile == autoProfile:
+		var platform string
+		if len(o.platforms) == 1 {
+			platform = o.platforms[0]
+		}
+		if len(o.platforms) > 1 || o.allPlatforms {
+			return nil, usagef(cmd, "--profile auto: profiles are of one platform, and several are wanted")
+		}
+		return o.autoList(cmd.Context(), o.source, profiles.Options{Platform: platform, Remote: o.remote.options()}, true)
 	case o.patterns, o.profile == "-":
 		if isTerminal(o.in) {
 			return nil, usagef(cmd, "the access list comes from standard input, which is a terminal: add '< LIST'")

@@ -14,6 +14,7 @@ import (
 
 	"github.com/headstart-oci/headstart/internal/convert"
 	"github.com/headstart-oci/headstart/internal/nydusimage"
+	"github.com/headstart-oci/headstart/internal/profiles"
 	"github.com/headstart-oci/headstart/internal/progress"
 	"github.com/headstart-oci/headstart/pkg/builder"
 	"github.com/headstart-oci/headstart/pkg/persist"
@@ -55,6 +56,7 @@ nydus-image. A line of a list that was not recorded may be a pattern: * ? [ ] ma
 name, ** any directories. The digest of the target goes to standard output.`,
 		Example: `  optimizer optimize registry.example/app:nydus registry.example/app:fast --prefetch-files app.list
   optimizer optimize --source oci:images:app --target oci:images:fast --policy separated-prefetch-blob --prefetch-files app.json
+  optimizer optimize registry.example/app:nydus registry.example/app:fast --profile auto
   optimizer optimize --bootstrap image.boot --blob-dir blobs --output-bootstrap fast.boot --output-blob-dir blobs --prefetch-files paths`,
 		Args: atMost(2, "SOURCE and TARGET"),
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -84,7 +86,7 @@ func (o *optimizeOptions) addFlags(cmd *cobra.Command) {
 	f.StringVar(&o.source, "source", "", "the source image, instead of the first argument")
 	f.StringVar(&o.target, "target", "", "the target image, instead of the second argument")
 	f.StringVar(&o.policy, "policy", prefetchPolicy, "what is made: "+prefetchPolicy)
-	f.StringVar(&o.files, "prefetch-files", "", "the access list or profile, - for standard input")
+	f.StringVar(&o.files, "prefetch-files", "", "the access list or profile, - for standard input, auto for the profiles kept beside SOURCE")
 	f.StringVarP(&o.profile, "profile", "p", "", "the same")
 	f.StringVar(&o.outBootstrap, "output-bootstrap", "", "with --bootstrap: the bootstrap file to write")
 	f.StringVar(&o.outBlobDir, "output-blob-dir", "", "with --bootstrap: the directory that gets the prefetch blob, named by its id")
@@ -120,6 +122,8 @@ func (o *optimizeOptions) check(cmd *cobra.Command, args []string) error {
 		return usagef(cmd, "--blob-dir, --output-bootstrap and --output-blob-dir go with --bootstrap")
 	case o.policy != prefetchPolicy:
 		return usagef(cmd, "--policy: got %q, want %s", o.policy, prefetchPolicy)
+	case loose && o.files == autoProfile:
+		return usagef(cmd, "--prefetch-files auto: profiles are kept beside images, not beside files")
 	case o.files == "":
 		return usagef(cmd, "want --prefetch-files FILE")
 	case o.workers < 0:
@@ -132,6 +136,9 @@ func (o *optimizeOptions) check(cmd *cobra.Command, args []string) error {
 
 // list reads the access list.
 func (o *optimizeOptions) list(cmd *cobra.Command) (*persist.List, error) {
+	if o.files == autoProfile {
+		return o.autoList(cmd.Context(), o.source, profiles.Options{Platform: o.image.platform, Remote: o.image.remote.options()}, false)
+	}
 	if o.files == "-" {
 		if isTerminal(o.in) {
 			return nil, usagef(cmd, "the access list comes from standard input, which is a terminal: add '< LIST'")

@@ -29,7 +29,8 @@ profile of one run.`,
 			return usagef(cmd, "no command: want one of %s", strings.Join(commandNames(cmd), ", "))
 		},
 	}
-	cmd.AddCommand(newProfileMerge(g), newProfileShow(g), newProfileDiff(g), newProfileExport(g), newProfileReport(g))
+	cmd.AddCommand(newProfileMerge(g), newProfileShow(g), newProfileDiff(g), newProfileExport(g), newProfileReport(g),
+		newProfilePush(g), newProfilePull(g))
 	return cmd
 }
 
