@@ -5,6 +5,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"maps"
 	"os"
@@ -319,7 +320,7 @@ func TestRecordImageNeedsRoot(t *testing.T) {
 
 // shellLayout is an image of the host's shell and some tools, in three layers: the second hides a file and
 // replaces a directory of the first, the third has a file of each of three names.
-func shellLayout(t *testing.T) string {
+func shellLayout(t *testing.T, more ...map[string]string) string {
 	t.Helper()
 	testenv.Root(t)
 	first := map[string]string{
@@ -350,6 +351,7 @@ func shellLayout(t *testing.T) string {
 		}
 	}
 	layers := []map[string]string{first, {".wh.hidden": "", "dir/.wh..wh..opq": "", "dir/new": "2"}, {"kept": "3"}}
+	layers = append(layers, more...)
 	img := mutate.ConfigMediaType(mutate.MediaType(empty.Image, types.OCIManifestSchema1), types.OCIConfigJSON)
 	for _, files := range layers {
 		l, err := tarball.LayerFromOpener(func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(layerTar(t, files))), nil })
@@ -407,6 +409,30 @@ func layerTar(t *testing.T, files map[string]string) []byte {
 		t.Fatal(err)
 	}
 	return b.Bytes()
+}
+
+// TestRecordImageManyLayers has more layers than a page of mount options names.
+func TestRecordImageManyLayers(t *testing.T) {
+	var more []map[string]string
+	for i := range 124 { // 127 in all, which is what docker allows
+		more = append(more, map[string]string{fmt.Sprintf("many/%d", i): fmt.Sprint(i), "many/last": fmt.Sprint(i)})
+	}
+	dir := shellLayout(t, more...)
+	name := filepath.Join(t.TempDir(), "list")
+	code, out, errs := recordImage(t, dir, "-q", "-o", name, "--", "-c", "cat /many/0 /many/last /kept")
+	if want := "01233"; code != 0 || out != want {
+		t.Errorf("status %d, stdout %q, want %q; stderr %s", code, out, want, errs)
+	}
+	l := readListFile(t, name)
+	for _, path := range []string{"/many/0", "/many/last", "/kept", "/bin/cat"} {
+		if !slices.Contains(paths(l), path) {
+			t.Errorf("recorded %q, want %s among them", paths(l), path)
+		}
+	}
+	t.Logf("engine %s, grade %s, losses %v", l.Engine, l.Grade, l.Losses)
+	if !l.Complete() {
+		t.Errorf("losses %v", l.Losses)
+	}
 }
 
 // TestRecordImageLayers has whiteouts and files of several layers.
