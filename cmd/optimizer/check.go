@@ -6,12 +6,14 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"os"
 
 	"github.com/opencontainers/go-digest"
 	"github.com/spf13/cobra"
 
 	"github.com/headstart-oci/headstart/internal/nydusimage"
 	"github.com/headstart-oci/headstart/internal/progress"
+	"github.com/headstart-oci/headstart/internal/replay"
 	"github.com/headstart-oci/headstart/pkg/rafs"
 )
 
@@ -19,6 +21,7 @@ type checkOptions struct {
 	*global
 	image   imageFlags
 	noData  bool
+	replay  string
 	workers int
 	output  string
 }
@@ -30,9 +33,13 @@ func newCheck(g *global) *cobra.Command {
 		Short: "Verify a Nydus image down to every chunk",
 		Long: `check verifies that manifest, config and bootstrap of a Nydus image agree, that the
 bootstrap keeps every rule of the format, and that every chunk of every blob has its
-digest. Each fault is a line on standard error, and the exit status is 1 then.`,
+digest. Each fault is a line on standard error, and the exit status is 1 then.
+
+--replay LIST reads what an access list names besides, as a start would, and says how much
+of it the prefetch blob serves.`,
 		Example: `  optimizer check oci:images:nginx-optimized
   optimizer check registry.example/nginx:optimized --no-data
+  optimizer check oci:images:nginx-optimized --replay nginx.list
   optimizer check --bootstrap image.boot --blob-dir blobs`,
 		Args: atMost(1, "one image"),
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -44,6 +51,8 @@ digest. Each fault is a line on standard error, and the exit status is 1 then.`,
 				return usagef(cmd, "--bootstrap stands for an image, and there is one more: %q", rest[0])
 			case o.output != "text" && o.output != "json":
 				return usagef(cmd, "--output: got %q, want text or json", o.output)
+			case o.replay != "" && o.noData:
+				return usagef(cmd, "--replay reads data, and --no-data does not")
 			case o.workers < 0:
 				return usagef(cmd, "--workers: got %d, want at least 1, or 0 for one per CPU", o.workers)
 			case o.image.bootstrap != "" && o.image.blobDir == "" && !o.noData:
@@ -55,6 +64,7 @@ digest. Each fault is a line on standard error, and the exit status is 1 then.`,
 	o.image.addFlags(cmd)
 	f := cmd.Flags()
 	f.BoolVar(&o.noData, "no-data", false, "verify the metadata only, not the chunks")
+	f.StringVar(&o.replay, "replay", "", "read what this access list names: a list, a profile, Nydus' JSON or paths")
 	f.IntVar(&o.workers, "workers", 0, "goroutines that verify chunks (default one per CPU)")
 	f.StringVarP(&o.output, "output", "o", "text", "what standard output gets: text or json")
 	return cmd
@@ -62,10 +72,11 @@ digest. Each fault is a line on standard error, and the exit status is 1 then.`,
 
 // checked is what check says about an image without faults.
 type checked struct {
-	Image  string        `json:"image"`
-	Digest digest.Digest `json:"digest,omitempty"`
-	Data   bool          `json:"data"` // the chunks were verified
-	Report rafs.Report   `json:"report"`
+	Image  string         `json:"image"`
+	Digest digest.Digest  `json:"digest,omitempty"`
+	Data   bool           `json:"data"` // the chunks were verified
+	Report rafs.Report    `json:"report"`
+	Replay *replay.Report `json:"replay,omitempty"`
 }
 
 func (o *checkOptions) run(ctx context.Context, ref string) (err error) {
@@ -87,7 +98,36 @@ func (o *checkOptions) run(ctx context.Context, ref string) (err error) {
 	if err != nil {
 		return fmt.Errorf("check %s: %w", img.Reference, err)
 	}
-	return o.print(checked{Image: img.Reference, Digest: img.Digest(), Data: !o.noData, Report: report})
+	c := checked{Image: img.Reference, Digest: img.Digest(), Data: !o.noData, Report: report}
+	if o.replay != "" {
+		if c.Replay, err = o.replayList(ctx, img); err != nil {
+			return fmt.Errorf("check %s: %w", img.Reference, err)
+		}
+	}
+	return o.print(c)
+}
+
+// replayList reads what the list names.
+func (o *checkOptions) replayList(ctx context.Context, img *nydusimage.Image) (_ *replay.Report, err error) {
+	f, err := os.Open(o.replay)
+	if err != nil {
+		return nil, err
+	}
+	list, err := readList(o.replay, f)
+	if err = errors.Join(err, f.Close()); err != nil {
+		return nil, err
+	}
+	chunks := img.Chunks()
+	defer func() { err = errors.Join(err, chunks.Close()) }()
+	prefetch, ok := img.PrefetchBlob()
+	if !ok {
+		prefetch = -1
+	}
+	r, err := replay.Run(ctx, img.RAFS, list, prefetch, chunks.Read)
+	if err != nil {
+		return nil, err
+	}
+	return &r, nil
 }
 
 func openBlob(ctx context.Context, img *nydusimage.Image, b rafs.Blob) (readAtCloser, error) {
@@ -109,6 +149,28 @@ func (o *checkOptions) print(c checked) error {
 	}
 	_, err := fmt.Fprintf(o.out, "%s: ok: %d inodes (%d files, %d directories, %d symbolic links), %d blobs, %s\n",
 		c.Image, r.Inodes, r.Files, r.Dirs, r.Symlinks, r.Blobs, data)
+	if err != nil || c.Replay == nil {
+		return err
+	}
+	return o.printReplay(*c.Replay)
+}
+
+func (o *checkOptions) printReplay(r replay.Report) error {
+	if r.Missing > 0 {
+		o.warn("%d of %d listed paths are not in the image, such as %q", r.Missing, r.Listed, r.MissingPaths[0])
+	}
+	_, err := fmt.Fprintf(o.out, "replay: %d of %d listed files, %d chunks with %s of data, %s stored; %s from other blobs than the prefetch blob\n",
+		r.Files, r.Listed, r.Chunks, progress.Bytes(r.Bytes), progress.Bytes(r.StoredBytes), progress.Bytes(r.Outside()))
+	for _, b := range r.Blobs {
+		if err != nil {
+			return err
+		}
+		kind := "blob"
+		if b.Prefetch {
+			kind = "prefetch blob"
+		}
+		_, err = fmt.Fprintf(o.out, "replay: %s %s: %d chunks, %s, %s stored\n", kind, b.ID, b.Chunks, progress.Bytes(b.Bytes), progress.Bytes(b.StoredBytes))
+	}
 	return err
 }
 

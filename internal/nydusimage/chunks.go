@@ -36,6 +36,9 @@ func (c *Chunks) Read(ctx context.Context, chunk rafs.Chunk) ([]byte, error) {
 	return r.ReadChunk(ctx, chunk)
 }
 
+// Blob returns the reader of the n-th blob of the image, valid until Close.
+func (c *Chunks) Blob(ctx context.Context, n int) (*rafs.BlobReader, error) { return c.blob(ctx, n) }
+
 func (c *Chunks) blob(ctx context.Context, n int) (*rafs.BlobReader, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()

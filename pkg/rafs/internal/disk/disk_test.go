@@ -40,3 +40,14 @@ func TestSizes(t *testing.T) {
 		}
 	}
 }
+
+func TestDeviceMappedOffset(t *testing.T) {
+	t.Parallel()
+	b, err := binary.Append(nil, binary.LittleEndian, disk.DeviceSlot{MappedBlock: 0x01020304})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := binary.LittleEndian.Uint32(b[disk.DeviceMappedOffset:]); got != 0x01020304 {
+		t.Errorf("at DeviceMappedOffset is %#x, want the probe 0x01020304", got)
+	}
+}

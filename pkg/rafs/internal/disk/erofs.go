@@ -98,6 +98,9 @@ type DeviceSlot struct {
 // SizeDeviceSlot is the size of [DeviceSlot] in bytes.
 const SizeDeviceSlot = 128
 
+// DeviceMappedOffset is where [DeviceSlot] has MappedBlock: behind Tag and Blocks.
+const DeviceMappedOffset = 64 + 4
+
 // BlobEntry is one entry of the blob table. Source: RafsV6Blob in nydus.
 type BlobEntry struct {
 	ID               [64]byte // blob_id
