@@ -82,11 +82,13 @@ func nydusFixture(t testing.TB, name string) *loose {
 }
 
 func (l *loose) reader(b rafs.Blob) (*rafs.BlobReader, error) {
-	f, ok := l.blobs[b.ID]
-	if !ok {
-		return nil, fmt.Errorf("no blob %s", b.ID)
-	}
-	return rafs.OpenBlob(f, b)
+	return rafs.OpenBlobFrom(func(b rafs.Blob) (io.ReaderAt, error) {
+		f, ok := l.blobs[b.ID]
+		if !ok {
+			return nil, fmt.Errorf("no blob %s", b.ID)
+		}
+		return f, nil
+	}, b)
 }
 
 func (l *loose) source() builder.NydusSource {
@@ -150,6 +152,9 @@ func (l *loose) optimize(t testing.TB, o builder.OptimizeOptions) (*loose, *buil
 			t.Fatalf("the bootstrap refers to blob %s, which the source has not", id)
 		}
 		out.blobs[id] = &counted{data: l.blobs[id].data}
+		if meta, separate := b.MetaBlob(); separate {
+			out.blobs[meta.ID] = &counted{data: l.blobs[meta.ID].data}
+		}
 	}
 	return out, res
 }
