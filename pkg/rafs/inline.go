@@ -79,7 +79,7 @@ func (b *BlobWriter) writeBootstrap(blob Blob) (disk.TOCEntry, error) {
 // ReadInline returns the bootstrap that the blob r of size bytes holds, verified where the
 // blob has a TOC. ErrNoBootstrap when it holds none; ErrInvalid and ErrDigest for what is wrong with it.
 func ReadInline(r io.ReaderAt, size int64) ([]byte, error) {
-	end := uint64(max(size, 0)) //nolint:gosec // not negative
+	end := uint64(max(size, 0)) // not negative
 	for range 16 {              // sections of a blob: there are five
 		if end < disk.TarHeaderSize {
 			break

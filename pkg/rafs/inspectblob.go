@@ -73,7 +73,7 @@ func InspectBlob(r io.ReaderAt, size int64) (*BlobFileInfo, error) {
 			info.Sections = nil
 		} else {
 			end = min(end, info.Meta.TableOffset)
-			info.Sections = []SectionInfo{{disk.SectionMeta, end, uint64(size) - end, uint64(info.Meta.Chunks)}}
+			info.Sections = []SectionInfo{{disk.SectionMeta, end, uint64(size) - end, uint64(info.Meta.Chunks)}} //nolint:gosec // not negative
 		}
 	}
 	if end > 0 {

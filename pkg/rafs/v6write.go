@@ -146,9 +146,9 @@ func (p *v6Plan) writeMeta(out *placedWriter) {
 	}
 	pieces := make([]v6Piece, 0, count)
 	for i := range p.nodes {
-		pieces = append(pieces, v6Piece(2*i)) //nolint:gosec // nodes are far below 2^31
+		pieces = append(pieces, v6Piece(2*i)) // nodes are far below 2^31
 		if hasBlocks(&p.nodes[i]) {
-			pieces = append(pieces, v6Piece(2*i+1)) //nolint:gosec // as above
+			pieces = append(pieces, v6Piece(2*i+1)) // as above
 		}
 	}
 	slices.SortFunc(pieces, func(a, b v6Piece) int { return cmp.Compare(p.pieceOffset(a), p.pieceOffset(b)) })

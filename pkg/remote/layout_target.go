@@ -257,7 +257,7 @@ func (t *layoutTarget) link(ctx context.Context, b Blob) (f *os.File, err error)
 	}
 	info, err := os.Lstat(b.File)
 	if err != nil || !info.Mode().IsRegular() || info.Size() != b.Descriptor.Size {
-		return nil, nil //nolint:nilerr,nilnil // copying tells what is wrong with it
+		return nil, nil //nolint:nilnil // copying tells what is wrong with it
 	}
 	err = t.locked(ctx, func() error {
 		f, err = t.linkLocked(b.File)

@@ -98,10 +98,10 @@ func appendHeader(dst []byte, size int) []byte {
 	dst = binary.LittleEndian.AppendUint32(dst, magic)
 	switch {
 	case size < 256:
-		return append(dst, singleSegment, byte(size))
+		return append(dst, singleSegment, byte(size)) //nolint:gosec // one byte of a field at a time
 	case size < 65536+256:
 		dst = append(dst, 1<<6|singleSegment)
-		return binary.LittleEndian.AppendUint16(dst, uint16(size-256)) //nolint:gosec // below 65536
+		return binary.LittleEndian.AppendUint16(dst, uint16(size-256)) // below 65536
 	}
 	dst = append(dst, 2<<6|singleSegment)
 	return binary.LittleEndian.AppendUint32(dst, uint32(size)) //nolint:gosec // at most MaxSize
@@ -113,7 +113,7 @@ func appendBlockHeader(dst []byte, typ, size int, last bool) []byte {
 	if last {
 		v |= 1
 	}
-	return append(dst, byte(v), byte(v>>8), byte(v>>16))
+	return append(dst, byte(v), byte(v>>8), byte(v>>16)) //nolint:gosec // one byte of a field at a time
 }
 
 // appendBlock writes src from start on as one block, with all before it as history. It

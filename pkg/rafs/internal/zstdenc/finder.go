@@ -53,8 +53,8 @@ func (f *finder) begin(size int) {
 	f.next += n
 	// Small chunks use the front of the tables only, which stays in the cache.
 	log := max(leastBits, bits.Len(uint(size)))
-	f.longShift = uint8(64 - min(longBits, log))   //nolint:gosec // 48 to 54
-	f.shortShift = uint8(64 - min(shortBits, log)) //nolint:gosec // 49 to 54
+	f.longShift = uint8(64 - min(longBits, log))   // 48 to 54
+	f.shortShift = uint8(64 - min(shortBits, log)) // 49 to 54
 }
 
 func load32(b []byte, i int) uint32 { return binary.LittleEndian.Uint32(b[i:]) }

@@ -23,7 +23,7 @@ func (w *bitWriter) add(v uint64, n uint) {
 // flush moves whole bytes out, so that at most 7 bits stay.
 func (w *bitWriter) flush() {
 	binary.LittleEndian.PutUint64(w.dst[w.n:], w.word)
-	w.n += int(w.used >> 3) //nolint:gosec // at most 8
+	w.n += int(w.used >> 3) // at most 8
 	w.word >>= w.used &^ 7 & 63
 	w.used &= 7
 }
@@ -66,7 +66,7 @@ func (t *fseTable) build(norm []int16, log uint8) {
 	for s, n := range norm {
 		if n == -1 {
 			first[s+1] = first[s] + 1
-			cells[high] = uint8(s) //nolint:gosec // below maxSymbols
+			cells[high] = uint8(s) // below maxSymbols
 			high--
 			continue
 		}
@@ -75,7 +75,7 @@ func (t *fseTable) build(norm []int16, log uint8) {
 	pos := 0
 	for s, n := range norm {
 		for range n { // none for -1
-			cells[pos] = uint8(s) //nolint:gosec // below maxSymbols
+			cells[pos] = uint8(s) // below maxSymbols
 			pos = (pos + step) & mask
 			for pos > high {
 				pos = (pos + step) & mask
@@ -88,10 +88,10 @@ func (t *fseTable) build(norm []int16, log uint8) {
 	}
 	total := int32(0)
 	for s, n := range norm {
-		switch {
-		case n == 0:
+		switch n {
+		case 0:
 			t.symbol[s] = symbolTransform{}
-		case n == 1 || n == -1:
+		case 1, -1:
 			t.symbol[s] = symbolTransform{uint32(log)<<16 - uint32(size), total - 1} //nolint:gosec // size is at most 512
 			total++
 		default:
@@ -163,7 +163,7 @@ func appendNorm(dst []byte, norm []int16, log uint8) []byte {
 	put := func(v, n uint64) {
 		word |= v << used
 		for used += n; used >= 8; used -= 8 {
-			dst = append(dst, byte(word))
+			dst = append(dst, byte(word)) //nolint:gosec // one byte of a field at a time
 			word >>= 8
 		}
 	}
@@ -176,11 +176,11 @@ func appendNorm(dst []byte, norm []int16, log uint8) []byte {
 		v := int(norm[s]) + 1
 		switch {
 		case v < most:
-			put(uint64(v), uint64(n-1))
+			put(uint64(v), uint64(n-1)) //nolint:gosec // not negative
 		case v >= 1<<(n-1):
-			put(uint64(v+most), uint64(n))
+			put(uint64(v+most), uint64(n)) //nolint:gosec // not negative
 		default:
-			put(uint64(v), uint64(n))
+			put(uint64(v), uint64(n)) //nolint:gosec // not negative
 		}
 		left -= abs(int(norm[s]))
 		s++

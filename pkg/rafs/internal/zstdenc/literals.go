@@ -62,11 +62,11 @@ func appendRawLiterals(dst, lits []byte) []byte {
 func appendLiteralsSize(dst []byte, typ, n int) []byte {
 	switch {
 	case n < 1<<5:
-		return append(dst, byte(typ|n<<3))
+		return append(dst, byte(typ|n<<3)) //nolint:gosec // one byte of a field at a time
 	case n < 1<<12:
 		v := typ | 1<<2 | n<<4
-		return append(dst, byte(v), byte(v>>8))
+		return append(dst, byte(v), byte(v>>8)) //nolint:gosec // one byte of a field at a time
 	}
 	v := typ | 3<<2 | n<<4
-	return append(dst, byte(v), byte(v>>8), byte(v>>16))
+	return append(dst, byte(v), byte(v>>8), byte(v>>16)) //nolint:gosec // one byte of a field at a time
 }

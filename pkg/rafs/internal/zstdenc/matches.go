@@ -69,7 +69,7 @@ func equal(src []byte, a, b, n int) bool {
 		}
 	}
 	if n <= 8 && b+8 <= len(src) {
-		return (load64(src, a)^load64(src, b))<<((64-8*uint(n))&63) == 0 //nolint:gosec // from 1 to 8
+		return (load64(src, a)^load64(src, b))<<((64-8*uint(n))&63) == 0 // from 1 to 8
 	}
 	return bytes.Equal(src[a:a+n], src[b:b+n])
 }

@@ -77,7 +77,7 @@ func codesOf(n int, extra []uint8) []uint8 {
 			if len(codes) == n {
 				return codes
 			}
-			codes = append(codes, uint8(code)) //nolint:gosec // below maxSymbols
+			codes = append(codes, uint8(code)) // below maxSymbols
 		}
 	}
 	return codes
@@ -120,9 +120,9 @@ func (e *Encoder) appendSequences(dst []byte) []byte {
 	case n < 128:
 		dst = append(dst, byte(n))
 	case n < 0x7f00:
-		dst = append(dst, byte(n>>8|0x80), byte(n))
+		dst = append(dst, byte(n>>8|0x80), byte(n)) //nolint:gosec // one byte of a field at a time
 	default:
-		dst = append(dst, 0xff, byte(n-0x7f00), byte((n-0x7f00)>>8))
+		dst = append(dst, 0xff, byte(n-0x7f00), byte((n-0x7f00)>>8)) //nolint:gosec // one byte of a field at a time
 	}
 	var counts [kinds][64]uint32
 	e.codes = e.codes[:0]
@@ -153,7 +153,7 @@ func (e *Encoder) appendTable(dst []byte, k int, counts []uint32, total uint32) 
 	counts = counts[:last+1]
 	if counts[last] == total {
 		e.prev[k], e.use[k] = nil, &single
-		return append(dst, byte(last)), modeRLE
+		return append(dst, byte(last)), modeRLE //nolint:gosec // one byte of a field at a time
 	}
 	best, mode, table := kindsOf[k].predefined.cost(counts), byte(modePredefined), &kindsOf[k].predefined
 	if p := e.prev[k]; p != nil {
