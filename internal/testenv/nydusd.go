@@ -23,7 +23,7 @@ func MountNydusd(t testing.TB, bootstrap, blobs string) string {
 
 // MountNydusdPrefetching does the same and lets nydusd fetch what the image's prefetch table names, as snapshotters have it.
 //
-// nydusd 2.2.0 to 2.4.4 gives wrong bytes where one read covers two chunks of a file that are both in its cache already, are in
+// nydusd 2.2.0 gives wrong bytes where one read covers two chunks of a file that are both in its cache already, are in
 // the same blob, and have a few other chunks between them there: it reads on behind the first chunk
 // (storage/src/cache/cachedfile.rs, Region.append). Prefetching makes that likely for images with
 // chunks that several files share in part. It also ends at a gzip blob.

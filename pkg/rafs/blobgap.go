@@ -2,7 +2,7 @@ package rafs
 
 // readGap is the most bytes between the stored forms of two chunks of a file that nydusd takes for none: it merges the two into
 // one request, and where both are in its cache already it reads on behind the first, whatever lies there.
-// It is the 128th part of what nydusd reads at once, a MiB in the usual configuration. Nydus 2.2.0 to 2.4.4,
+// It is the 128th part of what nydusd reads at once, a MiB in the usual configuration. Nydus 2.2.0,
 // storage/src/cache/cachedfile.rs Region.append, storage/src/device.rs BlobIoDesc.is_continuous.
 const readGap = 8 << 10
 
