@@ -4,6 +4,8 @@ FUZZTIME   ?= 20s
 SOAK       ?= 10m
 PKG        ?= ./...
 RACE_PKG    = $(shell go list ./pkg/... ./internal/... | grep -vE "/(bench|demo|e2e|pins|test[a-z]+|tools|workload)(/|$$)")
+# These start containers and tracers and look at latencies: one package at a time, after the others.
+ALONE       = /(cmd/optimizer-nri-plugin|internal/(demo|e2e|tracer)|pkg/trace/tracefs)$$
 TOOLS      := go run ./internal/tools/cmd/tools
 SUDO       ?= $(if $(DESTDIR),,$(shell [ "$$(id -u)" = 0 ] || command -v sudo))
 PLUGIN      = $(DESTDIR)/opt/nri/plugins/02-optimizer-nri-plugin
@@ -30,8 +32,8 @@ demo: ## IMAGE= and CMD= choose another workload
 test: ## everything, end to end too; what this machine lacks is skipped visibly
 	@[ "$$(id -u)" = 0 ] || echo "make test: not root: tests that trace, mount or run containers are skipped" >&2
 	-$(TOOLS) install test
-	@code=0; for part in -v -x; do pkgs=$$(go list $(PKG) | grep $$part '.*/internal/e2e'); [ -z "$$pkgs" ] || \
-		go test -timeout 30m $(TESTFLAGS) $$pkgs || code=1; done; exit $$code # e2e alone: it looks at latencies
+	@code=0; for others in -v ""; do pkgs=$$(go list $(PKG) | grep $$others -E '$(ALONE)'); [ -z "$$pkgs" ] || \
+		go test $$([ "$$others" ] || echo "-p 1") -timeout 30m $(TESTFLAGS) $$pkgs || code=1; done; exit $$code
 
 test-race: ## under the race detector, which needs gcc
 	$(TOOLS) install gcc

@@ -67,7 +67,7 @@ func run(ctx context.Context, o options, stdout, stderr io.Writer) (err error) {
 	defer func() {
 		err = errors.Join(err, d.close())
 		if err != nil && ctx.Err() != nil {
-			err = fmt.Errorf("interrupted; everything was taken down: %w", err)
+			err = fmt.Errorf("interrupted; everything was taken down: %w (%w)", ctx.Err(), err) // gRPC's errors wrap no context's
 		}
 	}()
 	if err := d.start(ctx); err != nil {
