@@ -3,6 +3,7 @@ package main
 import (
 	"bufio"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -22,6 +23,7 @@ import (
 	"github.com/headstart-oci/headstart/internal/testenv"
 	"github.com/headstart-oci/headstart/internal/tracer/stream"
 	"github.com/headstart-oci/headstart/pkg/trace"
+	"github.com/headstart-oci/headstart/pkg/trace/tracefs"
 )
 
 // The test binary is also the tracer (envServer says how it behaves) and a runtime that
@@ -39,7 +41,15 @@ func TestMain(m *testing.M) {
 	if dir := os.Getenv(envRuntime); dir != "" {
 		os.Exit(runtimeMain(dir))
 	}
-	testenv.Main(m)
+	code := testenv.Checked(m).Run()
+	// The plugins that tests killed left their trace instances to the next plugin, which is none here.
+	if fs, err := tracefs.Open(); err == nil {
+		if err := errors.Join(fs.Clean(), fs.Close()); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			code = max(code, 1)
+		}
+	}
+	os.Exit(code)
 }
 
 // quiet drops what NRI's runtime side logs.

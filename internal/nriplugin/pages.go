@@ -12,8 +12,8 @@ import (
 
 // pagesWait is how long a container's start waits for page events when no instance is ready, before the
 // tracer is started without: making one takes tens of milliseconds, and where many containers start
-// at once the kernel makes one after the other. It leaves the tracer time within [DefaultStartDeadline].
-const pagesWait = 60 * time.Millisecond
+// at once the kernel makes one after the other. It leaves the tracer most of [DefaultStartDeadline].
+const pagesWait = 30 * time.Millisecond
 
 // OpenPages makes the pool that all recordings of a process get their page events from, and removes the
 // instances that dead processes left. Nil means that there are none here, which is a line in the log.

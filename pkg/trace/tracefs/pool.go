@@ -63,7 +63,7 @@ type Pool struct {
 	closed bool
 }
 
-// NewPool removes the instances that dead processes left and begins to make new ones, in
+// NewPool removes the instances that dead processes left, now and from time to time, and begins to make new ones, in
 // the background: it returns at once. The caller closes the pool before fs.
 func NewPool(fs *FS, o PoolOptions) (*Pool, error) {
 	if o.Ready < 0 || o.Max < 0 || o.Budget < 0 || o.Instance.Ring < 0 {
@@ -216,12 +216,20 @@ const (
 	calm  = time.Minute
 )
 
+// The first and the longest time from one look for instances of dead processes to the next. The tracer of a
+// process that was killed has its instance for a moment longer, or for as long as it is starved of CPU.
+const (
+	firstClean = 2 * time.Second
+	lastClean  = 10 * time.Minute
+)
+
 // work makes, resets and removes instances until the pool is closed.
 func (p *Pool) work() {
 	defer close(p.done)
 	if err := p.fs.Clean(); err != nil {
 		p.o.Log(err)
 	}
+	cleaned, rest := time.Now(), firstClean
 	timer := time.NewTimer(again)
 	defer timer.Stop()
 	for {
@@ -234,6 +242,12 @@ func (p *Pool) work() {
 			return
 		case <-p.wake:
 		case <-timer.C:
+		}
+		if time.Since(cleaned) >= rest {
+			if err := p.fs.Clean(); err != nil {
+				p.o.Log(err)
+			}
+			cleaned, rest = time.Now(), min(4*rest, lastClean)
 		}
 		p.mu.Lock()
 		p.failed = nil
