@@ -37,7 +37,8 @@ test: ## everything, end to end too; what this machine lacks is skipped visibly
 
 test-race: ## under the race detector, which needs gcc
 	$(TOOLS) install gcc
-	CGO_ENABLED=1 go test -race -short -shuffle=on -timeout 20m $(TESTFLAGS) $(RACE_PKG)
+	@code=0; for others in -v ""; do CGO_ENABLED=1 go test $$([ "$$others" ] || echo "-p 1") -race -short -shuffle=on -timeout 20m \
+		$(TESTFLAGS) $$(printf '%s\n' $(RACE_PKG) | grep $$others -E '$(ALONE)') || code=1; done; exit $$code
 
 lint: ## golangci-lint, see .golangci.yml
 	"$$($(TOOLS) path golangci-lint)" run $(PKG)
