@@ -34,12 +34,13 @@ type node struct {
 	dir string // the plugin's files
 }
 
-// newNode starts one; config is appended to the plugin's configuration.
+// newNode starts one; config is appended to the plugin's configuration. A start may wait as long as can be
+// until its tracer gets a CPU: tests ask for complete lists, beside other tests and 50 runtimes.
 func newNode(t testing.TB, config string) *node {
 	t.Helper()
 	n := &node{t: t, dir: t.TempDir()}
 	n.Env = critest.Start(t, testcri.Options{})
-	text := fmt.Sprintf("persist_dir = %q\nserver_path = %q\nlog_level = \"debug\"\ncontainerd_address = %q\n%s",
+	text := fmt.Sprintf("persist_dir = %q\nserver_path = %q\nlog_level = \"debug\"\nstart_deadline = \"900ms\"\ncontainerd_address = %q\n%s",
 		n.dir, testenv.Binary(t, "optimizer-server"), n.Address(), config)
 	program, err := os.ReadFile(testenv.Binary(t, "optimizer-nri-plugin"))
 	must(t, err)

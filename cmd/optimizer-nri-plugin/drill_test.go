@@ -86,14 +86,13 @@ func instances(t testing.TB) []string {
 	return names
 }
 
-// TestManyAtOnce starts 50 containers at once, 20 of them of one image: every list is complete where a start
-// may wait until its tracer gets a CPU, which 50 runtimes that start containers compete for.
+// TestManyAtOnce starts 50 containers at once, 20 of them of one image: every list is complete.
 func TestManyAtOnce(t *testing.T) {
 	perImage := []int{20, 15, 15}
 	if testing.Short() {
 		perImage = []int{5, 2, 2}
 	}
-	n := newNode(t, "start_deadline = \"900ms\"\n"+noRebuild)
+	n := newNode(t, noRebuild)
 	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
 	defer cancel()
 	var all []*testcri.Container
