@@ -66,7 +66,7 @@ func testBadServer(t *testing.T, h *host, img *workload.Image, before durations)
 	}
 	for name, server := range map[string]string{
 		"hangs":        script("hangs", "exec sleep 60"),
-		"deaf":         script("deaf", `trap "" TERM INT HUP; while :; do sleep 1; done`),
+		"deaf":         script("deaf", `trap "" TERM INT HUP; n=0; while [ $n -lt 30 ]; do sleep 1; n=$((n+1)); done`),
 		"ends":         script("ends", "exit 1"),
 		"says nothing": script("nothing", "exit 0"),
 		"babbles":      script("babbles", "exec cat /dev/urandom"),
