@@ -222,6 +222,8 @@ func (t *metaTable) check(i uint32) error {
 		return invalid(section, at, "uncompressed offset", r.uncompressedOffset, want)
 	}
 	switch {
+	case r.batch && r.zran:
+		return invalid(section, at, "flags", "batch and ZRAN", "one of them")
 	case r.batch:
 		return t.checkBatch(r, section, at)
 	case r.zran:

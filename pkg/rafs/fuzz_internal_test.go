@@ -164,6 +164,9 @@ func FuzzBlobMeta(f *testing.F) {
 	binary.LittleEndian.PutUint32(v2[24:], 50)
 	binary.LittleEndian.PutUint32(v2[28:], 100)
 	f.Add(uint32(disk.FeatureAligned|disk.FeatureV2|disk.FeatureBatch), v2, header(disk.FeatureV2|disk.FeatureBatch, 1, 1, v2))
+	both := bytes.Clone(v2) // a chunk that says it is in a batch and in a gzip stream
+	binary.LittleEndian.PutUint64(both, (disk.V2FlagBatch|disk.V2FlagZran)<<disk.V2FlagShift|99<<32)
+	f.Add(uint32(disk.FeatureAligned|disk.FeatureV2|disk.FeatureBatch), both, header(disk.FeatureV2|disk.FeatureBatch, 1, 1, both))
 	zran, zranBlob, layer := tinyRef(f)
 	f.Add(zranBlob.Features, zran[0], zran[1])
 	f.Fuzz(func(t *testing.T, features uint32, table, header []byte) {
