@@ -15,6 +15,7 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/headstart-oci/headstart/internal/testenv/procfs"
+	"github.com/headstart-oci/headstart/pkg/trace/tracefs"
 )
 
 // marker is the environment variable that containerd and its shims carry, with
@@ -130,11 +131,29 @@ func reapRecord(id string) (err error) {
 func sweep(id, dir string) error {
 	return errors.Join(
 		killAll(id, dir),
+		removeInstances(),
 		unmountBelow(dir),
 		removeCgroups(cgroupParent(id)),
 		removeTree(dir),
 		os.RemoveAll(filepath.Join(records, id)),
 	)
+}
+
+// removeInstances removes the trace instances of dead processes: containerd kills the plugins that it launched
+// when it ends, also one that is about to remove its own. A tracer that was killed just now holds its
+// instance for a moment longer.
+func removeInstances() error {
+	fs, err := tracefs.Open()
+	if err != nil {
+		return nil //nolint:nilerr // where there is none nothing was left
+	}
+	deadline := time.Now().Add(stopTimeout)
+	for {
+		if err = fs.Clean(); err == nil || time.Now().After(deadline) {
+			return errors.Join(err, fs.Close())
+		}
+		<-time.After(10 * time.Millisecond)
+	}
 }
 
 // removeTree removes dir, but never through a mount that is left.

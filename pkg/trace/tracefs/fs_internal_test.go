@@ -2,10 +2,14 @@ package tracefs
 
 import (
 	"errors"
+	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"golang.org/x/sys/unix"
 )
 
 // fake returns a tree that looks like a tracefs with these events.
@@ -150,4 +154,31 @@ func TestPoolSharesItsBudget(t *testing.T) {
 			t.Errorf("%s: %d bytes spent of %d", name, sum, tt.budget)
 		}
 	}
+}
+
+// A process that nobody has waited for holds no instance: what it made is to be removed.
+func TestZombieIsDead(t *testing.T) {
+	cmd := exec.Command("sleep", "60")
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	start, err := startTime(cmd.Process.Pid)
+	if err != nil {
+		t.Fatal(err)
+	}
+	rest := fmt.Sprintf("%d-%d-1", cmd.Process.Pid, start)
+	if !makerLives(rest) {
+		t.Errorf("makerLives(%s) = false of a process that runs", rest)
+	}
+	if err := cmd.Process.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	// WNOWAIT leaves the zombie.
+	if err := unix.Waitid(unix.P_PID, cmd.Process.Pid, nil, unix.WEXITED|unix.WNOWAIT, nil); err != nil {
+		t.Fatal(err)
+	}
+	if makerLives(rest) {
+		t.Errorf("makerLives(%s) = true of a zombie", rest)
+	}
+	_ = cmd.Wait() // it was killed
 }

@@ -298,6 +298,11 @@ func (i *Instance) Reset() error {
 	if err := i.Disarm(); err != nil {
 		return err
 	}
+	return i.empty()
+}
+
+// empty makes a disarmed instance as new.
+func (i *Instance) empty() error {
 	// Opening the file for writing empties all rings and resets their counts
 	// (kernel/trace/trace.c tracing_open).
 	if err := errors.Join(i.dir.write("trace", ""), i.dir.write("tracing_on", "1")); err != nil {

@@ -14,6 +14,10 @@ const (
 	DefaultReady  = 6
 	DefaultMax    = 64
 	DefaultBudget = 128 << 20 // bytes
+	// DefaultQuiet is longer than a container needs from its hook to its first instructions. Making, resetting
+	// and removing an instance each hold the kernel's trace locks for 24 to 50 ms (Linux 6.18), which is
+	// how long the arming of another one then takes, in place of 2 ms.
+	DefaultQuiet = time.Second
 )
 
 // leastRing is what an instance gets when the budget is used up, in bytes: enough for a
@@ -33,6 +37,9 @@ type PoolOptions struct {
 	Ready int
 	// Max is how many there are at most, waiting ones included, at least 0; 0: DefaultMax.
 	Max int
+	// Quiet is how long after a Get nothing is made, reset or removed, unless somebody waits for it, at
+	// least 0; 0: DefaultQuiet. When half of Ready or less are left it is a twentieth of that.
+	Quiet time.Duration
 	// Log is told what goes wrong in the background, one error each; nil: nobody is. It may
 	// be called at any time until Close returns, from one goroutine at a time.
 	Log func(error)
@@ -52,12 +59,14 @@ type Pool struct {
 	ready  []*Instance
 	queue  []chan<- got // calls of Get that wait, each with room for its answer
 	used   []*Instance  // given back, not yet reset
+	idle   []*Instance  // given back and disarmed, not yet emptied
 	broken []*Instance  // given back, to be removed
 	count  int          // instances that there are, wherever they are
 	out    int          // those that Get returned and Put did not take back
 	rings  map[*Instance]int64
 	spent  int64     // bytes of rings
 	want   int       // instances to keep ready: at least o.Ready, more after a rush
+	last   time.Time // of the last Get
 	rushed time.Time // when want was last raised or lowered
 	failed error     // of the last attempt to make one; nil after a success
 	closed bool
@@ -66,9 +75,12 @@ type Pool struct {
 // NewPool removes the instances that dead processes left, now and from time to time, and begins to make new ones, in
 // the background: it returns at once. The caller closes the pool before fs.
 func NewPool(fs *FS, o PoolOptions) (*Pool, error) {
-	if o.Ready < 0 || o.Max < 0 || o.Budget < 0 || o.Instance.Ring < 0 {
-		return nil, fmt.Errorf("pool of trace instances: %d ready of %d at most, budget of %d bytes, rings of %d",
-			o.Ready, o.Max, o.Budget, o.Instance.Ring)
+	if o.Ready < 0 || o.Max < 0 || o.Budget < 0 || o.Instance.Ring < 0 || o.Quiet < 0 {
+		return nil, fmt.Errorf("pool of trace instances: %d ready of %d at most, budget of %d bytes, rings of %d, quiet of %v",
+			o.Ready, o.Max, o.Budget, o.Instance.Ring, o.Quiet)
+	}
+	if o.Quiet == 0 {
+		o.Quiet = DefaultQuiet
 	}
 	if o.Budget == 0 {
 		o.Budget = DefaultBudget
@@ -110,6 +122,7 @@ func (p *Pool) Get(ctx context.Context) (*Instance, error) {
 		p.mu.Unlock()
 		return nil, fmt.Errorf("pool of trace instances: %w", ErrClosed)
 	}
+	p.last = time.Now()
 	p.signal()
 	if n := len(p.ready); n > 0 {
 		i := p.ready[n-1]
@@ -236,7 +249,7 @@ func (p *Pool) work() {
 		if p.step() {
 			continue
 		}
-		timer.Reset(again)
+		timer.Reset(p.rest())
 		select {
 		case <-p.quit:
 			return
@@ -258,6 +271,26 @@ func (p *Pool) work() {
 	}
 }
 
+// rest returns how long the worker waits before it looks again.
+func (p *Pool) rest() time.Duration {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if d := p.quiet(); d > 0 {
+		return min(d, again)
+	}
+	return again
+}
+
+// quiet returns for how long a container that starts is not to be disturbed, 0 when none starts.
+// Called with mu held.
+func (p *Pool) quiet() time.Duration {
+	d := p.o.Quiet
+	if len(p.ready) <= p.want/2 {
+		d /= 20
+	}
+	return max(d-time.Since(p.last), 0)
+}
+
 // step does one piece of work and reports whether there may be more.
 func (p *Pool) step() bool {
 	select {
@@ -268,14 +301,15 @@ func (p *Pool) step() bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	switch {
-	case len(p.queue) > 0 && p.count < p.o.Max:
-		i, err := p.create()
-		if !p.answer(got{i, err}) && err == nil {
-			p.ready = append(p.ready, i)
-		}
+	case len(p.queue) > 0 && p.serve():
+		return true
+	case p.quiet() > 0:
+		return false
+	case len(p.idle) > 0:
+		p.recycle()
 		return true
 	case len(p.used) > 0:
-		p.recycle()
+		p.disarm()
 		return true
 	case len(p.ready) > p.want:
 		p.broken = append(p.broken, p.ready[0])
@@ -297,13 +331,50 @@ func (p *Pool) step() bool {
 	return false
 }
 
-// recycle resets an instance that came back. Called with mu held, which it gives up while
-// it works.
-func (p *Pool) recycle() {
+// disarm begins to reset an instance that came back: the first of two steps, so that a start that comes
+// between them has to wait for one only. Called with mu held, which it gives up while it works.
+func (p *Pool) disarm() {
 	i := p.used[0]
 	p.used = p.used[1:]
 	p.mu.Unlock()
-	err := i.Reset()
+	err := i.Disarm()
+	p.mu.Lock()
+	if err != nil {
+		p.o.Log(err)
+		p.broken = append(p.broken, i)
+		return
+	}
+	p.idle = append(p.idle, i)
+}
+
+// serve does what brings those who wait nearer to an instance, the quickest first, and reports whether there
+// was something to do. Called with mu held, like disarm.
+func (p *Pool) serve() bool {
+	many := p.count >= p.o.Max/4 // to reset one takes longer than to make one, but makes no more of them
+	switch {
+	case len(p.idle) > 0:
+		p.recycle()
+	case len(p.used) > 0 && many:
+		p.disarm()
+	case p.count < p.o.Max:
+		i, err := p.create()
+		if !p.answer(got{i, err}) && err == nil {
+			p.ready = append(p.ready, i)
+		}
+	case len(p.used) > 0:
+		p.disarm()
+	default:
+		return false
+	}
+	return true
+}
+
+// recycle empties a disarmed instance, which is as new then. Called with mu held, like disarm.
+func (p *Pool) recycle() {
+	i := p.idle[0]
+	p.idle = p.idle[1:]
+	p.mu.Unlock()
+	err := i.empty()
 	p.mu.Lock()
 	if err != nil {
 		p.o.Log(err)
@@ -355,11 +426,11 @@ func (p *Pool) Close() error {
 	for _, i := range p.used {
 		errs = append(errs, i.Disarm(), i.Close())
 	}
-	for _, i := range append(p.ready, p.broken...) {
+	for _, i := range slices.Concat(p.ready, p.idle, p.broken) {
 		errs = append(errs, i.Close())
 	}
 	for p.answer(got{err: fmt.Errorf("pool of trace instances: %w", ErrClosed)}) {
 	}
-	p.ready, p.used, p.broken = nil, nil, nil
+	p.ready, p.used, p.idle, p.broken = nil, nil, nil, nil
 	return errors.Join(errs...)
 }

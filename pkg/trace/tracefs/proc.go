@@ -97,7 +97,7 @@ func countCPUs(list string) int {
 }
 
 // startTime returns when process pid began, in clock ticks since boot: together with pid it
-// names a process for as long as the machine runs.
+// names a process for as long as the machine runs. A zombie has none: it holds nothing any more.
 func startTime(pid int) (uint64, error) {
 	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
 	if err != nil {
@@ -109,6 +109,9 @@ func startTime(pid int) (uint64, error) {
 	const start = 22 - 3 // field 22 of proc_pid_stat(5); the first behind the name is number 3
 	if len(fields) <= start {
 		return 0, errors.New("short stat of a process")
+	}
+	if fields[0] == "Z" || fields[0] == "X" {
+		return 0, unix.ESRCH
 	}
 	return strconv.ParseUint(fields[start], 10, 64)
 }
