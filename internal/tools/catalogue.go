@@ -42,6 +42,8 @@ func Packages() []Package {
 		{Name: "xz", Binaries: []string{"xz"}, kind: debian, source: []string{"xz-utils"}},
 		{Name: "zstd", Binaries: []string{"zstd"}, kind: debian, source: []string{"zstd"}},
 		{Name: "erofs-utils", Binaries: []string{"fsck.erofs", "dump.erofs", "mkfs.erofs"}, kind: debian, source: []string{"erofs-utils"}},
+		{Name: "btrfs-progs", Binaries: []string{"btrfs", "mkfs.btrfs"}, kind: debian, source: []string{"btrfs-progs"}},
+		{Name: "xfsprogs", Binaries: []string{"mkfs.xfs"}, kind: debian, source: []string{"xfsprogs"}},
 		{Name: "util-linux", Binaries: []string{"setpriv"}, kind: debian, source: []string{"util-linux"}},
 		{Name: "python3", Binaries: []string{"python3"}, kind: debian, source: []string{"python3"}},
 		{Name: "strace", Binaries: []string{"strace"}, kind: debian, source: []string{"strace"}},
@@ -97,7 +99,7 @@ func Lookup(name string) (Package, bool) {
 // and false when there is no such set.
 func Group(name string) ([]Package, bool) {
 	demo := []string{"erofs-utils", "gcc", "containerd", "runc"}
-	test := append([]string{"gzip", "xz", "zstd", "tar", "chromium", "util-linux", "python3", "strace", "debootstrap", "registry", "nydus-rs"}, demo...)
+	test := append([]string{"gzip", "xz", "zstd", "tar", "chromium", "btrfs-progs", "xfsprogs", "util-linux", "python3", "strace", "debootstrap", "registry", "nydus-rs"}, demo...)
 	var want []string
 	switch name {
 	case "all":

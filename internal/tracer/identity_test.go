@@ -21,21 +21,14 @@ import (
 // where containerd keeps them, that page events cover: an ext4 in a file of its own.
 func newDiskBox(t *testing.T, setup string) *box {
 	t.Helper()
+	return newDiskBoxOn(t, "mkfs.ext4", setup)
+}
+
+// newDiskBoxOn is newDiskBox on the filesystem that the program mkfs makes, mounted with options.
+func newDiskBoxOn(t *testing.T, mkfs, setup string, options ...string) *box {
+	t.Helper()
 	needKernel(t)
-	top := t.TempDir()
-	image, dir := top+"/ext4", top+"/disk"
-	script := fmt.Sprintf("mkdir %[2]s; truncate -s 1G %[1]s; mkfs.ext4 -q %[1]s", image, dir)
-	if out, err := exec.Command("bash", "-euc", script).CombinedOutput(); err != nil {
-		t.Fatalf("mkfs.ext4: %v\n%s", err, out)
-	}
-	if out, err := exec.Command("mount", "-o", "loop", image, dir).CombinedOutput(); err != nil {
-		testenv.Kernel(t, "loop mounts", fmt.Errorf("%w: %s", err, out))
-	}
-	t.Cleanup(func() {
-		if err := testenv.Unmount(dir); err != nil {
-			t.Error(err)
-		}
-	})
+	dir := newDisk(t, mkfs, options...)
 	b := &box{lower: dir + "/lower", upper: dir + "/upper", merged: dir + "/merged"}
 	for _, d := range []string{b.lower, b.upper, b.merged, dir + "/work"} {
 		if err := os.Mkdir(d, 0o755); err != nil {
@@ -51,14 +44,40 @@ func newDiskBox(t *testing.T, setup string) *box {
 	return b
 }
 
+// newDisk mounts a filesystem of its own, in a file, for the rest of the test.
+func newDisk(t *testing.T, mkfs string, options ...string) string {
+	t.Helper()
+	top := t.TempDir()
+	image, dir := top+"/image", top+"/disk"
+	script := fmt.Sprintf("mkdir %[2]s; truncate -s 1G %[1]s; %[3]s -q %[1]s", image, dir, mkfs)
+	if out, err := exec.Command("bash", "-euc", script).CombinedOutput(); err != nil {
+		t.Fatalf("%s: %v\n%s", mkfs, err, out)
+	}
+	if out, err := exec.Command("mount", "-o", strings.Join(append(options, "loop"), ","), image, dir).CombinedOutput(); err != nil {
+		testenv.Kernel(t, "loop mounts of what "+mkfs+" makes", fmt.Errorf("%w: %s", err, out))
+	}
+	t.Cleanup(func() {
+		if err := testenv.Unmount(dir); err != nil {
+			t.Error(err)
+		}
+	})
+	return dir
+}
+
 // identitySetup makes files of 10,000 bytes that TestIdentity does things to.
-const identitySetup = "for f in plain renamed linked hard1 removed changed mapped opened private untouched twice; do head -c 10000 /dev/urandom > s/$f; done; ln s/hard1 s/hard2; : > s/empty"
+const identitySetup = "for f in plain renamed linked hard1 removed changed mapped opened private owned untouched twice; do head -c 10000 /dev/urandom > s/$f; done; ln s/hard1 s/hard2; : > s/empty"
 
 // identityArgs is what it does to them.
 var identityArgs = []string{
 	"/program", "files", "read:/s/plain", "rename:/s/renamed:/s/newname", "read:/s/newname", "link:/s/linked:/s/mylink", "read:/s/mylink",
 	"read:/s/hard2", "read:/s/removed", "remove:/s/removed", "append:/s/changed", "read:/s/changed", "map:/s/mapped", "open:/s/opened",
-	"write:/s/made", "read:/s/made", "read:/s/empty", "unshared:/s/private", "read:/s/twice", "read:/s/twice",
+	"write:/s/made", "read:/s/made", "read:/s/empty", "unshared:/s/private", "read:/s/twice", "read:/s/twice", "own:/s/owned",
+}
+
+// identityWant is what identityOf then says.
+var identityWant = []string{
+	"/s/changed 10000", "/s/empty 0", "/s/hard2 10000", "/s/linked 10000", "/s/mapped 10000", "/s/opened 0", "/s/owned 10000", "/s/plain 10000",
+	"/s/private 10000", "/s/removed 10000", "/s/renamed 10000", "/s/twice 10000",
 }
 
 // identityOf returns the paths below /s with the bytes that were touched of each.
@@ -85,10 +104,6 @@ func identityOf(r tracer.Result) []string {
 // to their names, that files which the run makes are not, and that a copy of a file into the
 // writable layer counts as a read of the one in the image.
 func TestIdentity(t *testing.T) {
-	want := []string{
-		"/s/changed 10000", "/s/empty 0", "/s/hard2 10000", "/s/linked 10000", "/s/mapped 10000", "/s/opened 0", "/s/plain 10000",
-		"/s/private 10000", "/s/removed 10000", "/s/renamed 10000", "/s/twice 10000",
-	}
 	boxes := map[string]func(t *testing.T) *box{
 		"one filesystem": func(t *testing.T) *box { return newDiskBox(t, identitySetup) },
 		"layer and writable layer apart": func(t *testing.T) *box {
@@ -98,13 +113,13 @@ func TestIdentity(t *testing.T) {
 	for name, newBox := range boxes {
 		t.Run(name, func(t *testing.T) {
 			b := newBox(t)
-			for p := range strings.SplitSeq("plain renamed linked hard1 removed changed mapped private twice", " ") {
+			for p := range strings.SplitSeq("plain renamed linked hard1 removed changed mapped private owned twice", " ") {
 				if _, err := os.ReadFile(b.lower + "/s/" + p); err != nil { // warm: what is mapped is mapped whole
 					t.Fatal(err)
 				}
 			}
 			r := b.record(t, pivot, identityArgs...)
-			if diff := cmp.Diff(want, identityOf(r)); diff != "" {
+			if diff := cmp.Diff(identityWant, identityOf(r)); diff != "" {
 				t.Errorf("files and bytes (-want +got):\n%s", diff)
 			}
 			if r.Trace.Skipped < 1 {

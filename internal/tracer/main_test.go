@@ -64,7 +64,7 @@ func initProcess(role string) error {
 		return fmt.Errorf("make mounts private: %w", err)
 	}
 	if has("pivot") {
-		if err := errors.Join(unix.Mount(root, root, "", unix.MS_BIND, ""), unix.Chdir(root), unix.PivotRoot(".", "."),
+		if err := errors.Join(unix.Mount(root, root, "", unix.MS_BIND|unix.MS_REC, ""), unix.Chdir(root), unix.PivotRoot(".", "."),
 			unix.Unmount(".", unix.MNT_DETACH), unix.Chdir("/")); err != nil {
 			return fmt.Errorf("pivot_root: %w", err)
 		}

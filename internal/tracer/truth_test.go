@@ -216,18 +216,21 @@ func judge(t *testing.T, path string, lower, truth, upper pageSet) {
 	}
 }
 
-// TestRangesOfCalls holds the ranges of a program that touches known bytes in every way against
-// those bytes, page by page, cold and warm.
-func TestRangesOfCalls(t *testing.T) {
-	const size = 1<<20 + 123
+// knownWays are ways of touching bytes that the test's program knows.
+var knownWays = []string{"read", "pread", "readv", "preadv", "sendfile", "splice", "mmap", "private"}
+
+// knownFiles is a script that makes a file of size bytes for each way, and one more, below k.
+func knownFiles(size int) string {
+	return "mkdir k; for f in " + strings.Join(knownWays, " ") + " none; do head -c " + strconv.Itoa(size) + " /dev/urandom > k/$f; done"
+}
+
+// knownCalls returns arguments of the program that touch parts of those files, and the pages of these parts
+// by way.
+func knownCalls(size int) (args []string, truth map[string]pageSet) {
 	page := os.Getpagesize()
-	ways := []string{"read", "pread", "readv", "preadv", "sendfile", "splice", "mmap", "private"}
-	setup := "cp " + workload(t) + " program; mkdir s; : > s/empty; for f in " + strings.Join(ways, " ") + " none; do head -c " + strconv.Itoa(size) + " /dev/urandom > s/$f; done"
-	c := newColdBox(t, setup)
 	random := rand.New(rand.NewPCG(7, 9))
-	truth := make(map[string]pageSet)
-	args := []string{"/program", "ranges", "pread:/s/none:0:0"}
-	for _, way := range ways {
+	truth = make(map[string]pageSet)
+	for _, way := range knownWays {
 		truth[way] = make(pageSet)
 		offsets := []int{0, page - 1, 5 * page, 300_000, size - 1}
 		for range 8 {
@@ -235,29 +238,48 @@ func TestRangesOfCalls(t *testing.T) {
 		}
 		for i, off := range offsets {
 			n := min([]int{1, 2, page, page + 1, 3, 40_000}[i%6], size-off)
-			args = append(args, fmt.Sprintf("%s:/s/%s:%d:%d", way, way, off, n))
+			args = append(args, fmt.Sprintf("%s:/k/%s:%d:%d", way, way, off, n))
 			for p := off / page; p <= (off+n-1)/page; p++ {
 				truth[way][int64(p)] = true
 			}
 		}
 	}
+	return args, truth
+}
+
+// judgeCalls holds a trace of those calls against the pages that they touched.
+func judgeCalls(t *testing.T, r tracer.Result, truth map[string]pageSet, size int64) {
+	t.Helper()
+	for _, way := range knownWays {
+		lower, upper := bounds(t, r, "/k/"+way, size)
+		judge(t, way, lower, truth[way], upper)
+		if way != "mmap" && way != "private" && len(lower) != len(upper) {
+			t.Errorf("%s: %d pages certain of %d; reads are exact", way, len(lower), len(upper))
+		}
+	}
+}
+
+// TestRangesOfCalls holds the ranges of a program that touches known bytes in every way against
+// those bytes, page by page, cold and warm.
+func TestRangesOfCalls(t *testing.T) {
+	const size = 1<<20 + 123
+	setup := "cp " + workload(t) + " program; " + knownFiles(size)
+	c := newColdBox(t, setup)
+	args, truth := knownCalls(size)
+	args = append([]string{"/program", "ranges", "pread:/k/none:0:0"}, args...)
 	for _, state := range []string{"cold", "warm"} {
 		t.Run(state, func(t *testing.T) {
 			if state == "warm" {
 				c.warm(t)
 			}
 			r := c.record(t, pivot, args...)
-			for _, way := range ways {
+			for _, way := range knownWays {
 				if state == "cold" {
-					judge(t, way+" (what the kernel cached)", truth[way], c.cached(t, "/s/"+way, size), truth[way])
-				}
-				lower, upper := bounds(t, r, "/s/"+way, size)
-				judge(t, way, lower, truth[way], upper)
-				if way != "mmap" && way != "private" && len(lower) != len(upper) {
-					t.Errorf("%s: %d pages certain of %d; reads are exact", way, len(lower), len(upper))
+					judge(t, way+" (what the kernel cached)", truth[way], c.cached(t, "/k/"+way, size), truth[way])
 				}
 			}
-			if a, ok := find(r, "/s/none"); !ok || a.Ranges == nil || len(a.Ranges) > 0 {
+			judgeCalls(t, r, truth, size)
+			if a, ok := find(r, "/k/none"); !ok || a.Ranges == nil || len(a.Ranges) > 0 {
 				t.Errorf("a file of which nothing was read: %+v, listed %v; want empty ranges", a, ok)
 			}
 			if r.Grade == trace.GradeFile || (state == "warm" && r.Grade != trace.GradeFaultAround) {

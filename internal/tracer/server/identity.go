@@ -34,6 +34,7 @@ func (s *session) resolvePages() {
 		s: s, left: make(map[uint64]struct{}),
 		renamed: make(map[uint64][]uint32), wanted: s.pages.files, sure: true, bound: time.Now().Add(walkTime),
 	}
+	d.copied()
 	for i := range s.entries {
 		d.entry(uint32(i))
 	}
@@ -316,10 +317,20 @@ func (t *target) devices() map[uint64]bool {
 func (t *target) bound() map[inode]struct{} {
 	out := make(map[inode]struct{})
 	devices := t.devices()
+	// Subvolumes of a btrfs, which stat(2) gives device numbers of their own, share what events call the
+	// device, and count their inodes each from the start: what is on another one cannot be told apart.
+	spaces := make(map[uint64]bool)
+	for i := range t.layers {
+		var st unix.Stat_t
+		if unix.Fstat(t.layers[i].fd, &st) == nil {
+			spaces[st.Dev] = true
+		}
+	}
 	for _, m := range t.mounts {
 		var st unix.Stat_t
 		if devices[deviceOf(m)] && m.Mountpoint != "/" &&
-			unix.Fstatat(t.root, strings.TrimPrefix(path.Clean(m.Mountpoint), "/"), &st, unix.AT_SYMLINK_NOFOLLOW) == nil && st.Mode&unix.S_IFMT == unix.S_IFREG {
+			unix.Fstatat(t.root, strings.TrimPrefix(path.Clean(m.Mountpoint), "/"), &st, unix.AT_SYMLINK_NOFOLLOW) == nil &&
+			st.Mode&unix.S_IFMT == unix.S_IFREG && spaces[st.Dev] {
 			out[inode{deviceOf(m), st.Ino}] = struct{}{}
 		}
 	}

@@ -51,8 +51,10 @@ func (t *target) numbersDo() bool {
 		return false
 	}
 	for i := range t.layers {
-		if l := &t.layers[i]; !l.visible() || l.kind == "btrfs" || l.dev != t.layers[0].dev {
-			return false // subvolumes of a btrfs have inode numbers of their own
+		// What is copied without being read only fanotify tells; and subvolumes of a btrfs have inode numbers of
+		// their own.
+		if l := &t.layers[i]; !l.visible() || l.clones() || l.dev != t.layers[0].dev {
+			return false
 		}
 	}
 	return true

@@ -45,6 +45,8 @@ func file1(what, file, other string) error {
 		return os.Rename(file, other)
 	case "link":
 		return os.Link(file, other)
+	case "own":
+		return os.Chown(file, 0, 1)
 	case "remove":
 		return os.Remove(file)
 	case "append", "write":

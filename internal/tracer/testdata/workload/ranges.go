@@ -59,6 +59,10 @@ func touch(how string, fd int, off int64, size int) error {
 		n, err = toFile(how, fd, off, size)
 	case "splice":
 		n, err = toPipe(fd, off, size)
+	case "advise", "readahead", "direct":
+		n, err = advise(how, fd, off, size)
+	case "uring", "uringasync", "uringpoll":
+		n, err = uring(how, fd, off, buf)
 	default:
 		err = errors.New("unknown way")
 	}
