@@ -19,6 +19,7 @@ import (
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
+	"github.com/headstart-oci/headstart/internal/ordinal"
 	"github.com/headstart-oci/headstart/pkg/rafs"
 )
 
@@ -143,7 +144,8 @@ type summary struct {
 
 // summarize digests everything that an image says.
 func summarize(img *rafs.Image) summary {
-	s := summarizer{h: sha256.New(), ids: map[*rafs.Inode]uint64{}}
+	s := summarizer{h: sha256.New()}
+	s.index = ordinal.New(0, func(i int) *rafs.Inode { return s.met[i] })
 	s.u64(uint64(img.ChunkSize), uint64(img.Compressor), uint64(img.Digester), uint64(len(img.Blobs)))
 	for _, b := range img.Blobs {
 		s.str(fmt.Sprintf("%+v", b))
@@ -151,7 +153,8 @@ func summarize(img *rafs.Image) summary {
 	s.inode(img.Root)
 	s.u64(uint64(len(img.Prefetch)))
 	for _, ino := range img.Prefetch {
-		s.u64(s.ids[ino])
+		id, _ := s.index.Find(ino)
+		s.u64(uint64(id + 1)) //nolint:gosec // not negative: directories have 0
 	}
 	s.flush()
 	return summary{entries: s.entries, sum: hex.EncodeToString(s.h.Sum(nil))}
@@ -160,7 +163,8 @@ func summarize(img *rafs.Image) summary {
 type summarizer struct {
 	h       hash.Hash
 	buf     []byte
-	ids     map[*rafs.Inode]uint64 // of regular files, by first visit
+	met     []*rafs.Inode              // files, by first visit
+	index   *ordinal.Index[rafs.Inode] // of met
 	entries int
 }
 
@@ -184,12 +188,13 @@ func (s *summarizer) flush() {
 }
 
 func (s *summarizer) inode(ino *rafs.Inode) {
-	if id, ok := s.ids[ino]; ok {
-		s.u64(id)
+	if id, ok := s.index.Find(ino); ok {
+		s.u64(uint64(id) + 1)
 		return
 	}
 	if len(ino.Children) == 0 {
-		s.ids[ino] = uint64(len(s.ids)) + 1
+		s.met = append(s.met, ino)
+		s.index.Add(ino)
 	}
 	s.u64(0, uint64(ino.Mode), uint64(ino.UID), uint64(ino.GID),
 		uint64(ino.Mtime), uint64(ino.MtimeNsec), ino.Size, uint64(ino.Rdev)) //nolint:gosec // bits, not a number

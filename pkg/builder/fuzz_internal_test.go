@@ -98,7 +98,9 @@ func FuzzLayer(f *testing.F) {
 	}
 	f.Fuzz(func(t *testing.T, b []byte) {
 		merged := newTree()
-		merged.root.dir.put("base", entry{ino: inventedDir(), dir: &dir{children: map[string]entry{"a": {ino: &rafs.Inode{Mode: 0o100644}}}}})
+		base := newDir(inventedDir())
+		base.dir.put("a", entry{ino: &rafs.Inode{Mode: 0o100644}})
+		merged.root.dir.put("base", base)
 		l := layerReader{tree: newTree(), sink: &countSink{left: 64 << 20}, chunkSize: rafs.DefaultChunkSize}
 		if l.read(t.Context(), bytes.NewReader(b)) != nil || merged.merge(l.tree) != nil {
 			return

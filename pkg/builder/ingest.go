@@ -220,7 +220,7 @@ func (l *layerReader) put(ctx context.Context, parent *dir, base string, hdr *ta
 	if err != nil {
 		return err
 	}
-	old := parent.children[base]
+	old := parent.get(base)
 	if hdr.Typeflag == tar.TypeDir {
 		ino := a.inode(unix.S_IFDIR)
 		if old.dir == nil {
@@ -236,7 +236,7 @@ func (l *layerReader) put(ctx context.Context, parent *dir, base string, hdr *ta
 	}
 	if old.exists() {
 		// What is replaced is gone before the new entry is made: a link to itself has no target.
-		delete(parent.children, base)
+		parent.remove(base)
 		l.lastDir = nil
 	}
 	if hdr.Typeflag == tar.TypeLink {

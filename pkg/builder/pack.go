@@ -150,7 +150,7 @@ func (t *tree) layerImage() (*rafs.Image, error) {
 		if !e.dir.explicit {
 			e.ino.MtimeNsec = inventedNsec
 		}
-		for _, c := range e.dir.children {
+		for _, c := range e.dir.all() {
 			if c.dir != nil {
 				walk(c)
 			}

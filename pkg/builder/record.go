@@ -191,10 +191,10 @@ func (e *recordWriter) dir(d *dir) {
 	for _, name := range slices.Sorted(maps.Keys(d.whiteouts)) {
 		e.bytes([]byte(name))
 	}
-	e.uint(uint64(len(d.children)))
-	for _, name := range slices.Sorted(maps.Keys(d.children)) {
+	e.uint(uint64(d.len())) //nolint:gosec // not negative
+	for _, name := range d.sorted() {
 		e.bytes([]byte(name))
-		e.entry(d.children[name])
+		e.entry(d.get(name))
 	}
 }
 

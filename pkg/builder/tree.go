@@ -17,22 +17,6 @@ const (
 	maxLinks = 255  // symlinks followed for one path, as containerd's fs.RootPath does
 )
 
-// entry is what a name in a directory stands for.
-type entry struct {
-	ino  *rafs.Inode // attributes; shared by hard links; nil while link is not resolved
-	dir  *dir        // directories only
-	link *lowerLink  // a hard link to a file of a lower layer
-}
-
-// dir is the content of a directory while trees are built and merged.
-type dir struct {
-	children map[string]entry
-	// What follows concerns a layer's tree only; merging consumes it.
-	whiteouts map[string]struct{} // names of lower layers to remove
-	opaque    bool                // nothing of lower layers shows through
-	explicit  bool                // the layer has an entry for the directory itself
-}
-
 // lowerLink is a hard link whose target no earlier entry of its layer has.
 type lowerLink struct {
 	name, target string
@@ -58,23 +42,7 @@ func newDir(ino *rafs.Inode) entry {
 // inventedDir has the attributes of a directory that no entry describes.
 func inventedDir() *rafs.Inode { return &rafs.Inode{Mode: unix.S_IFDIR | 0o755} }
 
-func (e entry) exists() bool { return e.ino != nil || e.link != nil }
-
 func (e entry) isSymlink() bool { return e.ino != nil && e.ino.Mode&unix.S_IFMT == unix.S_IFLNK }
-
-func (d *dir) put(name string, e entry) {
-	if d.children == nil {
-		d.children = map[string]entry{}
-	}
-	d.children[name] = e
-}
-
-func (d *dir) whiteout(name string) {
-	if d.whiteouts == nil {
-		d.whiteouts = map[string]struct{}{}
-	}
-	d.whiteouts[name] = struct{}{}
-}
 
 // split cuts a path that is cleaned and has no leading slash; "" and "." have no names.
 func split(p string) []string {
@@ -97,7 +65,7 @@ func (t *tree) locate(name string, follow bool) (realPath []string, e entry, err
 		todo = todo[1:]
 		var child entry
 		if e.dir != nil {
-			child = e.dir.children[next]
+			child = e.dir.get(next)
 		}
 		if !child.isSymlink() || len(todo) == 0 && !follow {
 			realPath = append(realPath, next)
@@ -132,7 +100,7 @@ func (t *tree) mkdirs(name string) (*dir, error) {
 	}
 	d := t.root.dir
 	for i, n := range names {
-		child := d.children[n]
+		child := d.get(n)
 		if !child.exists() {
 			child = newDir(inventedDir())
 			d.put(strings.Clone(n), child)
@@ -202,16 +170,16 @@ func (t *tree) resolveLink(l *lowerLink, upper *tree) error {
 // to lower layers.
 func mergeDir(lower, upper *dir, links bool) {
 	if upper.opaque {
-		lower.children = nil
+		lower.clear()
 	}
 	for name := range upper.whiteouts {
-		delete(lower.children, name)
+		lower.remove(name)
 	}
-	for name, e := range upper.children {
+	for name, e := range upper.all() {
 		if e.link != nil {
 			e = entry{ino: e.link.attrs.ino}
 		}
-		below := lower.children[name]
+		below := lower.get(name)
 		switch {
 		case e.dir == nil, below.dir == nil && !links:
 			// A whole new subtree needs no visit: its markers have nothing to hide.
@@ -228,7 +196,7 @@ func mergeDir(lower, upper *dir, links bool) {
 			mergeDir(below.dir, e.dir, links)
 		}
 	}
-	upper.children = nil // for the garbage collector
+	upper.clear() // for the garbage collector
 }
 
 // finalTree is a merged tree as inodes.
@@ -242,18 +210,15 @@ type finalTree struct {
 func (t *tree) finalize() finalTree {
 	f := finalTree{root: t.root.ino}
 	seen := map[*rafs.Inode]bool{}
-	var walk func(e entry)
-	walk = func(e entry) {
-		e.ino.Children = make([]rafs.Dirent, 0, len(e.dir.children))
-		for name, c := range e.dir.children {
-			e.ino.Children = append(e.ino.Children, rafs.Dirent{Name: name, Inode: c.ino})
-		}
-		slices.SortFunc(e.ino.Children, func(a, b rafs.Dirent) int { return strings.Compare(a.Name, b.Name) })
-		f.entries += len(e.ino.Children)
-		for i := range e.ino.Children {
-			c := &e.ino.Children[i]
-			if sub := e.dir.children[c.Name]; sub.dir != nil {
-				walk(sub)
+	var walk func(ino *rafs.Inode, d *dir)
+	walk = func(ino *rafs.Inode, d *dir) {
+		var subdirs map[*rafs.Inode]*dir
+		ino.Children, subdirs = d.take()
+		f.entries += len(ino.Children)
+		for i := range ino.Children {
+			c := &ino.Children[i]
+			if sub := subdirs[c.Inode]; sub != nil {
+				walk(c.Inode, sub)
 				continue
 			}
 			again := false
@@ -270,8 +235,7 @@ func (t *tree) finalize() finalTree {
 				c.Inode = &clone
 			}
 		}
-		e.dir.children = nil
 	}
-	walk(t.root)
+	walk(t.root.ino, t.root.dir)
 	return f
 }

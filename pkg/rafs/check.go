@@ -85,17 +85,18 @@ func (c *checker) run(ctx context.Context, bootstrap io.ReaderAt, size int64, op
 	if err := reader.checkTables(&c.faults); err != nil {
 		return err
 	}
-	img, table, err := reader.load(&c.faults)
+	var t tally
+	img, table, err := reader.load(&c.faults, &t)
 	if err != nil {
 		return err
 	}
 	// In the order of places: blob by blob, and inside each as the chunks are stored.
 	slices.SortFunc(table, func(a, b Chunk) int { return cmp.Compare(chunkID(a.Blob, a.Index), chunkID(b.Blob, b.Index)) })
-	c.count(img, table)
+	c.count(&t, img, table)
 	if open == nil {
 		return nil
 	}
-	blobs := img.Blobs // not the tree, whose memory may go
+	blobs := img.Blobs
 	for i := range blobs {
 		if err := ctx.Err(); err != nil {
 			return err
@@ -117,29 +118,41 @@ func findChunk(table []Chunk, id uint32) (int, bool) {
 	return slices.BinarySearchFunc(table, id, func(c Chunk, id uint32) int { return cmp.Compare(chunkID(c.Blob, c.Index), id) })
 }
 
+// tally counts what a tree has while it is read.
+type tally struct {
+	inodes, files, dirs, symlinks int
+	fileBytes                     int64
+	used                          bitset // the chunk table's records that files use, by place; nil: all
+}
+
+// add counts an inode that was met first.
+func (t *tally) add(ino *Inode) {
+	t.inodes++
+	switch fileType(ino.Mode) {
+	case modeDir:
+		t.dirs++
+	case modeSymlink:
+		t.symlinks++
+	case modeRegular:
+		t.files++
+		t.fileBytes += clampOffset(ino.Size)
+	}
+}
+
 // count fills in the report. table is sorted.
-func (c *checker) count(img *Image, table []Chunk) {
-	c.report.Blobs = len(img.Blobs)
-	used := newBitset(uint64(len(table)))
-	img.walkInodes(func(ino *Inode) {
-		c.report.Inodes++
-		switch fileType(ino.Mode) {
-		case modeDir:
-			c.report.Dirs++
-		case modeSymlink:
-			c.report.Symlinks++
-		case modeRegular:
-			c.report.Files++
-			c.report.FileBytes += clampOffset(ino.Size)
-			for i := range ino.Chunks {
-				at, ok := findChunk(table, chunkID(ino.Chunks[i].Blob, ino.Chunks[i].Index))
-				if ok && !used.has(uint64(at)) { //nolint:gosec // an index
-					used.set(uint64(at)) //nolint:gosec // an index
-					c.report.Chunks++
-				}
-			}
+func (c *checker) count(t *tally, img *Image, table []Chunk) {
+	r := &c.report
+	r.Blobs = len(img.Blobs)
+	r.Inodes, r.Files, r.Dirs, r.Symlinks, r.FileBytes = t.inodes, t.files, t.dirs, t.symlinks, t.fileBytes
+	if t.used != nil {
+		r.Chunks = t.used.count()
+		return
+	}
+	for i := range table {
+		if i == 0 || chunkID(table[i-1].Blob, table[i-1].Index) != chunkID(table[i].Blob, table[i].Index) {
+			r.Chunks++
 		}
-	})
+	}
 }
 
 // errLeftOut means that the caller gave no file for a blob.

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math/bits"
 
 	"github.com/headstart-oci/headstart/pkg/rafs/internal/disk"
 )
@@ -14,8 +15,9 @@ type bootstrapReader interface {
 	// checkTables looks at what opening does not refuse. Faults go to the list, which says when to stop.
 	checkTables(faults *faultList) error
 	// load reads the whole tree and the chunk table. Faults go to the list; where it lets it go
-	// on, the image has what could be read.
-	load(faults *faultList) (*Image, []Chunk, error)
+	// on, the image has what could be read. With a tally the tree is counted and not kept; without one
+	// the chunk table may share memory with the tree.
+	load(faults *faultList, tally *tally) (*Image, []Chunk, error)
 	// info describes the tables.
 	info() *Info
 }
@@ -57,7 +59,7 @@ func Open(r io.ReaderAt, size int64) (*Image, error) {
 		return nil, fmt.Errorf("open bootstrap: %w", err)
 	}
 	faults := faultList{limit: 1}
-	img, _, err := b.load(&faults)
+	img, _, err := b.load(&faults, nil)
 	if err != nil && !errors.Is(err, errTooManyFaults) {
 		faults.faults = append(faults.faults, err)
 	}
@@ -106,6 +108,14 @@ func (b bitset) has(n uint64) bool { return n/64 < uint64(len(b)) && b[n/64]>>(n
 
 // set adds n, which must be below the set's size.
 func (b bitset) set(n uint64) { b[n/64] |= 1 << (n % 64) }
+
+// count returns how many numbers are in the set.
+func (b bitset) count() (n int) {
+	for _, word := range b {
+		n += bits.OnesCount64(word)
+	}
+	return n
+}
 
 // pagedReader reads a file through a small cache of pages. Not safe for concurrent use.
 type pagedReader struct {

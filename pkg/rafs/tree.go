@@ -43,12 +43,11 @@ func (img *Image) Walk(fn func(path string, ino *Inode) error) error {
 	return nil
 }
 
-// walkInodes calls fn for every inode once, in no particular order of names.
+// walkInodes calls fn for every inode, in no particular order, and again for every further name of a file.
 func (img *Image) walkInodes(fn func(ino *Inode)) {
 	if img.Root == nil {
 		return
 	}
-	linked := map[*Inode]bool{}
 	stack := []*Inode{img.Root}
 	for len(stack) > 0 {
 		dir := stack[len(stack)-1]
@@ -57,10 +56,7 @@ func (img *Image) walkInodes(fn func(ino *Inode)) {
 		for _, c := range dir.Children {
 			if c.Inode.IsDir() {
 				stack = append(stack, c.Inode)
-				continue
-			}
-			if !linked[c.Inode] {
-				linked[c.Inode] = true
+			} else {
 				fn(c.Inode)
 			}
 		}

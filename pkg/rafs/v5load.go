@@ -25,6 +25,7 @@ type v5Loader struct {
 	lookup  map[uint32]uint32  // chunkID → place in chunks
 	stack   []v5Dir            // directories still to be read
 	deep    bool               // compare digests and counts too, as Check wants
+	tally   *tally             // nil: keep the tree
 }
 
 // v5Link is a file with several names.
@@ -43,9 +44,9 @@ type v5Dir struct {
 }
 
 // load implements bootstrapReader.
-func (t *v5Tables) load(faults *faultList) (*Image, []Chunk, error) {
+func (t *v5Tables) load(faults *faultList, tally *tally) (*Image, []Chunk, error) {
 	l := &v5Loader{
-		v5Tables: t, faults: faults, deep: faults.links, budget: t.src.size,
+		v5Tables: t, faults: faults, deep: faults.links, tally: tally, budget: t.src.size,
 		visited: newBitset(uint64(t.super.InodeTableEntries) + 1), // the table itself has 32 times that
 		links:   map[uint32]*v5Link{}, wanted: map[uint32]*Inode{}, lookup: map[uint32]uint32{},
 		img: &Image{
@@ -125,13 +126,17 @@ func (l *v5Loader) readRoot() error {
 		return err
 	}
 	l.img.Root = r.inode
-	l.inodes = 1
-	l.keepWanted(disk.V5RootIno, r.inode)
+	l.met(disk.V5RootIno, r.inode)
 	l.stack = append(l.stack, v5Dir{inode: r.inode, head: r.head, path: &v6Path{}})
 	return nil
 }
 
-func (l *v5Loader) keepWanted(ino uint32, inode *Inode) {
+// met counts an inode that was met first, and keeps it if the prefetch table has it.
+func (l *v5Loader) met(ino uint32, inode *Inode) {
+	l.inodes++
+	if l.tally != nil {
+		l.tally.add(inode)
+	}
 	if have, ok := l.wanted[ino]; ok && have == nil {
 		l.wanted[ino] = inode
 	}
@@ -211,8 +216,7 @@ func (l *v5Loader) child(d *v5Dir, n uint32, last string) (v5Record, error) {
 			return r, err
 		}
 	default:
-		l.inodes++
-		l.keepWanted(n, r.inode)
+		l.met(n, r.inode)
 	}
 	if l.deep && !r.inode.IsDir() {
 		if err := checkInodeDigest(section, &r.head, r.sum, l.img.Digester); err != nil {
@@ -223,6 +227,9 @@ func (l *v5Loader) child(d *v5Dir, n uint32, last string) (v5Record, error) {
 	}
 	if r.inode.IsDir() {
 		l.stack = append(l.stack, v5Dir{inode: r.inode, head: r.head, path: &v6Path{d.path, r.name}})
+	}
+	if l.tally != nil {
+		return r, nil
 	}
 	if d.inode.Children == nil {
 		// The count is no promise: records of a child have 136 bytes at least.
@@ -243,8 +250,7 @@ func (l *v5Loader) link(n uint32, r *v5Record) (*Inode, error) {
 	if !ok {
 		f = &v5Link{inode: r.inode, head: r.head}
 		l.links[ino] = f
-		l.inodes++
-		l.keepWanted(ino, r.inode)
+		l.met(ino, r.inode)
 	} else if !sameFile(&f.head, &r.head) || !slices.Equal(f.inode.Chunks, r.inode.Chunks) {
 		return nil, invalid(section, clampOffset(r.offset), "record", "not that of the file's other names", fmt.Sprintf("that of inode %d", ino))
 	}

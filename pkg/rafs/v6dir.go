@@ -61,14 +61,14 @@ func (p *v6Plan) dirData(dst []byte, n *v6Node) []byte {
 	}
 	children := n.inode.Children
 	walkSorted(children, func(name string) {
-		at := p.index[n.inode]
+		nid := uint64(n.unit)
 		if name == ".." {
-			at = n.parent
+			nid = p.nid(n.parent)
 		}
-		add(v6Entry{name, p.nid(at), disk.TypeDir})
+		add(v6Entry{name, nid, disk.TypeDir})
 	}, func(i int) {
 		c := children[i]
-		add(v6Entry{c.Name, p.nid(p.index[c.Inode]), direntType(c.Inode.Mode)})
+		add(v6Entry{c.Name, p.nidOf(c.Inode), direntType(c.Inode.Mode)})
 	})
 	flush()
 	return dst

@@ -225,7 +225,10 @@ func (l *v6Loader) readChunks(h *v6Head, section string) ([]Chunk, error) {
 	if count == 0 {
 		return nil, nil
 	}
-	chunks := make([]Chunk, count)
+	var chunks []Chunk
+	if l.tally == nil && count > 1 {
+		chunks = make([]Chunk, 0, count)
+	}
 	var p [disk.SizeChunkIndex]byte
 	for i := range count {
 		at := start + i*disk.SizeChunkIndex
@@ -233,12 +236,27 @@ func (l *v6Loader) readChunks(h *v6Head, section string) ([]Chunk, error) {
 			return nil, err
 		}
 		c, err := l.findChunk(parseChunkIndex(p[:]), min(unit, h.Size-i*unit))
-		if err != nil {
+		switch {
+		case err != nil:
 			return nil, fmt.Errorf("%s: chunk %d at byte %d: %w", section, i, at, err)
+		case l.tally != nil:
+		case count == 1:
+			return l.lend(c), nil
+		default:
+			chunks = append(chunks, l.chunks[c])
 		}
-		chunks[i] = c
 	}
 	return chunks, nil
+}
+
+// lend returns the chunk at a place of the chunk table for an inode that has no other: the record itself
+// the first time, so that an image of small files has one record per file in memory, then copies.
+func (l *v6Loader) lend(place uint32) []Chunk {
+	if i := uint64(place); l.lent != nil && !l.lent.has(i) {
+		l.lent.set(i)
+		return l.chunks[i : i+1 : i+1]
+	}
+	return []Chunk{l.chunks[place]}
 }
 
 // parseChunkIndex is the other direction of appendChunkIndex.
@@ -247,47 +265,51 @@ func parseChunkIndex(p []byte) disk.ChunkIndex {
 	return disk.ChunkIndex{IndexLow: le.Uint16(p), Device: le.Uint16(p[2:]), Block: le.Uint32(p[4:])}
 }
 
-// findChunk returns the record an index entry points to; size is what its file needs.
-func (l *v6Loader) findChunk(x disk.ChunkIndex, size uint64) (Chunk, error) {
+// findChunk returns the place in the chunk table of the record that an index entry points to; size is what
+// its file needs.
+func (l *v6Loader) findChunk(x disk.ChunkIndex, size uint64) (uint32, error) {
 	device := x.Device & disk.ChunkDeviceMask
 	if device == 0 || int(device) > len(l.blobs) {
-		return Chunk{}, invalid("chunk index", -1, "device", device, fmt.Sprintf("1 to %d", len(l.blobs)))
+		return 0, invalid("chunk index", -1, "device", device, fmt.Sprintf("1 to %d", len(l.blobs)))
 	}
 	index := uint32(x.Device)>>disk.ChunkIndexHighShift<<disk.ChunkIndexLowBits | uint32(x.IndexLow)
 	if l.ext.Flags&disk.FlagTarfs != 0 {
 		return l.tarfsChunk(device-1, index, x.Block, size)
 	}
-	i, ok := l.lookup[chunkID(device-1, index)]
+	i, ok := l.places.find(device-1, index)
 	if !ok {
-		return Chunk{}, invalid("chunk index", -1, "chunk", fmt.Sprintf("%d of blob %d", index, device-1), "one of the chunk table")
+		return 0, invalid("chunk index", -1, "chunk", fmt.Sprintf("%d of blob %d", index, device-1), "one of the chunk table")
 	}
-	c := l.chunks[i]
+	c := &l.chunks[i]
 	if c.UncompressedOffset/l.block != uint64(x.Block) {
-		return Chunk{}, invalid("chunk index", -1, "block", x.Block, c.UncompressedOffset/l.block)
+		return 0, invalid("chunk index", -1, "block", x.Block, c.UncompressedOffset/l.block)
 	}
 	if uint64(c.UncompressedSize) != size {
-		return Chunk{}, invalid("chunk index", -1, "size of the chunk", c.UncompressedSize, size)
+		return 0, invalid("chunk index", -1, "size of the chunk", c.UncompressedSize, size)
 	}
-	return c, nil
+	if l.tally != nil {
+		l.tally.used.set(uint64(i))
+	}
+	return i, nil
 }
 
 // tarfsChunk makes the record of a chunk of a tarfs image, whose data are the tar itself: the index entry
 // says where. Such images have no use for their chunk table, in which every digest is zero.
 // Source: TarfsChunkInfoV6 in nydus' rafs/src/metadata/direct_v6.rs.
-func (l *v6Loader) tarfsChunk(blob uint16, index, block uint32, size uint64) (Chunk, error) {
+func (l *v6Loader) tarfsChunk(blob uint16, index, block uint32, size uint64) (uint32, error) {
 	place := uint64(block) * l.block
 	c := Chunk{
 		Blob: blob, Index: index, CompressedOffset: place, UncompressedOffset: place,
 		CompressedSize: uint32(size), UncompressedSize: uint32(size), //nolint:gosec // at most the chunk size
 	}
 	if l.blobs[blob].Features&disk.FeatureTarfs == 0 {
-		return Chunk{}, invalid("chunk index", -1, "features of its blob", fmt.Sprintf("%#x", l.blobs[blob].Features), "TARFS in a tarfs image")
+		return 0, invalid("chunk index", -1, "features of its blob", fmt.Sprintf("%#x", l.blobs[blob].Features), "TARFS in a tarfs image")
 	}
 	if err := l.blobs[blob].checkChunk(&c); err != nil {
-		return Chunk{}, err
+		return 0, err
 	}
 	l.chunks = append(l.chunks, c)
-	return c, nil
+	return uint32(len(l.chunks) - 1), nil //nolint:gosec // one for 8 bytes of a file that is far below 32 GiB
 }
 
 // readDir reads the entries of d and the inodes behind them.
@@ -301,6 +323,9 @@ func (l *v6Loader) readDir(d *v6Dir) error {
 		if err := l.readFlat(&d.head, block, at/l.block, section); err != nil {
 			return err
 		}
+		if n := estimateEntries(block, d.head.Size); at == 0 && n > 0 && l.tally == nil {
+			d.inode.Children = make([]Dirent, 0, n)
+		}
 		if err := readDirBlock(block, state.entry); err != nil {
 			return fmt.Errorf("block %d: %w", at/l.block, err)
 		}
@@ -313,6 +338,17 @@ func (l *v6Loader) readDir(d *v6Dir) error {
 		l.stack[i], l.stack[j] = l.stack[j], l.stack[i]
 	}
 	return nil
+}
+
+// estimateEntries returns about how many entries a directory of size bytes has besides . and .., from its first
+// block; at most one for each dirent that fits in.
+func estimateEntries(block []byte, size uint64) uint64 {
+	var d disk.Dirent
+	if _, err := binary.Decode(block, binary.LittleEndian, &d); err != nil {
+		return 0 // readDirBlock says why
+	}
+	first := min(uint64(d.NameOffset), uint64(len(block))) / disk.SizeDirent
+	return max(first*size/uint64(len(block)), 2) - 2
 }
 
 // v6DirState is what is known of a directory while its entries come in.
@@ -371,6 +407,9 @@ func (l *v6Loader) child(d *v6Dir, e disk.Dirent, name string) error {
 			return err
 		}
 		f = v6Loaded{inode: ino, nlink: head.Nlink, names: 1}
+		if l.tally != nil {
+			l.tally.add(ino)
+		}
 		if ino.IsDir() {
 			f.names = 2
 			parent := l.inodes[d.nid]
@@ -387,6 +426,8 @@ func (l *v6Loader) child(d *v6Dir, e disk.Dirent, name string) error {
 	if e.FileType != disk.TypeUnknown && e.FileType != direntType(f.inode.Mode) {
 		return invalid("dirent", -1, "file type", e.FileType, direntType(f.inode.Mode))
 	}
-	d.inode.Children = append(d.inode.Children, Dirent{Name: name, Inode: f.inode})
+	if l.tally == nil {
+		d.inode.Children = append(d.inode.Children, Dirent{Name: name, Inode: f.inode})
+	}
 	return nil
 }

@@ -25,9 +25,11 @@ type v6Loader struct {
 	// xattrs of a real image share bytes, so all of them together fit in the file. It
 	// bounds memory and time for images whose parts overlap.
 	budget uint64
-	chunks []Chunk           // the chunk table
-	lookup map[uint32]uint32 // chunkID → place in chunks
-	stack  []v6Dir           // directories still to be read
+	chunks []Chunk     // the chunk table
+	places chunkPlaces // of chunks
+	lent   bitset      // chunks that are an inode's own, by place
+	stack  []v6Dir     // directories still to be read
+	tally  *tally      // nil: keep the tree
 }
 
 // v6Loaded is an inode that was met, with what Check compares at the end.
@@ -82,13 +84,13 @@ func (h *v6Head) layout() uint16 {
 func chunkID(blob uint16, index uint32) uint32 { return uint32(blob)<<24 | index }
 
 // load implements bootstrapReader.
-func (t *v6Tables) load(faults *faultList) (*Image, []Chunk, error) {
-	l := newV6Loader(t, faults, t.src.size > maxMetSize)
+func (t *v6Tables) load(faults *faultList, tally *tally) (*Image, []Chunk, error) {
+	l := newV6Loader(t, faults, tally, t.src.size > maxMetSize)
 	before := len(faults.faults)
 	err := l.run()
 	if errors.Is(err, errMoreNames) {
 		faults.faults = faults.faults[:before]
-		l = newV6Loader(t, faults, true)
+		l = newV6Loader(t, faults, tally, true)
 		err = l.run()
 	}
 	return l.img, l.chunks, err
@@ -100,9 +102,12 @@ const maxMetSize = 4 << 30
 // errMoreNames: a file whose link count is 1 has a second name. No reader cares, so it is read again with all inodes kept.
 var errMoreNames = errors.New("rafs: more names than links")
 
-func newV6Loader(t *v6Tables, faults *faultList, keepAll bool) *v6Loader {
+func newV6Loader(t *v6Tables, faults *faultList, counts *tally, keepAll bool) *v6Loader {
+	if counts != nil {
+		*counts = tally{}
+	}
 	l := &v6Loader{
-		v6Tables: t, faults: faults, inodes: map[uint64]v6Loaded{}, wanted: map[uint64]bool{}, keepAll: keepAll, budget: t.src.size,
+		v6Tables: t, faults: faults, tally: counts, inodes: map[uint64]v6Loaded{}, wanted: map[uint64]bool{}, keepAll: keepAll, budget: t.src.size,
 		img: &Image{Version: V6, Blobs: t.blobs, ChunkSize: t.ext.ChunkSize, Compressor: t.compressor(), Digester: t.digester()},
 	}
 	if !keepAll {
@@ -168,6 +173,9 @@ func (l *v6Loader) readRoot() error {
 		return invalid("root inode", clampOffset(head.offset), "mode", fmt.Sprintf("%#o", ino.Mode), "a directory")
 	}
 	l.img.Root = ino
+	if l.tally != nil {
+		l.tally.add(ino)
+	}
 	l.inodes[nid] = v6Loaded{inode: ino, nlink: head.Nlink, names: 2}
 	l.stack = append(l.stack, v6Dir{inode: ino, nid: nid, parent: nid, head: head, path: &v6Path{}})
 	return nil
@@ -183,7 +191,13 @@ func (l *v6Loader) readChunkTable() error {
 		return err
 	}
 	l.chunks = make([]Chunk, 0, n)
-	l.lookup = make(map[uint32]uint32, n)
+	l.places = newChunkPlaces(l.blobs, n)
+	used := newBitset(n)
+	if l.tally != nil {
+		l.tally.used = used
+	} else {
+		l.lent = used
+	}
 	for i := range n {
 		offset := l.ext.ChunkTableOffset + i*disk.SizeChunkRecord
 		c, err := l.readChunkRecord(i, offset)
@@ -241,15 +255,14 @@ func parseChunkRecord(r *disk.ChunkRecord, blobs []Blob, chunkSize uint32, secti
 func maxCompressed(chunkSize uint32) uint32 { return 2*chunkSize + 4096 }
 
 func (l *v6Loader) keepChunk(c Chunk, i, offset uint64) error {
-	id := chunkID(c.Blob, c.Index)
-	if first, ok := l.lookup[id]; ok {
+	if first, ok := l.places.find(c.Blob, c.Index); ok {
 		if l.chunks[first] != c {
 			return invalid(fmt.Sprintf("chunk table record %d", i), clampOffset(offset), "record",
 				fmt.Sprintf("of chunk %d of blob %d again, differing", c.Index, c.Blob), nil)
 		}
 		return nil
 	}
-	l.lookup[id] = uint32(len(l.chunks)) //nolint:gosec // fewer than 2^32 ids
+	l.places.set(c.Blob, c.Index, uint32(len(l.chunks))) //nolint:gosec // fewer than 2^32 records
 	l.chunks = append(l.chunks, c)
 	return nil
 }

@@ -72,28 +72,34 @@ func (a *v6Allocator) takeOrAppend(size uint64) uint64 {
 
 // place decides the node's offsets; data is its directory or symlink bytes.
 func (a *v6Allocator) place(n *v6Node, chunks int) {
-	size := disk.SizeInodeExtended + uint64(n.xattrs)
+	size := disk.SizeInodeExtended + n.xattrBytes()
+	var at, data uint64
 	switch fileType(n.inode.Mode) {
 	case modeRegular:
-		n.offset = a.takeOrAppend(alignUp(size, disk.SizeChunkIndex) + uint64(chunks)*disk.SizeChunkIndex) //nolint:gosec // a length
+		at = a.takeOrAppend(alignUp(size, disk.SizeChunkIndex) + uint64(chunks)*disk.SizeChunkIndex) //nolint:gosec // a length
 	case modeDir, modeSymlink:
-		a.placeData(n, size)
+		at, data = a.placeData(n, size)
 	default:
-		n.offset = a.off
+		at = a.off
 		a.off += size
 	}
 	a.off = alignUp(a.off, disk.NidSize)
+	if at%disk.NidSize != 0 || data%disk.BlockSize != 0 {
+		panic(fmt.Sprintf("rafs: inode at %d, its data at %d", at, data))
+	}
+	n.unit, n.block = uint32(at/disk.NidSize), uint32(data/disk.BlockSize) //nolint:gosec // the caller compares a.off with maxMeta
 }
 
-func (a *v6Allocator) placeData(n *v6Node, size uint64) {
+// placeData returns the places of an inode with data and of that data's whole blocks.
+func (a *v6Allocator) placeData(n *v6Node, size uint64) (at, data uint64) {
 	tail := n.size % disk.BlockSize
 	n.inline = tail != 0 && size+tail <= disk.BlockSize
 	if !n.inline {
-		n.offset = a.takeOrAppend(size)
+		at = a.takeOrAppend(size)
 		a.nextBlock()
-		n.data = a.off
+		data = a.off
 		a.off = alignUp(a.off+n.size, disk.BlockSize)
-		return
+		return at, data
 	}
 	at, ok := a.take(size + tail)
 	if !ok {
@@ -103,12 +109,12 @@ func (a *v6Allocator) placeData(n *v6Node, size uint64) {
 		at = a.off
 		a.off += size + tail
 	}
-	n.offset = at
 	if n.size > tail {
 		a.nextBlock()
 	}
-	n.data = a.off &^ (disk.BlockSize - 1)
+	data = a.off &^ (disk.BlockSize - 1)
 	a.off += n.size - tail
+	return at, data
 }
 
 // v6Walk is the state of a walk in layout order: a directory, its other children, then
@@ -178,7 +184,7 @@ func clip(path string) string {
 func (w *v6Walk) dir(n v6Node, name string) error {
 	p := w.plan
 	ino := n.inode
-	if _, ok := p.index[ino]; ok {
+	if _, ok := p.index.Find(ino); ok {
 		return invalid("inode "+w.path(name), -1, "directory", "in the tree twice", "one entry")
 	}
 	subdirs, err := checkChildren(ino, func() string { return w.path(name) })
@@ -210,7 +216,7 @@ func (w *v6Walk) dir(n v6Node, name string) error {
 // file places a child that is no directory, or counts one more name of it.
 func (w *v6Walk) file(c Dirent, number uint32) error {
 	p := w.plan
-	if i, ok := p.index[c.Inode]; ok {
+	if i, ok := p.index.Find(c.Inode); ok {
 		p.nodes[i].nlink++
 		return nil
 	}
@@ -229,8 +235,9 @@ func (w *v6Walk) file(c Dirent, number uint32) error {
 func (w *v6Walk) add(n v6Node, name string) (uint32, error) {
 	p := w.plan
 	err := checkInode(n.inode)
+	var xattrs uint32
 	if err == nil {
-		n.xattrs, err = xattrSize(n.inode.Xattrs)
+		xattrs, err = xattrSize(n.inode.Xattrs)
 	}
 	if err == nil {
 		err = checkChunks(p.img, n.inode)
@@ -238,26 +245,26 @@ func (w *v6Walk) add(n v6Node, name string) (uint32, error) {
 	if err != nil {
 		return 0, fmt.Errorf("inode %q: %w", w.path(name), err)
 	}
+	n.xattrs = xattrWords(xattrs)
 	p.xattr = p.xattr || n.xattrs > 0
 	w.alloc.place(&n, len(n.inode.Chunks))
+	if w.alloc.off > maxMeta {
+		return 0, invalid("image", -1, "size of the metadata", w.alloc.off, fmt.Sprintf("at most %d", uint64(maxMeta)))
+	}
 	at := uint32(len(p.nodes)) //nolint:gosec // at most p.names
 	p.nodes = append(p.nodes, n)
-	p.index[n.inode] = at
+	p.index.Add(n.inode)
 	for i := range n.inode.Chunks {
-		p.chunk = append(p.chunk, v6ChunkRef{&n.inode.Chunks[i], uint64(i) * uint64(p.img.ChunkSize)})
+		p.chunk = append(p.chunk, v6ChunkRef{at, uint32(i)}) //nolint:gosec // memory bounds the chunks of a file far below
 	}
 	return at, nil
 }
 
-// checkPrefetch makes sure that every entry of the prefetch table has a number.
+// checkPrefetch makes sure that every entry of the prefetch table is in the tree.
 func (p *v6Plan) checkPrefetch() error {
 	for i, ino := range p.img.Prefetch {
-		n, ok := p.index[ino]
-		if !ok {
+		if _, ok := p.index.Find(ino); !ok {
 			return invalid(fmt.Sprintf("prefetch entry %d", i), -1, "inode", "not in the tree", nil)
-		}
-		if p.nid(n) > math.MaxUint32 {
-			return invalid(fmt.Sprintf("prefetch entry %d", i), -1, "nid", p.nid(n), "32 bits")
 		}
 	}
 	return nil

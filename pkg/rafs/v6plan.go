@@ -8,17 +8,18 @@ import (
 	"math/bits"
 	"slices"
 
+	"github.com/headstart-oci/headstart/internal/ordinal"
 	"github.com/headstart-oci/headstart/pkg/rafs/internal/disk"
 )
 
 // v6Plan is a v6 bootstrap with every place decided: pure data, written by [v6Plan.write].
 type v6Plan struct {
 	img   *Image
-	nodes []v6Node          // in layout order; 0 is the root
-	index map[*Inode]uint32 // place in nodes
-	names uint64            // inode numbers handed out: one per directory entry, root included
-	slots []disk.DeviceSlot // one per blob
-	chunk []v6ChunkRef      // the chunk table
+	nodes []v6Node              // in layout order; 0 is the root
+	index *ordinal.Index[Inode] // place in nodes
+	names uint64                // inode numbers handed out: one per directory entry, root included
+	slots []disk.DeviceSlot     // one per blob
+	chunk []v6ChunkRef          // the chunk table
 	sizes v6Sizes
 	xattr bool // some inode has xattrs
 }
@@ -33,24 +34,50 @@ type v6Sizes struct {
 	total    uint64
 }
 
-// v6Node is one inode with its places. Offsets count from the metadata area.
+// v6Node is one inode with its places, which count from the metadata area. It has 40 bytes: there
+// is one per file.
 type v6Node struct {
 	inode  *Inode
-	offset uint64 // of the inode
-	data   uint64 // of the whole blocks (directories, symlinks)
 	size   uint64 // i_size
+	unit   uint32 // offset of the inode, in units of disk.NidSize
+	block  uint32 // of the whole blocks of data (directories, symlinks)
 	parent uint32 // directories: place in nodes
 	ino    uint32 // i_ino
 	nlink  uint32
-	xattrs uint32 // bytes of the inline xattrs
+	xattrs uint16 // i_xattr_icount: words of the inline xattrs, less two; 0: none
 	inline bool   // tail behind the inode
 }
 
-// v6ChunkRef is a record of the chunk table to be.
-type v6ChunkRef struct {
-	chunk      *Chunk
-	fileOffset uint64
+// offset is the place of the inode in bytes, data that of the whole blocks.
+func (n *v6Node) offset() uint64 { return uint64(n.unit) * disk.NidSize }
+func (n *v6Node) data() uint64   { return uint64(n.block) * disk.BlockSize }
+
+// maxMeta bounds the metadata area, so that inode numbers in it have 32 bits and v6Node can say every place.
+const maxMeta = math.MaxUint32 * disk.NidSize
+
+// xattrBytes is the size of the inline xattrs.
+func (n *v6Node) xattrBytes() uint64 {
+	if n.xattrs == 0 {
+		return 0
+	}
+	return disk.SizeXattrHeader + (uint64(n.xattrs)-1)*disk.XattrAlign
 }
+
+// xattrWords is i_xattr_icount for so many bytes. Source: erofs_fs.h erofs_xattr_ibody_size.
+func xattrWords(bytes uint32) uint16 {
+	if bytes == 0 {
+		return 0
+	}
+	return uint16((bytes-disk.SizeXattrHeader)/disk.XattrAlign + 1) //nolint:gosec // bounded by maxXattrBytes
+}
+
+// v6ChunkRef is a record of the chunk table to be: a chunk of a file.
+type v6ChunkRef struct {
+	node uint32 // place in nodes
+	at   uint32 // place among the chunks of the inode
+}
+
+func (p *v6Plan) chunkOf(r v6ChunkRef) *Chunk { return &p.nodes[r.node].inode.Chunks[r.at] }
 
 // planV6 decides everything about img's bootstrap. It does not change img.
 func planV6(img *Image) (*v6Plan, error) {
@@ -60,7 +87,7 @@ func planV6(img *Image) (*v6Plan, error) {
 	}
 	entries, chunks := countTree(img.Root)
 	p.nodes = make([]v6Node, 0, entries)
-	p.index = make(map[*Inode]uint32, entries)
+	p.index = ordinal.New(entries, func(i int) *Inode { return p.nodes[i].inode })
 	p.chunk = make([]v6ChunkRef, 0, chunks)
 	if err := p.placeTree(); err != nil {
 		return nil, err
@@ -150,24 +177,28 @@ func (p *v6Plan) checkImage() error {
 // sortChunks makes the chunk table: one record per chunk, sorted by digest, blob and
 // index, with the file offset of the last use in layout order, as upstream has it.
 func (p *v6Plan) sortChunks() error {
-	place := func(a, b v6ChunkRef) int {
-		return cmp.Or(cmp.Compare(a.chunk.Blob, b.chunk.Blob), cmp.Compare(a.chunk.Index, b.chunk.Index))
-	}
-	slices.SortStableFunc(p.chunk, place)
+	place := func(a, b *Chunk) int { return cmp.Or(cmp.Compare(a.Blob, b.Blob), cmp.Compare(a.Index, b.Index)) }
+	slices.SortFunc(p.chunk, func(a, b v6ChunkRef) int {
+		return cmp.Or(place(p.chunkOf(a), p.chunkOf(b)), cmp.Compare(a.node, b.node), cmp.Compare(a.at, b.at))
+	})
 	kept := p.chunk[:0]
-	for _, c := range p.chunk {
-		if n := len(kept); n > 0 && place(kept[n-1], c) == 0 {
-			if *kept[n-1].chunk != *c.chunk {
-				return fmt.Errorf("%w: chunk %d of blob %d has two different records", ErrInvalid, c.chunk.Index, c.chunk.Blob)
+	for _, r := range p.chunk {
+		if n := len(kept); n > 0 {
+			last, c := p.chunkOf(kept[n-1]), p.chunkOf(r)
+			if place(last, c) == 0 {
+				if *last != *c {
+					return fmt.Errorf("%w: chunk %d of blob %d has two different records", ErrInvalid, c.Index, c.Blob)
+				}
+				kept[n-1] = r
+				continue
 			}
-			kept[n-1] = c
-			continue
 		}
-		kept = append(kept, c)
+		kept = append(kept, r)
 	}
 	p.chunk = kept
 	slices.SortFunc(p.chunk, func(a, b v6ChunkRef) int {
-		return cmp.Or(bytes.Compare(a.chunk.Digest[:], b.chunk.Digest[:]), place(a, b))
+		x, y := p.chunkOf(a), p.chunkOf(b)
+		return cmp.Or(bytes.Compare(x.Digest[:], y.Digest[:]), place(x, y))
 	})
 	return nil
 }
@@ -209,7 +240,16 @@ func (p *v6Plan) placeSections() error {
 const sizeNid = 4
 
 // nid returns the number that directory entries know node n by.
-func (p *v6Plan) nid(n uint32) uint64 { return p.nodes[n].offset / disk.NidSize }
+func (p *v6Plan) nid(n uint32) uint64 { return uint64(p.nodes[n].unit) }
+
+// nidOf returns the number of an inode of the plan.
+func (p *v6Plan) nidOf(ino *Inode) uint64 {
+	i, ok := p.index.Find(ino)
+	if !ok {
+		panic("rafs: inode outside the plan")
+	}
+	return uint64(p.nodes[i].unit)
+}
 
 // chunkFormat returns i_u of a regular file: the chunk size as the kernel shall see it. A
 // file whose chunks lie one behind the other becomes a single extent.

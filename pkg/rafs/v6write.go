@@ -21,14 +21,14 @@ func (p *v6Plan) write(out *placedWriter) {
 	if p.sizes.prefetch != 0 {
 		var nids []byte
 		for _, ino := range p.img.Prefetch {
-			nids = binary.LittleEndian.AppendUint32(nids, uint32(p.nid(p.index[ino]))) //nolint:gosec // checked by the plan
+			nids = binary.LittleEndian.AppendUint32(nids, uint32(p.nidOf(ino))) //nolint:gosec // v6Node.unit
 		}
 		out.at(p.sizes.prefetch, nids)
 	}
 	p.writeMeta(out)
 	var buf []byte
-	for i, c := range p.chunk {
-		buf = appendRecord(buf[:0], chunkRecord(c.chunk, c.fileOffset))
+	for i, r := range p.chunk {
+		buf = appendRecord(buf[:0], chunkRecord(p.chunkOf(r), uint64(r.at)*uint64(p.img.ChunkSize)))
 		out.at(p.sizes.chunks+uint64(i)*disk.SizeChunkRecord, buf)
 	}
 	out.at(p.sizes.total, nil)
@@ -131,9 +131,9 @@ type v6Piece uint32
 func (p *v6Plan) pieceOffset(piece v6Piece) uint64 {
 	n := &p.nodes[piece/2]
 	if piece%2 == 1 {
-		return n.data
+		return n.data()
 	}
-	return n.offset
+	return n.offset()
 }
 
 // writeMeta writes the metadata area in order of place, which is not the order of layout.
@@ -157,11 +157,11 @@ func (p *v6Plan) writeMeta(out *placedWriter) {
 		n, blocks := &p.nodes[piece/2], piece%2 == 1
 		data = p.flatData(data[:0], n, blocks)
 		if blocks {
-			out.at(p.sizes.meta+n.data, data)
+			out.at(p.sizes.meta+n.data(), data)
 			continue
 		}
 		record = p.appendInode(record[:0], n)
-		out.at(p.sizes.meta+n.offset, append(record, data...))
+		out.at(p.sizes.meta+n.offset(), append(record, data...))
 	}
 }
 
@@ -209,17 +209,13 @@ func (p *v6Plan) appendInode(dst []byte, n *v6Node) []byte {
 		if n.inline {
 			layout = disk.LayoutInline
 		}
-		union = uint32((p.sizes.meta + n.data) / disk.BlockSize) //nolint:gosec // below 2^32 blocks by the bound on entries
+		union = uint32((p.sizes.meta + n.data()) / disk.BlockSize) //nolint:gosec // below 2^32 blocks by maxMeta
 	default:
 		union = ino.Rdev
 	}
-	var icount uint16
-	if n.xattrs > 0 {
-		icount = uint16((n.xattrs-disk.SizeXattrHeader)/disk.XattrAlign + 1) //nolint:gosec // bounded by maxXattrBytes
-	}
 	dst = appendRecord(dst, &disk.InodeExtended{
 		Format:     disk.FormatExtended | layout<<disk.FormatLayoutShift,
-		XattrCount: icount,
+		XattrCount: n.xattrs,
 		Mode:       uint16(ino.Mode), //nolint:gosec // checked by checkInode
 		Size:       n.size,
 		Union:      union,
