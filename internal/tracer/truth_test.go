@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"math/rand/v2"
 	"os"
 	"os/exec"
@@ -216,6 +217,20 @@ func judge(t *testing.T, path string, lower, truth, upper pageSet) {
 	}
 }
 
+// judgeCache holds what the kernel cached of a cold file against what was touched: nothing else, and all of
+// it but for the few pages that a machine may take back at any moment (DAMON, balloons).
+func judgeCache(t *testing.T, path string, truth, cached pageSet) {
+	t.Helper()
+	for p := range cached {
+		if !truth[p] {
+			t.Errorf("%s: page %d is cached and was not touched", path, p)
+		}
+	}
+	if 4*len(cached) < 3*len(truth) {
+		t.Errorf("%s: %d of %d pages touched are cached", path, len(cached), len(truth))
+	}
+}
+
 // knownWays are ways of touching bytes that the test's program knows.
 var knownWays = []string{"read", "pread", "readv", "preadv", "sendfile", "splice", "mmap", "private"}
 
@@ -275,7 +290,7 @@ func TestRangesOfCalls(t *testing.T) {
 			r := c.record(t, pivot, args...)
 			for _, way := range knownWays {
 				if state == "cold" {
-					judge(t, way+" (what the kernel cached)", truth[way], c.cached(t, "/k/"+way, size), truth[way])
+					judgeCache(t, way, truth[way], c.cached(t, "/k/"+way, size))
 				}
 			}
 			judgeCalls(t, r, truth, size)
@@ -332,34 +347,55 @@ const pythonTree = `
 	echo "$exe" > exe
 `
 
+// coldPython records a start of the interpreter on a cold image and asks what was read into the cache for
+// it, by path. Machines that take cached pages back while nobody is short of them (DAMON, balloons) make
+// that too little now and then, which shows: the pages were surely read. It is tried again then.
+func coldPython(t *testing.T) (c *coldBox, cold tracer.Result, truth map[string]pageSet, argv []string) {
+	t.Helper()
+	const attempts = 5
+	for n := 1; ; n++ {
+		c = newColdBox(t, pythonTree)
+		text, err := os.ReadFile(c.lower + "/exe")
+		if err != nil {
+			t.Fatal(err)
+		}
+		exe := string(bytes.TrimSpace(text))
+		argv = []string{
+			exe, "-S", "-c",
+			"import json, email.message, http.client, decimal, hashlib, ctypes, subprocess; subprocess.run(['" + exe + "', '-S', '-c', 'import bz2'], check=True)",
+		}
+		// What the tests read of the image themselves is in the cache; so it is mounted for this alone.
+		if err := unix.Fadvise(fdOf(t, c.lower+"/exe"), 0, 0, unix.FADV_DONTNEED); err != nil {
+			t.Fatal(err)
+		}
+		cold = c.record(t, pivot, argv...)
+		truth = make(map[string]pageSet)
+		gone := 0
+		for p, size := range c.files(t) {
+			if p == "/exe" {
+				continue
+			}
+			truth[p] = c.cached(t, p, size)
+			lower, _ := bounds(t, cold, p, size)
+			for page := range lower {
+				if !truth[p][page] {
+					gone++
+				}
+			}
+		}
+		if gone == 0 || n == attempts {
+			return c, cold, truth, argv
+		}
+		t.Logf("attempt %d: %d pages that were read are not cached any more", n, gone)
+	}
+}
+
 // TestRangesOfProgram holds the ranges of a real start, of an interpreter that loads libraries while it
 // runs, against what the kernel had to read into a cold cache for it.
 func TestRangesOfProgram(t *testing.T) {
-	c := newColdBox(t, pythonTree)
-	exe, err := os.ReadFile(c.lower + "/exe")
-	if err != nil {
-		t.Fatal(err)
-	}
-	argv := []string{
-		string(bytes.TrimSpace(exe)), "-S", "-c",
-		"import json, email.message, http.client, decimal, hashlib, ctypes, subprocess; subprocess.run(['" + string(bytes.TrimSpace(exe)) + "', '-S', '-c', 'import bz2'], check=True)",
-	}
-	// What the tests read of the image themselves is in the cache; so it is mounted for this alone.
-	if err := unix.Fadvise(fdOf(t, c.lower+"/exe"), 0, 0, unix.FADV_DONTNEED); err != nil {
-		t.Fatal(err)
-	}
-	cold := c.record(t, pivot, argv...)
+	c, cold, truth, argv := coldPython(t)
 	sizes := c.files(t)
-	truth := make(map[string]pageSet)
-	var paths []string
-	for p, size := range sizes {
-		if p == "/exe" {
-			continue
-		}
-		truth[p] = c.cached(t, p, size)
-		paths = append(paths, p)
-	}
-	slices.Sort(paths)
+	paths := slices.Sorted(maps.Keys(truth))
 	c.warm(t)
 	warm := c.record(t, pivot, argv...)
 	for name, r := range map[string]tracer.Result{"cold": cold, "warm": warm} {
