@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"strings"
 
 	"github.com/opencontainers/go-digest"
 	"github.com/spf13/cobra"
@@ -18,6 +19,7 @@ type mergeOptions struct {
 	*global
 	bootstrap string
 	parent    string
+	chunkDict string
 	prefetch  []string
 }
 
@@ -28,10 +30,13 @@ func newMerge(g *global) *cobra.Command {
 		Short: "Merge the layers' blobs into the bootstrap of an image",
 		Long: `merge reads the bootstraps that the blobs of layers hold, as "nydus-image create
 --blob-inline-meta" and pkg/builder/converter make them, and writes the bootstrap of the
-image. The lowest layer comes first; whiteouts are applied. Standard output gets the digest
-of each blob that the image refers to. When it fails, no file is written.`,
+image. The lowest layer comes first; whiteouts are applied. Without --prefetch, what the layers'
+own prefetch tables name stays. With --chunk-dict, a layer may refer to the blobs of that image
+and to one of its own. Standard output gets the digest of each blob that the image refers to.
+When it fails, no file is written.`,
 		Example: `  optimizer merge --bootstrap image.boot layer0.blob layer1.blob
-  optimizer merge --bootstrap image.boot --parent-bootstrap base.boot app.blob --prefetch /usr/bin/app`,
+  optimizer merge --bootstrap image.boot --parent-bootstrap base.boot app.blob --prefetch /usr/bin/app
+  optimizer merge --bootstrap image.boot --chunk-dict bootstrap=common.boot layer0.blob layer1.blob`,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			switch {
 			case o.bootstrap == "":
@@ -45,6 +50,7 @@ of each blob that the image refers to. When it fails, no file is written.`,
 	f := cmd.Flags()
 	f.StringVar(&o.bootstrap, "bootstrap", "", "the bootstrap to write")
 	f.StringVar(&o.parent, "parent-bootstrap", "", "bootstrap of the image below the layers")
+	f.StringVar(&o.chunkDict, "chunk-dict", "", "bootstrap of the image that the layers were packed with as chunk dictionary; also as bootstrap=FILE")
 	f.StringArrayVar(&o.prefetch, "prefetch", nil, "path for the prefetch table; may be repeated")
 	return cmd
 }
@@ -54,6 +60,12 @@ func (o *mergeOptions) run(ctx context.Context, files []string) (err error) {
 	if o.parent != "" {
 		if m.Parent, err = openBootstrap(o.parent); err != nil {
 			return fmt.Errorf("merge: %s: %w", o.parent, err)
+		}
+	}
+	if o.chunkDict != "" {
+		name := strings.TrimPrefix(o.chunkDict, "bootstrap=")
+		if m.Dict, err = openBootstrap(name); err != nil {
+			return fmt.Errorf("merge: chunk dictionary %s: %w", name, err)
 		}
 	}
 	layers := make([]builder.PackedLayer, 0, len(files))

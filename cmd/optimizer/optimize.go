@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math/bits"
 	"os"
 	"path/filepath"
 	"strings"
@@ -35,6 +36,7 @@ type optimizeOptions struct {
 	outBootstrap   string
 	outBlobDir     string
 	recompress     bool
+	batchSize      string
 	markPrefetch   bool
 	workers        int
 	output         string
@@ -51,9 +53,10 @@ needed are fetched; the other blobs stay as they are, and are not moved where th
 has them. Where SOURCE is an index, TARGET becomes that index with this image replaced.
 
 FILE may be a profile or a list in any format that is known here: the native one, Nydus'
-JSON with ranges, a path per line. A directory stands for itself and has no data, as for
-nydus-image. A line of a list that was not recorded may be a pattern: * ? [ ] match in one
-name, ** any directories. The digest of the target goes to standard output.`,
+JSON with ranges, a path per line. In a list that was not recorded a directory stands for all
+files below it, and a path may be a pattern: * ? [ ] match in one name, ** any directories.
+Links stand for their files; a chunk is stored once, however often it is listed. What became
+of the list is said in the end. The digest of the target goes to standard output.`,
 		Example: `  optimizer optimize registry.example/app:nydus registry.example/app:fast --prefetch-files app.list
   optimizer optimize --source oci:images:app --target oci:images:fast --policy separated-prefetch-blob --prefetch-files app.json
   optimizer optimize registry.example/app:nydus registry.example/app:fast --profile auto
@@ -63,12 +66,16 @@ name, ** any directories. The digest of the target goes to standard output.`,
 			if err := o.check(cmd, args); err != nil {
 				return err
 			}
+			batch, err := parseBatchSize(o.batchSize)
+			if err != nil {
+				return usagef(cmd, "--batch-size: %w", err)
+			}
 			list, err := o.list(cmd)
 			if err != nil {
 				return err
 			}
 			build := builder.OptimizeOptions{
-				List: list, Workers: o.workers, Recompress: o.recompress, MarkPrefetchBlob: o.markPrefetch, TempDir: o.image.tempDir,
+				List: list, Workers: o.workers, Recompress: o.recompress, BatchSize: batch, MarkPrefetchBlob: o.markPrefetch, TempDir: o.image.tempDir,
 			}
 			if o.image.bootstrap != "" {
 				return o.runFiles(cmd.Context(), build)
@@ -91,9 +98,22 @@ func (o *optimizeOptions) addFlags(cmd *cobra.Command) {
 	f.StringVar(&o.outBootstrap, "output-bootstrap", "", "with --bootstrap: the bootstrap file to write")
 	f.StringVar(&o.outBlobDir, "output-blob-dir", "", "with --bootstrap: the directory that gets the prefetch blob, named by its id")
 	f.BoolVar(&o.recompress, "recompress", false, "compress the prefetch blob anew with the strongest level; slower, and smaller")
+	f.StringVar(&o.batchSize, "batch-size", "0", "bytes of small chunks of the prefetch blob that are compressed together, a power of two from 4KiB to 16MiB (RAFS v6; nydusd before 2.3 refuses such an image)")
 	f.BoolVar(&o.markPrefetch, "mark-prefetch-blob", false, "set the feature flag of prefetch blobs (Nydus before 2.4 refuses such an image)")
 	f.IntVar(&o.workers, "workers", 0, "goroutines that read and compress (default one per CPU)")
 	f.StringVarP(&o.output, "output", "o", "text", "what standard output gets: text (the digest, or the blob's id) or json (a summary)")
+}
+
+// parseBatchSize reads the size of batches; 0 is none.
+func parseBatchSize(text string) (uint32, error) {
+	if text == "0" {
+		return 0, nil
+	}
+	size, err := parseSize(text)
+	if err != nil || size < rafs.MinChunkSize || size > rafs.MaxChunkSize || bits.OnesCount64(size) != 1 {
+		return 0, fmt.Errorf("got %q, want 0 or a power of two from 4KiB to 16MiB", text)
+	}
+	return uint32(size), nil
 }
 
 // check finds out what is to be optimized.
@@ -182,8 +202,8 @@ func (o *optimizeOptions) run(ctx context.Context, build builder.OptimizeOptions
 // describe says what became of the list.
 func (o *optimizeOptions) describe(s convert.OptimizeSummary) {
 	p := s.Prefetch
-	o.note("prefetch blob: %s, %d chunks (%s) of %d files; %d paths listed, %d repeated, %d without data, %d patterns",
-		progress.Bytes(p.Bytes), p.Chunks, progress.Bytes(p.RawBytes), p.Files, p.Listed, s.Repeated, s.NotRegular, s.Patterns)
+	o.note("prefetch blob: %s, %d chunks (%s) of %d files; %d paths listed, %d repeated, %d without data, %d patterns, %d directories",
+		progress.Bytes(p.Bytes), p.Chunks, progress.Bytes(p.RawBytes), p.Files, p.Listed, s.Repeated, s.NotRegular, s.Patterns, s.Directories)
 	if p.Missing > 0 {
 		names := make([]string, 0, len(s.MissingPaths))
 		for _, m := range s.MissingPaths {
@@ -275,7 +295,7 @@ func (o *optimizeOptions) describeFiles(res *builder.Optimized, took time.Durati
 			Bytes: pre.BlobBytes, RawBytes: pre.RawBytes, Chunks: pre.Chunks,
 			Listed: pre.Listed, Files: pre.Files, Missing: pre.Missing,
 		},
-		Repeated: pre.Repeated, NotRegular: pre.NotRegular, Patterns: st.Patterns, MissingPaths: st.MissingPaths,
+		Repeated: pre.Repeated, NotRegular: pre.NotRegular, Patterns: pre.Patterns, Directories: pre.Directories, MissingPaths: st.MissingPaths,
 		BootstrapBytes: st.BootstrapBytes, Dropped: st.Dropped, VerifiedChunks: st.VerifiedChunks, Elapsed: took,
 	}
 	if res.Prefetch != nil {

@@ -46,8 +46,9 @@ type OptimizeSummary struct {
 	ManifestDigest digest.Digest `json:"manifest_digest"`
 	Prefetch       Prefetch      `json:"prefetch"`
 	Repeated       int           `json:"repeated"`                // listed files that were listed before
-	NotRegular     int           `json:"not_regular"`             // listed directories, devices and the like
+	NotRegular     int           `json:"not_regular"`             // listed devices and the like, and directories of recorded lists
 	Patterns       int           `json:"patterns"`                // listed paths that are patterns and match
+	Directories    int           `json:"directories"`             // listed paths that are directories with files
 	MissingPaths   []string      `json:"missing_paths,omitempty"` // the first of those that are not in the image
 	Requests       int           `json:"requests"`                // ranges of blobs that were read
 	FetchedBytes   int64         `json:"fetched_bytes"`           // their bytes
@@ -162,7 +163,7 @@ func (r *optimizeRun) summarize(res *builder.Optimized) {
 	} else {
 		s.Warnings = append(s.Warnings, "the list names no data of the image: the result has no new prefetch blob")
 	}
-	s.Repeated, s.NotRegular, s.Patterns, s.MissingPaths = pre.Repeated, pre.NotRegular, st.Patterns, st.MissingPaths
+	s.Repeated, s.NotRegular, s.Patterns, s.Directories, s.MissingPaths = pre.Repeated, pre.NotRegular, pre.Patterns, pre.Directories, st.MissingPaths
 	s.BootstrapBytes, s.Dropped, s.VerifiedChunks = st.BootstrapBytes, st.Dropped, st.VerifiedChunks
 	s.Warnings = append(s.Warnings, r.listWarnings(r.o.Build.List)...)
 }

@@ -164,15 +164,18 @@ type Stats struct {
 
 // PrefetchStats tells what became of the access list.
 type PrefetchStats struct {
-	Listed     int   // accesses in the list
-	Files      int   // accesses that named a regular file of the image for the first time
-	Repeated   int   // accesses to a file named before (links included), with nothing new or with more ranges
-	Missing    int   // accesses whose path is not in the image
-	NotRegular int   // accesses to directories, devices and other things without data
-	Chunks     int   // chunks in the prefetch blob; 0 means there is none
-	RawBytes   int64 // their uncompressed bytes
-	BlobBytes  int64 // size of the prefetch blob
-	Recoded    int   // chunks that the strongest level made smaller
+	Listed     int // accesses in the list
+	Files      int // accesses that named a regular file of the image for the first time
+	Repeated   int // accesses to a file named before (links included), with nothing new or with more ranges
+	Missing    int // accesses whose path is not in the image
+	NotRegular int // accesses to directories, devices and other things without data
+	// Patterns and Directories are accesses of a list that was not recorded, which stand for files, each counted in
+	// Files or Repeated.
+	Patterns, Directories int
+	Chunks                int   // chunks in the prefetch blob; 0 means there is none
+	RawBytes              int64 // their uncompressed bytes
+	BlobBytes             int64 // size of the prefetch blob
+	Recoded               int   // chunks that the strongest level made smaller
 }
 
 // Errors to test for with errors.Is. The error text names layer and entry, and what was

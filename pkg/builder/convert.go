@@ -190,14 +190,14 @@ func (c *conversion) run(ctx context.Context, cfg sourceConfig) error {
 			st.Chunks += int(l.blob.ChunkCount)
 		}
 	}
-	plan := planPrefetch(merged, c.o.List, c.o.ChunkSize)
 	final := merged.finalize()
+	plan := planPrefetch(final.root, c.o.List, c.o.ChunkSize)
 	c.res.Stats.Entries, c.res.Stats.Files = final.entries, len(final.files)
 	for _, f := range final.files {
 		c.res.Stats.FileBytes += int64(f.Size) //nolint:gosec // came from an int64
 	}
 	plan.follow(final.files)
-	records, err := c.writePrefetch(ctx, &plan)
+	records, err := c.writePrefetch(ctx, plan)
 	if err != nil {
 		return fmt.Errorf("prefetch blob: %w", err)
 	}

@@ -27,8 +27,12 @@ type PackedLayer struct {
 type MergeOptions struct {
 	// Parent is the merged image below the layers; nil: none.
 	Parent *rafs.Image
+	// Dict is the chunk dictionary that the layers were packed with: of a layer's blobs, those of the dictionary stay
+	// what they are, and the one that is left is the layer's own. nil: layers tell their own blob by its
+	// placeholder, as those of [PackLayer] and nydus-image do.
+	Dict *rafs.Image
 	// Prefetch are the paths of the prefetch table; those that are not in the image are left
-	// out. A directory stands for all below it.
+	// out. A directory stands for all below it. nil: what the tables of parent and layers name, in that order.
 	Prefetch []string
 }
 
@@ -40,7 +44,7 @@ type MergeOptions struct {
 // It returns ErrUnsupported for layers that do not fit together (chunk size, digester, version) or
 // need more than [rafs.MaxBlobs] blobs, and the errors of [rafs.ReadInline] and [rafs.Open].
 func MergeLayers(ctx context.Context, w io.Writer, layers []PackedLayer, o MergeOptions) ([]digest.Digest, error) {
-	m := merger{tree: newTree(), byID: map[string]uint16{}}
+	m := merger{tree: newTree(), byID: map[string]uint16{}, dict: o.Dict}
 	if o.Parent != nil {
 		if err := m.add(o.Parent, ""); err != nil {
 			return nil, fmt.Errorf("parent: %w", err)
@@ -56,6 +60,9 @@ func MergeLayers(ctx context.Context, w io.Writer, layers []PackedLayer, o Merge
 	}
 	if m.first == nil {
 		return nil, fmt.Errorf("%w: no layers to merge", ErrInvalid)
+	}
+	if o.Prefetch == nil {
+		o.Prefetch = m.tables
 	}
 	prefetch := m.find(o.Prefetch)
 	img := &rafs.Image{
@@ -98,10 +105,12 @@ func writeMerged(w io.Writer, img *rafs.Image) error {
 
 // merger collects layers.
 type merger struct {
-	tree  *tree
-	blobs []rafs.Blob
-	byID  map[string]uint16
-	first *rafs.Image // whose sizes and algorithms count
+	tree   *tree
+	dict   *rafs.Image // nil: none
+	blobs  []rafs.Blob
+	byID   map[string]uint16
+	first  *rafs.Image // whose sizes and algorithms count
+	tables []string    // paths that prefetch tables name
 }
 
 func (m *merger) addLayer(l PackedLayer) error {
@@ -120,7 +129,7 @@ func (m *merger) addLayer(l PackedLayer) error {
 }
 
 // inlinedMeta marks the blob that holds its bootstrap; rafs-format.md, 0.3.
-const inlinedMeta = 0x2
+const inlinedMeta = rafs.FeatureInlinedBootstrap
 
 // add lays img over what is there; id is that of the blob that img was in.
 func (m *merger) add(img *rafs.Image, id string) error {
@@ -131,9 +140,17 @@ func (m *merger) add(img *rafs.Image, id string) error {
 		return fmt.Errorf("%w: RAFS v%v, chunks of %d bytes, %v; the layers below: v%v, %d, %v",
 			ErrUnsupported, img.Version, img.ChunkSize, img.Digester, f.Version, f.ChunkSize, f.Digester)
 	}
+	own := -1
+	if id != "" {
+		var err error
+		if own, err = m.ownBlob(img); err != nil {
+			return err
+		}
+	}
+	m.tables = append(m.tables, prefetchPaths(img)...)
 	index := make([]uint16, len(img.Blobs))
 	for i, b := range img.Blobs {
-		if id != "" && (b.ID == rafs.PlaceholderID || b.Features&inlinedMeta != 0 && len(img.Blobs) == 1) {
+		if i == own {
 			b.ID = id
 		}
 		b.Features &^= inlinedMeta // readers take it for a bootstrap that is named after its blob
@@ -158,6 +175,44 @@ func (m *merger) add(img *rafs.Image, id string) error {
 		}
 	}
 	return m.tree.merge(upper)
+}
+
+// ownBlob returns the index of the blob that a layer's bootstrap was in, -1 when it has no chunks of its own.
+func (m *merger) ownBlob(img *rafs.Image) (int, error) {
+	own := -1
+	for i, b := range img.Blobs {
+		switch {
+		case m.dict == nil:
+			if b.ID == rafs.PlaceholderID || b.Features&inlinedMeta != 0 && len(img.Blobs) == 1 {
+				own = i
+			}
+		case !slices.ContainsFunc(m.dict.Blobs, func(d rafs.Blob) bool { return d.ID == b.ID }):
+			if own >= 0 {
+				return 0, fmt.Errorf("%w: blobs %s and %s are not of the chunk dictionary, want one of the layer's own", ErrInvalid, img.Blobs[own].ID, b.ID)
+			}
+			own = i
+		}
+	}
+	return own, nil
+}
+
+// prefetchPaths returns the paths that the prefetch table of img names: of each file its first name.
+func prefetchPaths(img *rafs.Image) []string {
+	if len(img.Prefetch) == 0 {
+		return nil
+	}
+	rank := map[*rafs.Inode]int{}
+	for i, ino := range img.Prefetch {
+		rank[ino] = i
+	}
+	out := make([]string, len(img.Prefetch))
+	_ = img.Walk(func(p string, ino *rafs.Inode) error { // returns what this does
+		if i, ok := rank[ino]; ok && out[i] == "" {
+			out[i] = p
+		}
+		return nil
+	})
+	return slices.DeleteFunc(out, func(p string) bool { return p == "" })
 }
 
 // find returns the inodes of paths.

@@ -51,6 +51,10 @@ type OptimizeOptions struct {
 	// Recompress compresses the chunks anew with the strongest level where that is smaller.
 	// Without it they are copied as they are stored, wherever that form stands alone.
 	Recompress bool
+	// BatchSize makes batches in the prefetch blob: chunks below half of it are compressed together, as many as
+	// stay below it. A power of two in [rafs.MinChunkSize, rafs.MaxChunkSize]; 0 means no batches. RAFS v6 only.
+	// nydusd before 2.3 refuses such images.
+	BatchSize uint32
 	// MarkPrefetchBlob sets the feature 0x400 on the prefetch blob. Readers before Nydus 2.4
 	// refuse an image that has it.
 	MarkPrefetchBlob bool
@@ -84,7 +88,6 @@ type Optimized struct {
 // OptimizeStats tells what became of the list and what was written.
 type OptimizeStats struct {
 	Prefetch     PrefetchStats
-	Patterns     int      // listed paths that are patterns and were replaced by the files they match
 	MissingPaths []string // the first of the listed paths that are not in the image, at most [MaxMissingPaths]
 
 	SourceBlobs    int   // blobs that chunks were read from
@@ -106,17 +109,20 @@ func (r *Optimized) Close() error { return r.dir.remove() }
 // each verified by its digest. A blob that nothing refers to any more, such as an earlier
 // prefetch blob, is left out of the result.
 //
-// Listed paths are resolved as opening them would; a directory stands for itself, as for
-// nydus-image, and has no data. In a list that no engine recorded, a path that is not in the
-// image and has one of *?[ is a pattern: of [path.Match] for each element, and ** for any
-// number of directories.
+// Listed paths are resolved as opening them would. In a list that no engine recorded, a directory
+// without ranges stands for all files below it, as in Nydus' prefetch patterns, and a path that is not in
+// the image and has one of *?[ is a pattern: of [path.Match] for each element, and ** for any
+// number of directories. In a recorded list a directory stands for itself and has no data.
 //
 // The result has been read back and verified; on error nothing is left on disk. Errors are
 // ErrInvalid, ErrUnsupported and ErrDigest for what is wrong with src, those of [rafs], and the
 // context's soon after it ended.
 func Optimize(ctx context.Context, src NydusSource, o OptimizeOptions) (_ *Optimized, err error) {
-	if o.Workers < 0 {
+	switch b := o.BatchSize; {
+	case o.Workers < 0:
 		return nil, fmt.Errorf("%w: %d workers", ErrUnsupported, o.Workers)
+	case b != 0 && (b&(b-1) != 0 || b < rafs.MinChunkSize || b > rafs.MaxChunkSize):
+		return nil, fmt.Errorf("%w: batch size %d: want a power of two from %d to %d", ErrUnsupported, b, rafs.MinChunkSize, rafs.MaxChunkSize)
 	}
 	if o.Workers == 0 {
 		o.Workers = runtime.GOMAXPROCS(0)
@@ -167,7 +173,11 @@ func (c *optimization) run(ctx context.Context) error {
 	if err := c.open(ctx); err != nil {
 		return err
 	}
-	plan := c.plan()
+	plan := planPrefetch(c.img.Root, c.o.List, c.img.ChunkSize)
+	c.res.Stats.MissingPaths = plan.missing
+	var files []*rafs.Inode
+	c.eachFile(func(ino *rafs.Inode) { files = append(files, ino) })
+	plan.follow(files)
 	records, err := c.writeBlob(ctx, plan)
 	if err != nil {
 		return fmt.Errorf("prefetch blob: %w", err)
@@ -212,6 +222,9 @@ func (c *optimization) open(ctx context.Context) error {
 	var err error
 	if c.img, err = rafs.Open(r, size); err != nil {
 		return err
+	}
+	if c.img.Version == rafs.V5 && c.o.BatchSize > 0 {
+		return fmt.Errorf("%w: batches of %d bytes in RAFS v%v", ErrUnsupported, c.o.BatchSize, c.img.Version)
 	}
 	return c.settle()
 }

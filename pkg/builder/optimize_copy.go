@@ -130,10 +130,14 @@ func (c *optimization) createBlob() (*blobFile, error) {
 		return nil, err
 	}
 	b := &blobFile{f: f, w: bufio.NewWriterSize(f, blobBuffer), path: f.Name()}
-	b.BlobWriter, err = rafs.NewBlobWriter(b.w, rafs.BlobOptions{
+	o := rafs.BlobOptions{
 		Compressor: c.compressor(), Digester: c.img.Digester, ChunkSize: c.img.ChunkSize,
-		MarkPrefetch: c.o.MarkPrefetchBlob, Version: c.img.Version,
-	})
+		MarkPrefetch: c.o.MarkPrefetchBlob, Version: c.img.Version, BatchSize: c.o.BatchSize,
+	}
+	if c.o.Recompress {
+		o.BatchLevel = rafs.LevelBest
+	}
+	b.BlobWriter, err = rafs.NewBlobWriter(b.w, o)
 	if err != nil {
 		b.abort()
 		return nil, err

@@ -423,14 +423,14 @@ func TestOptimizeStats(t *testing.T) {
 	l := typed("/app/main", "/app/main-link", "/app/main", "/app", "/nowhere", "relative", "/app/dup*", "/no/*")
 	_, res := src.optimize(t, builder.OptimizeOptions{List: l})
 	st := res.Stats
-	got := []any{st.Prefetch.Listed, st.Prefetch.Files, st.Prefetch.Repeated, st.Prefetch.NotRegular, st.Prefetch.Missing, st.Patterns, st.MissingPaths, st.VerifiedChunks == st.Prefetch.Chunks}
-	want := []any{8, 2, 2, 1, 3, 1, []string{"/nowhere", "relative", "/no/*"}, true}
+	got := []any{st.Prefetch.Listed, st.Prefetch.Files, st.Prefetch.Repeated, st.Prefetch.NotRegular, st.Prefetch.Missing, st.Prefetch.Patterns, st.Prefetch.Directories, st.MissingPaths, st.VerifiedChunks == st.Prefetch.Chunks}
+	want := []any{8, 2, 4, 0, 3, 1, 1, []string{"/nowhere", "relative", "/no/*"}, true}
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Errorf("stats (-want +got):\n%s\n%+v", diff, st)
 	}
 	// What an engine recorded is a path, whatever it looks like.
 	l.Engine = "fanotify"
-	if _, res := src.optimize(t, builder.OptimizeOptions{List: l}); res.Stats.Patterns != 0 || res.Stats.Prefetch.Missing != 4 {
+	if _, res := src.optimize(t, builder.OptimizeOptions{List: l}); res.Stats.Prefetch.Patterns != 0 || res.Stats.Prefetch.Missing != 4 {
 		t.Errorf("recorded list: %+v", res.Stats)
 	}
 }

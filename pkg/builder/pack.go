@@ -18,7 +18,8 @@ import (
 const inventedNsec = 1
 
 // PackLayer reads the uncompressed tar of one layer from r and writes the blob to w, front to
-// back: chunks, their tables, the bootstrap of this layer alone, and a table of contents. Whiteouts
+// back: chunks, their tables, the bootstrap of this layer alone, and a table of contents; of RAFS v5, chunks and
+// bootstrap. Whiteouts
 // are in that bootstrap as the files that the tar has. The blob depends on the tar and o only;
 // of o, List and what concerns a [Result] do not apply. The description that is returned is that of
 // the blob file; a layer without data has a blob too, with a bootstrap and no chunks.
@@ -30,14 +31,14 @@ func PackLayer(ctx context.Context, w io.Writer, r io.Reader, o Options) (rafs.B
 	if err != nil {
 		return rafs.Blob{}, err
 	}
-	if o.FSVersion != rafs.V6 {
-		return rafs.Blob{}, fmt.Errorf("%w: layers are packed for RAFS v6 only", ErrUnsupported)
-	}
 	dict, err := o.Dict.index(o, 1)
 	if err != nil {
 		return rafs.Blob{}, err
 	}
-	blob, err := rafs.NewBlobWriter(w, rafs.BlobOptions{Compressor: o.Compressor, Digester: o.Digester, ChunkSize: o.ChunkSize, BatchSize: o.BatchSize, TOC: true})
+	blob, err := rafs.NewBlobWriter(w, rafs.BlobOptions{
+		Version: o.FSVersion, Compressor: o.Compressor, Digester: o.Digester, ChunkSize: o.ChunkSize, BatchSize: o.BatchSize,
+		TOC: o.FSVersion == rafs.V6, // Nydus has none in v5
+	})
 	if err != nil {
 		return rafs.Blob{}, err
 	}
@@ -68,7 +69,7 @@ func PackLayer(ctx context.Context, w io.Writer, r io.Reader, o Options) (rafs.B
 	if err != nil {
 		return rafs.Blob{}, err
 	}
-	img.ChunkSize, img.Compressor, img.Digester = o.ChunkSize, o.Compressor, o.Digester
+	img.Version, img.ChunkSize, img.Compressor, img.Digester = o.FSVersion, o.ChunkSize, o.Compressor, o.Digester
 	return blob.CloseInline(func(w io.Writer, own *rafs.Blob) error {
 		return writeLayerBootstrap(w, img, own, dict)
 	})

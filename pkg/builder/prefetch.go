@@ -3,13 +3,9 @@ package builder
 import (
 	"context"
 	"fmt"
-	"path"
 	"slices"
 	"sort"
 
-	"golang.org/x/sys/unix"
-
-	"github.com/headstart-oci/headstart/pkg/persist"
 	"github.com/headstart-oci/headstart/pkg/rafs"
 	"github.com/headstart-oci/headstart/pkg/trace"
 )
@@ -20,55 +16,8 @@ type prefetchPlan struct {
 	inodes []*rafs.Inode                 // regular files with data, in the order of the list, each once
 	before map[rafs.Digest][]rafs.Digest // of chunks: those that some file has in front of them
 	stats  PrefetchStats
-}
 
-// planPrefetch resolves the accesses of list in the merged tree. Symlinks are followed
-// inside the root, also the last one: opening the path would. Relative paths name nothing.
-func planPrefetch(t *tree, list *persist.List, chunkSize uint32) prefetchPlan {
-	var p prefetchPlan
-	if list == nil {
-		return p
-	}
-	chunkSeen := map[rafs.Digest]struct{}{}
-	inodeSeen := map[*rafs.Inode]struct{}{}
-	p.stats.Listed = len(list.Accesses)
-	for i := range list.Accesses {
-		a := &list.Accesses[i]
-		if !path.IsAbs(a.Path) {
-			p.stats.Missing++
-			continue
-		}
-		_, e, err := t.locate(path.Clean(a.Path)[1:], true)
-		switch {
-		case err != nil || !e.exists():
-			p.stats.Missing++
-			continue
-		case e.ino.Mode&unix.S_IFMT != unix.S_IFREG:
-			p.stats.NotRegular++
-			continue
-		}
-		if _, ok := inodeSeen[e.ino]; ok {
-			p.stats.Repeated++
-		} else {
-			inodeSeen[e.ino] = struct{}{}
-			p.stats.Files++
-			if len(e.ino.Chunks) > 0 {
-				p.inodes = append(p.inodes, e.ino)
-			}
-		}
-		spans := persist.Disjoint(a.Ranges)
-		for n, c := range e.ino.Chunks {
-			if !touched(spans, int64(n)*int64(chunkSize), int64(c.UncompressedSize)) {
-				continue
-			}
-			if _, ok := chunkSeen[c.Digest]; !ok {
-				chunkSeen[c.Digest] = struct{}{}
-				p.chunks = append(p.chunks, c)
-				p.stats.RawBytes += int64(c.UncompressedSize)
-			}
-		}
-	}
-	return p
+	missing []string // the first of the listed paths that are not in the image, at most MaxMissingPaths
 }
 
 // follow finds which chunks of the plan follow each other in files.

@@ -284,11 +284,9 @@ func (b *BlobWriter) Close() (Blob, error) {
 		return Blob{}, err
 	}
 	blob := b.describe()
-	if b.options.Version == V6 {
-		if err := b.writeTail(&blob); err != nil {
-			b.err = err
-			return Blob{}, err
-		}
+	if err := b.writeTail(&blob); err != nil {
+		b.err = err
+		return Blob{}, err
 	}
 	blob.CompressedSize = b.written
 	blob.ID = hex.EncodeToString(b.sum.Sum(nil))
@@ -307,6 +305,9 @@ func (b *BlobWriter) describe() Blob {
 		blob.Features |= disk.FeaturePrefetch
 	}
 	if b.options.Version == V5 {
+		if b.inline != nil {
+			blob.Features |= disk.FeatureTarHeader | disk.FeatureInlinedMeta
+		}
 		return blob
 	}
 	blob.Features |= disk.FeatureAligned | disk.FeatureTarHeader
@@ -326,6 +327,12 @@ func (b *BlobWriter) describe() Blob {
 }
 
 func (b *BlobWriter) writeTail(blob *Blob) error {
+	switch {
+	case b.options.Version == V5 && b.inline != nil:
+		return b.writeInlineV5(blob)
+	case b.options.Version == V5:
+		return nil
+	}
 	dataSize := b.written
 	if err := b.write(sectionHeader(disk.SectionData, dataSize), b.data); err != nil {
 		return err

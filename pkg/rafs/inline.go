@@ -21,12 +21,12 @@ var PlaceholderID = strings.Repeat("x", 64)
 const maxInline = 1 << 30
 
 // CloseInline is [BlobWriter.Close] of a layer's blob that also holds the layer's bootstrap, as
-// `nydus-image create --blob-inline-meta --features blob-toc` makes it; BlobOptions.TOC must
-// be set. bootstrap writes it, given the blob's description with [PlaceholderID] and the size
+// `nydus-image create --blob-inline-meta` makes it; with BlobOptions.TOC, which V6 wants and V5 cannot have,
+// as with `--features blob-toc`. bootstrap writes it, given the blob's description with [PlaceholderID] and the size
 // up to the bootstrap; blob is nil when there are no chunks, which is no error here. The
 // blob that is returned has the real id, and the size and TOC of the whole.
 func (b *BlobWriter) CloseInline(bootstrap func(w io.Writer, blob *Blob) error) (Blob, error) {
-	if !b.options.TOC {
+	if !b.options.TOC && b.options.Version != V5 {
 		return Blob{}, fmt.Errorf("%w: a bootstrap in a blob without TOC", ErrUnsupported)
 	}
 	b.inline = bootstrap
@@ -36,7 +36,7 @@ func (b *BlobWriter) CloseInline(bootstrap func(w io.Writer, blob *Blob) error) 
 	}
 	blob = Blob{ChunkSize: b.options.ChunkSize, Compressor: b.options.Compressor, Digester: b.options.Digester}
 	e, err := b.writeBootstrap(Blob{})
-	if err == nil {
+	if err == nil && b.options.TOC {
 		err = b.writeTOC(&blob, []disk.TOCEntry{e})
 	}
 	if err != nil {
@@ -47,7 +47,16 @@ func (b *BlobWriter) CloseInline(bootstrap func(w io.Writer, blob *Blob) error) 
 	return blob, nil
 }
 
-// writeBootstrap writes the bootstrap's section, zstd where that is smaller, and returns its TOC entry.
+// writeInlineV5 ends a blob of V5 that holds a bootstrap: the tar header of its chunks, and the bootstrap.
+func (b *BlobWriter) writeInlineV5(blob *Blob) error {
+	if err := b.write(sectionHeader(disk.SectionData, b.written), nil); err != nil {
+		return err
+	}
+	_, err := b.writeBootstrap(*blob)
+	return err
+}
+
+// writeBootstrap writes the bootstrap's section, zstd where that is smaller and a TOC says so, and returns its TOC entry.
 func (b *BlobWriter) writeBootstrap(blob Blob) (disk.TOCEntry, error) {
 	var inner *Blob
 	if blob.ChunkCount > 0 {
@@ -57,6 +66,9 @@ func (b *BlobWriter) writeBootstrap(blob Blob) (disk.TOCEntry, error) {
 	var boot bytes.Buffer
 	if err := b.inline(&boot, inner); err != nil {
 		return disk.TOCEntry{}, fmt.Errorf("bootstrap of the blob: %w", err)
+	}
+	if !b.options.TOC {
+		return disk.TOCEntry{}, b.writeSection(disk.SectionBootstrap, boot.Bytes())
 	}
 	enc, err := NewEncoder(CompressorZstd, LevelDefault)
 	if err != nil {

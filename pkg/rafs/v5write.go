@@ -71,6 +71,9 @@ func (p *v5Plan) blobTable() []byte {
 func extBlobV5(b *Blob) *disk.ExtBlobV5 {
 	const kept = disk.FeatureAligned | disk.FeatureTarHeader | disk.FeatureCapTOC | disk.FeaturePrefetch
 	e := &disk.ExtBlobV5{ChunkCount: b.ChunkCount, Features: b.Features & kept, UncompressedSize: b.UncompressedSize, CompressedSize: b.CompressedSize}
+	if b.ID == PlaceholderID { // this is the bootstrap in the blob
+		e.Features |= b.Features & disk.FeatureInlinedMeta
+	}
 	if !b.bare() {
 		// The data ends before the tables; readers take the size, less the tar header, for its end.
 		e.CompressedSize = b.dataEnd()

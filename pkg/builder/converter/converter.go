@@ -50,12 +50,12 @@ type Backend interface {
 type PackOption struct {
 	WorkDir          string // no effect
 	BuilderPath      string // no effect
-	FsVersion        string // "6" or empty
+	FsVersion        string // "5" or "6" (the default)
 	ChunkDictPath    string // bootstrap of an image whose chunks are referred to, not stored
 	PrefetchPatterns string // no effect: the bootstrap of an image has the table, see MergeOption
 	Compressor       string // "zstd" (the default), "lz4_block" or "none"
 	OCIRef           bool   // ErrUnsupported
-	AlignedChunk     bool   // RAFS v6 always is
+	AlignedChunk     bool   // RAFS v6 always is; ErrUnsupported for v5
 	ChunkSize        string // bytes, decimal or 0x…; empty: 1 MiB
 	BatchSize        string // of small chunks that are compressed together, as ChunkSize; empty or "0": none
 	Backend          Backend
@@ -68,8 +68,8 @@ type PackOption struct {
 type MergeOption struct {
 	WorkDir             string // no effect
 	BuilderPath         string // no effect
-	FsVersion           string // "6" or empty
-	ChunkDictPath       string // no effect: the layers say what they refer to
+	FsVersion           string // "5" or "6", which the layers must have; empty: any
+	ChunkDictPath       string // bootstrap of the image that the layers were packed with; empty: the layers tell their own blobs
 	ParentBootstrapPath string // bootstrap of an image below the layers
 	PrefetchPatterns    string // paths, one a line, for the prefetch table; empty: "/", all
 	WithTar             bool   // the bootstrap as image/image.boot of a tar
@@ -104,15 +104,18 @@ const maxBootstrap = 1 << 30
 func (o PackOption) options() (builder.Options, error) {
 	out := builder.DefaultOptions()
 	out.Workers = o.Workers
+	var err error
+	if out.FSVersion, err = parseVersion(o.FsVersion); err != nil {
+		return out, err
+	}
 	switch {
-	case o.FsVersion != "" && o.FsVersion != "6":
-		return out, fmt.Errorf("%w: FsVersion %q, want 6", ErrUnsupported, o.FsVersion)
 	case o.OCIRef:
 		return out, fmt.Errorf("%w: OCIRef", ErrUnsupported)
 	case o.Encrypt:
 		return out, fmt.Errorf("%w: Encrypt", ErrUnsupported)
+	case o.AlignedChunk && out.FSVersion == rafs.V5:
+		return out, fmt.Errorf("%w: AlignedChunk of RAFS v5", ErrUnsupported)
 	}
-	var err error
 	if o.Compressor != "" {
 		if out.Compressor, err = rafs.ParseCompressor(o.Compressor); err != nil {
 			return out, fmt.Errorf("%w: %w", ErrUnsupported, err)
@@ -144,6 +147,18 @@ func (o PackOption) options() (builder.Options, error) {
 		}
 	}
 	return out, nil
+}
+
+// parseVersion reads an FsVersion; empty is v6, as for the converter that this one stands for.
+func parseVersion(s string) (rafs.Version, error) {
+	if s == "" {
+		return rafs.V6, nil
+	}
+	v, err := rafs.ParseVersion(s)
+	if err != nil {
+		return 0, fmt.Errorf("%w: FsVersion %q, want 5 or 6", ErrUnsupported, s)
+	}
+	return v, nil
 }
 
 func parseSize(s string) (uint32, error) {
@@ -226,8 +241,11 @@ func (p *packer) Close() error {
 // a tar (not compressed) with opt.WithTar. It returns the digests of the blobs that the bootstrap
 // refers to: some of the layers', and those of chunk dictionaries.
 func Merge(ctx context.Context, layers []Layer, dest io.Writer, opt MergeOption) ([]digest.Digest, error) {
-	if opt.OCIRef || opt.FsVersion != "" && opt.FsVersion != "6" {
-		return nil, fmt.Errorf("%w: OCIRef %v, FsVersion %q", ErrUnsupported, opt.OCIRef, opt.FsVersion)
+	if opt.OCIRef {
+		return nil, fmt.Errorf("%w: OCIRef", ErrUnsupported)
+	}
+	if _, err := parseVersion(opt.FsVersion); err != nil {
+		return nil, err
 	}
 	ctx, cancel := bounded(ctx, opt.Timeout)
 	defer cancel()
@@ -242,12 +260,26 @@ func Merge(ctx context.Context, layers []Layer, dest io.Writer, opt MergeOption)
 		}
 		o.Parent = img
 	}
+	if opt.ChunkDictPath != "" {
+		img, _, err := readBootstrap(opt.ChunkDictPath)
+		if err != nil {
+			return nil, fmt.Errorf("chunk dictionary: %w", err)
+		}
+		o.Dict = img
+	}
 	var packed []builder.PackedLayer
 	for _, l := range layers {
 		if l.OriginalDigest != nil {
 			return nil, fmt.Errorf("%w: layer %s refers to %s", ErrUnsupported, l.Digest, l.OriginalDigest)
 		}
 		packed = append(packed, builder.PackedLayer{Digest: l.Digest, Blob: l.ReaderAt, Size: l.ReaderAt.Size()})
+	}
+	if opt.FsVersion != "" {
+		if got, err := layersVersion(layers); err != nil {
+			return nil, err
+		} else if got != opt.FsVersion {
+			return nil, fmt.Errorf("%w: FsVersion %q, and the layers have RAFS v%s", ErrUnsupported, opt.FsVersion, got)
+		}
 	}
 	if !opt.WithTar {
 		return builder.MergeLayers(ctx, dest, packed, o)
@@ -259,6 +291,22 @@ func Merge(ctx context.Context, layers []Layer, dest io.Writer, opt MergeOption)
 	}
 	files := append([]File{{Name: "image.boot", Reader: &boot, Size: int64(boot.Len())}}, opt.AppendFiles...)
 	return blobs, writeFiles(dest, files)
+}
+
+// layersVersion returns the version of the first layer's bootstrap; the others must have the same.
+func layersVersion(layers []Layer) (string, error) {
+	if len(layers) == 0 {
+		return "", fmt.Errorf("%w: no layers to merge", builder.ErrInvalid)
+	}
+	boot, err := rafs.ReadInline(layers[0].ReaderAt, layers[0].ReaderAt.Size())
+	if err != nil {
+		return "", fmt.Errorf("layer %s: %w", layers[0].Digest, err)
+	}
+	img, err := rafs.Open(bytes.NewReader(boot), int64(len(boot)))
+	if err != nil {
+		return "", fmt.Errorf("bootstrap of layer %s: %w", layers[0].Digest, err)
+	}
+	return img.Version.String(), nil
 }
 
 // writeFiles writes the tar of a bootstrap layer.

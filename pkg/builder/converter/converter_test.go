@@ -150,6 +150,10 @@ func judge(t *testing.T, boot []byte, blobs [][]byte, ours bool) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	compareNydusd(t, testenv.MountNydusd(t, bootPath, blobDir), ours)
+	if img.Version == rafs.V5 {
+		return
+	}
 	var devices []string
 	for i, b := range img.Blobs {
 		name := filepath.Join(filepath.Dir(bootPath), fmt.Sprint("device-", i))
@@ -178,6 +182,24 @@ func judge(t *testing.T, boot []byte, blobs [][]byte, ours bool) {
 	}
 }
 
+// compareNydusd compares what nydusd serves with the fixture: it shows mtime 0 as the time of the mount, and hard links as
+// files of their own.
+func compareNydusd(t *testing.T, root string, ours bool) {
+	t.Helper()
+	fixtures := testenv.Fixtures(t)
+	out, err := exec.Command(testenv.Tool(t, "python3"), filepath.Join(fixtures, "cmp_tree.py"), root, filepath.Join(fixtures, "expected.json")).CombinedOutput()
+	if err != nil && !strings.Contains(string(out), " differences") {
+		t.Errorf("cmp_tree.py: %v\n%.2000s", err, out)
+		return
+	}
+	for line := range strings.Lines(string(out)) {
+		known := strings.Contains(line, "mtime") || strings.Contains(line, "not the same inode") || !ours && strings.Contains(line, lostByNydus)
+		if !known && !strings.HasSuffix(line, " differences\n") {
+			t.Errorf("nydusd: %s", line)
+		}
+	}
+}
+
 // TestPackAndMerge packs the layers of the fixture and merges them, with ours and with
 // nydus-image's merge.
 func TestPackAndMerge(t *testing.T) {
@@ -187,13 +209,16 @@ func TestPackAndMerge(t *testing.T) {
 		"defaults":         {},
 		"lz4_block, 64KiB": {Compressor: "lz4_block", ChunkSize: "0x10000", FsVersion: "6", BatchSize: "0"},
 		"none":             {Compressor: "none"},
+		"v5":               {FsVersion: "5"},
+		"v5, lz4, 64KiB":   {FsVersion: "5", Compressor: "lz4_block", ChunkSize: "0x10000"},
+		"v5, none, 16MiB":  {FsVersion: "5", Compressor: "none", ChunkSize: "0x1000000"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			var blobs [][]byte
 			for _, l := range layers {
 				blobs = append(blobs, pack(t, l, opt))
 			}
-			boot, ids := merge(t, blobs, nydus.MergeOption{})
+			boot, ids := merge(t, blobs, nydus.MergeOption{FsVersion: opt.FsVersion})
 			if len(ids) != 2 || ids[0] != digest.FromBytes(blobs[0]) || ids[1] != digest.FromBytes(blobs[1]) {
 				t.Errorf("blobs %v", ids)
 			}
@@ -244,6 +269,8 @@ func TestNydusLayers(t *testing.T) {
 		{"--features", "blob-toc"},
 		{"--features", "blob-toc", "--compressor", "lz4_block", "--chunk-size", "0x10000"},
 		{"--digester", "sha256"}, // without a TOC
+		{"--fs-version", "5"},
+		{"--fs-version", "5", "--compressor", "lz4_block", "--chunk-size", "0x10000", "--digester", "sha256"},
 	} {
 		t.Run(strings.Join(args, " "), func(t *testing.T) {
 			var blobs [][]byte
@@ -254,7 +281,7 @@ func TestNydusLayers(t *testing.T) {
 				if err := os.WriteFile(tarPath, unpacked(t, pack(t, l, nydus.PackOption{})), 0o600); err != nil {
 					t.Fatal(err)
 				}
-				nydusImage(t, append(append([]string{"create", "--type", "tar-rafs", "--blob-inline-meta", "--whiteout-spec", "none", "--fs-version", "6", "--blob", blobPath}, args...), tarPath)...)
+				nydusImage(t, append(append([]string{"create", "--type", "tar-rafs", "--blob-inline-meta", "--whiteout-spec", "none", "--blob", blobPath}, args...), tarPath)...)
 				b, err := os.ReadFile(blobPath)
 				if err != nil {
 					t.Fatal(err)
@@ -317,9 +344,11 @@ func names(t testing.TB, b []byte) map[string]string {
 
 // TestUnpack packs and unpacks: the tar says the same.
 func TestUnpack(t *testing.T) {
-	for i, l := range fixtureTars(t) {
-		if diff := cmp.Diff(names(t, l), names(t, unpacked(t, pack(t, l, nydus.PackOption{})))); diff != "" {
-			t.Errorf("layer %d (-tar +unpacked):\n%s", i, diff)
+	for _, version := range []string{"5", "6"} {
+		for i, l := range fixtureTars(t) {
+			if diff := cmp.Diff(names(t, l), names(t, unpacked(t, pack(t, l, nydus.PackOption{FsVersion: version})))); diff != "" {
+				t.Errorf("v%s: layer %d (-tar +unpacked):\n%s", version, i, diff)
+			}
 		}
 	}
 }
@@ -381,40 +410,6 @@ func TestMergeRules(t *testing.T) {
 	}
 	bootPath, blobDir := store(t, boot, blobs)
 	nydusImage(t, "check", "--bootstrap", bootPath, "--blob-dir", blobDir)
-}
-
-// TestChunkDict packs against the bootstrap of an image, in a file.
-func TestChunkDict(t *testing.T) {
-	base := pack(t, tarOf(t, "a="+strings.Repeat("x", 5000)), nydus.PackOption{})
-	boot, _ := merge(t, [][]byte{base}, nydus.MergeOption{})
-	bootPath, _ := store(t, boot, nil)
-	app := pack(t, tarOf(t, "b="+strings.Repeat("x", 5000), "c=new"), nydus.PackOption{ChunkDictPath: bootPath})
-	merged, ids := merge(t, [][]byte{app}, nydus.MergeOption{})
-	if want := []digest.Digest{digest.FromBytes(app), digest.FromBytes(base)}; !cmp.Equal(ids, want) {
-		t.Errorf("blobs %v, want the layer's and the dictionary's %v", ids, want)
-	}
-	bootPath, blobDir := store(t, merged, [][]byte{app, base})
-	nydusImage(t, "check", "--bootstrap", bootPath, "--blob-dir", blobDir)
-	if err := nydus.Unpack(t.Context(), reader(app), io.Discard, nydus.UnpackOption{}); !errors.Is(err, nydus.ErrUnsupported) {
-		t.Errorf("Unpack = %v, want ErrUnsupported: it needs another blob", err)
-	}
-	// The parent of a merge counts as a lower layer.
-	over, _ := merge(t, [][]byte{pack(t, tarOf(t, ".wh.a", "d=1"), nydus.PackOption{})}, nydus.MergeOption{ParentBootstrapPath: bootPath})
-	img, err := rafs.Open(bytes.NewReader(over), int64(len(over)))
-	if err != nil || img.Lookup("/b") == nil || img.Lookup("/d") == nil {
-		t.Errorf("merged over a parent: %v, %v", img, err)
-	}
-}
-
-// TestDeterministic packs with different numbers of workers.
-func TestDeterministic(t *testing.T) {
-	layer := fixtureTars(t)[0]
-	one := pack(t, layer, nydus.PackOption{Workers: 1})
-	for _, workers := range []int{1, 2, 5} {
-		if !bytes.Equal(one, pack(t, layer, nydus.PackOption{Workers: workers})) {
-			t.Errorf("%d workers: another blob", workers)
-		}
-	}
 }
 
 func gunzip(t testing.TB, b []byte) io.Reader {

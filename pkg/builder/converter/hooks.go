@@ -167,7 +167,7 @@ func mergeManifest(ctx context.Context, cs content.Store, source, desc ocispec.D
 		m.Annotations = map[string]string{}
 	}
 	m.Annotations[builder.AnnotationSourceDigest] = source.Digest.String()
-	m.Annotations[builder.AnnotationFSVersion] = "6"
+	m.Annotations[builder.AnnotationFSVersion] = boot.Annotations[builder.AnnotationFSVersion]
 	if opt.WithReferrer {
 		subject := source
 		subject.Platform = nil // some registries refuse it there
@@ -230,6 +230,10 @@ func MergeLayers(ctx context.Context, cs content.Store, descs []ocispec.Descript
 		defer func() { _ = ra.Close() }() // only read
 		layers = append(layers, Layer{Digest: d.Digest, ReaderAt: ra})
 	}
+	version, err := layersVersion(layers)
+	if err != nil {
+		return nil, nil, err
+	}
 	opt.WithTar = true
 	var used []digest.Digest
 	plain := digest.SHA256.Digester()
@@ -247,7 +251,7 @@ func MergeLayers(ctx context.Context, cs content.Store, descs []ocispec.Descript
 		boot.MediaType = ocispec.MediaTypeImageLayerGzip
 	}
 	boot.Annotations = map[string]string{
-		LayerAnnotationUncompressed: plain.Digest().String(), builder.AnnotationBootstrap: "true", builder.AnnotationFSVersion: "6",
+		LayerAnnotationUncompressed: plain.Digest().String(), builder.AnnotationBootstrap: "true", builder.AnnotationFSVersion: version,
 	}
 	update := content.Info{Digest: boot.Digest, Labels: map[string]string{labels.LabelUncompressed: plain.Digest().String()}}
 	if _, err := cs.Update(ctx, update, "labels."+labels.LabelUncompressed); err != nil {

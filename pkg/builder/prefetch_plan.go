@@ -10,28 +10,36 @@ import (
 	"github.com/headstart-oci/headstart/pkg/trace"
 )
 
-// optimizePlan fills a prefetchPlan from a list.
-type optimizePlan struct {
+// prefetchPlanner fills a prefetchPlan from a list.
+type prefetchPlanner struct {
 	prefetchPlan
+	root      *rafs.Inode
 	chunkSize int64
 	chunkSeen map[rafs.Digest]struct{}
 	inodeSeen map[*rafs.Inode]struct{}
 }
 
-// plan resolves the list in the image's tree.
-func (c *optimization) plan() *prefetchPlan {
-	p := &optimizePlan{chunkSize: int64(c.img.ChunkSize), chunkSeen: map[rafs.Digest]struct{}{}, inodeSeen: map[*rafs.Inode]struct{}{}}
-	p.stats.Listed = len(c.o.List.Accesses)
-	st := &c.res.Stats
-	for i := range c.o.List.Accesses {
-		a := &c.o.List.Accesses[i]
+// planPrefetch resolves the accesses of list in the tree below root. Symlinks are followed inside the root, also the
+// last one: opening the path would. Relative paths name nothing. In a list that no engine recorded, patterns and
+// directories stand for files; see [Optimize].
+func planPrefetch(root *rafs.Inode, list *persist.List, chunkSize uint32) *prefetchPlan {
+	p := &prefetchPlanner{
+		root: root, chunkSize: int64(chunkSize),
+		chunkSeen: map[rafs.Digest]struct{}{}, inodeSeen: map[*rafs.Inode]struct{}{},
+	}
+	if list == nil {
+		return &p.prefetchPlan
+	}
+	p.stats.Listed = len(list.Accesses)
+	for i := range list.Accesses {
+		a := &list.Accesses[i]
 		var found []*rafs.Inode
 		if path.IsAbs(a.Path) {
-			found = c.find(c.o.List, path.Clean(a.Path))
+			found = p.find(path.Clean(a.Path), list.Engine == "", a.Ranges == nil)
 		}
 		if len(found) == 0 {
-			if p.stats.Missing++; len(st.MissingPaths) < MaxMissingPaths {
-				st.MissingPaths = append(st.MissingPaths, a.Path)
+			if p.stats.Missing++; len(p.missing) < MaxMissingPaths {
+				p.missing = append(p.missing, a.Path)
 			}
 		}
 		spans := persist.Disjoint(a.Ranges)
@@ -39,32 +47,35 @@ func (c *optimization) plan() *prefetchPlan {
 			p.add(ino, spans)
 		}
 	}
-	var files []*rafs.Inode
-	c.eachFile(func(ino *rafs.Inode) { files = append(files, ino) })
-	p.follow(files)
 	return &p.prefetchPlan
 }
 
-// find returns what the cleaned absolute path name stands for: one inode, or those of the
-// regular files that it matches as a pattern.
-func (c *optimization) find(l *persist.List, name string) []*rafs.Inode {
-	if ino := locateInode(c.img.Root, name); ino != nil {
+// find returns what the cleaned absolute path name stands for: one inode, or regular files. In a list that a person
+// typed, these are what is below a directory that is listed as a whole, and what a pattern matches.
+func (p *prefetchPlanner) find(name string, typed, whole bool) []*rafs.Inode {
+	g := globber{found: map[*rafs.Inode]struct{}{}, visited: map[globState]struct{}{}}
+	if ino := locateInode(p.root, name); ino != nil {
+		if typed && whole && ino.IsDir() {
+			if g.match(ino, []string{"**"}); len(g.files) > 0 {
+				p.stats.Directories++
+				return g.files
+			}
+		}
 		return []*rafs.Inode{ino}
 	}
 	// A path that was recorded is a path, whatever it looks like.
-	if l.Engine != "" || !strings.ContainsAny(name, "*?[") {
+	if !typed || !strings.ContainsAny(name, "*?[") {
 		return nil
 	}
-	g := globber{found: map[*rafs.Inode]struct{}{}, visited: map[globState]struct{}{}}
-	g.match(c.img.Root, split(name[1:]))
+	g.match(p.root, split(name[1:]))
 	if len(g.files) > 0 {
-		c.res.Stats.Patterns++
+		p.stats.Patterns++
 	}
 	return g.files
 }
 
 // add selects the chunks of ino that spans touch.
-func (p *optimizePlan) add(ino *rafs.Inode, spans []trace.Range) {
+func (p *prefetchPlanner) add(ino *rafs.Inode, spans []trace.Range) {
 	if !ino.IsRegular() {
 		p.stats.NotRegular++
 		return

@@ -1,0 +1,227 @@
+package converter_test
+
+import (
+	"bytes"
+	"errors"
+	"io"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/opencontainers/go-digest"
+
+	"github.com/headstart-oci/headstart/internal/testenv"
+	"github.com/headstart-oci/headstart/pkg/builder"
+	nydus "github.com/headstart-oci/headstart/pkg/builder/converter"
+	"github.com/headstart-oci/headstart/pkg/rafs"
+)
+
+// eachVersion runs a test for both versions of the format.
+func eachVersion(t *testing.T, test func(t *testing.T, version string)) {
+	for _, version := range []string{"5", "6"} {
+		t.Run("v"+version, func(t *testing.T) { test(t, version) })
+	}
+}
+
+// opened opens a bootstrap.
+func opened(t testing.TB, boot []byte) *rafs.Image {
+	t.Helper()
+	img, err := rafs.Open(bytes.NewReader(boot), int64(len(boot)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return img
+}
+
+// served returns the content of the regular files that nydusd serves of an image.
+func served(t *testing.T, boot []byte, blobs [][]byte) map[string]string {
+	t.Helper()
+	bootPath, blobDir := store(t, boot, blobs)
+	nydusImage(t, "check", "--bootstrap", bootPath, "--blob-dir", blobDir)
+	root := testenv.MountNydusd(t, bootPath, blobDir)
+	out := map[string]string{}
+	err := filepath.WalkDir(root, func(p string, d os.DirEntry, err error) error {
+		if err != nil || !d.Type().IsRegular() {
+			return err
+		}
+		b, err := os.ReadFile(p)
+		out[strings.TrimPrefix(p, root)] = string(b)
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return out
+}
+
+// TestChunkDict packs against the bootstrap of an image, in a file, and merges with and without saying so again; then
+// nydus-image merges what was packed.
+func TestChunkDict(t *testing.T) {
+	testenv.Root(t)
+	eachVersion(t, func(t *testing.T, version string) {
+		shared := strings.Repeat("x", 5000)
+		base := pack(t, tarOf(t, "a="+shared), nydus.PackOption{FsVersion: version})
+		boot, _ := merge(t, [][]byte{base}, nydus.MergeOption{FsVersion: version})
+		dict, _ := store(t, boot, nil)
+		app := pack(t, tarOf(t, "b="+shared, "c=new"), nydus.PackOption{FsVersion: version, ChunkDictPath: dict})
+		if len(app) > len(base)+8192 {
+			t.Errorf("the layer has %d bytes: does it hold the dictionary's chunk?", len(app))
+		}
+		want := map[string]string{"/b": shared, "/c": "new"}
+		var merged []byte
+		for _, o := range []nydus.MergeOption{{FsVersion: version}, {FsVersion: version, ChunkDictPath: dict}} {
+			out, ids := merge(t, [][]byte{app}, o)
+			if want := []digest.Digest{digest.FromBytes(app), digest.FromBytes(base)}; !cmp.Equal(ids, want) {
+				t.Errorf("%+v: blobs %v, want the layer's and the dictionary's %v", o, ids, want)
+			}
+			if diff := cmp.Diff(want, served(t, out, [][]byte{app, base})); diff != "" {
+				t.Errorf("%+v: nydusd (-want +got):\n%s", o, diff)
+			}
+			merged = out
+		}
+		if err := nydus.Unpack(t.Context(), reader(app), io.Discard, nydus.UnpackOption{}); !errors.Is(err, nydus.ErrUnsupported) {
+			t.Errorf("Unpack = %v, want ErrUnsupported: it needs another blob", err)
+		}
+		theirs := nydusMerge(t, [][]byte{app}, "--chunk-dict", "bootstrap="+dict)
+		if diff := cmp.Diff(want, served(t, theirs, [][]byte{app, base})); diff != "" {
+			t.Errorf("nydus-image merge (-want +got):\n%s", diff)
+		}
+		// The parent of a merge counts as a lower layer.
+		parent, _ := store(t, merged, nil)
+		over, _ := merge(t, [][]byte{pack(t, tarOf(t, ".wh.c", "d=1"), nydus.PackOption{FsVersion: version})}, nydus.MergeOption{ParentBootstrapPath: parent, ChunkDictPath: dict})
+		if img := opened(t, over); img.Lookup("/b") == nil || img.Lookup("/d") == nil || img.Lookup("/c") != nil {
+			t.Error("merged over a parent: /b and /d should be there, and no /c")
+		}
+		// A dictionary that the layer was not packed with: it has two blobs then, and one is to be its own.
+		wrong, _ := merge(t, [][]byte{pack(t, tarOf(t, "z=other"), nydus.PackOption{FsVersion: version})}, nydus.MergeOption{})
+		other, _ := store(t, wrong, nil)
+		_, err := nydus.Merge(t.Context(), []nydus.Layer{layerOf(app)}, io.Discard, nydus.MergeOption{ChunkDictPath: other})
+		if !errors.Is(err, builder.ErrInvalid) || !strings.Contains(err.Error(), "not of the chunk dictionary") {
+			t.Errorf("Merge with another dictionary = %v, want ErrInvalid", err)
+		}
+	})
+}
+
+// nydusMerge lets the real nydus-image merge layers: it wants their bootstraps in files named by the blobs' digests.
+func nydusMerge(t *testing.T, blobs [][]byte, options ...string) []byte {
+	t.Helper()
+	dir := t.TempDir()
+	out := filepath.Join(dir, "merged")
+	args := append([]string{"merge", "--bootstrap", out}, options...)
+	for _, b := range blobs {
+		inner, err := rafs.ReadInline(bytes.NewReader(b), int64(len(b)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		name := filepath.Join(dir, digest.FromBytes(b).Encoded())
+		if err := os.WriteFile(name, inner, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		args = append(args, name)
+	}
+	nydusImage(t, args...)
+	merged, err := os.ReadFile(out)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return merged
+}
+
+// TestChunkDictOfNydus merges what the real nydus-image has packed against a dictionary.
+func TestChunkDictOfNydus(t *testing.T) {
+	testenv.Root(t)
+	eachVersion(t, func(t *testing.T, version string) {
+		dir := t.TempDir()
+		shared := string(bytes.Repeat([]byte("shared "), 300_000))
+		create := func(name string, layer []byte, options ...string) []byte {
+			tarPath, blobPath := filepath.Join(dir, name+".tar"), filepath.Join(dir, name+".blob")
+			if err := os.WriteFile(tarPath, layer, 0o600); err != nil {
+				t.Fatal(err)
+			}
+			nydusImage(t, append(append([]string{"create", "--type", "tar-rafs", "--blob-inline-meta", "--whiteout-spec", "none", "--fs-version", version, "--blob", blobPath}, options...), tarPath)...)
+			b, err := os.ReadFile(blobPath)
+			if err != nil {
+				t.Fatal(err)
+			}
+			return b
+		}
+		base := create("base", tarOf(t, "a="+shared))
+		boot, _ := merge(t, [][]byte{base}, nydus.MergeOption{})
+		dict, _ := store(t, boot, nil)
+		app := create("app", tarOf(t, "b="+shared, "c=new"), "--chunk-dict", "bootstrap="+dict)
+		want := map[string]string{"/b": shared, "/c": "new"}
+		for _, o := range []nydus.MergeOption{{}, {ChunkDictPath: dict}} {
+			merged, ids := merge(t, [][]byte{app}, o)
+			if len(ids) != 2 {
+				t.Errorf("%+v: blobs %v, want the layer's and the dictionary's", o, ids)
+			}
+			if diff := cmp.Diff(want, served(t, merged, [][]byte{app, base})); diff != "" {
+				t.Errorf("%+v: nydusd (-want +got):\n%.500s", o, diff)
+			}
+		}
+	})
+}
+
+// TestIssue1081 merges layers whose bootstraps have prefetch tables: they were lost. Numbers are issues of dragonflyoss/nydus.
+func TestIssue1081(t *testing.T) {
+	testenv.Root(t)
+	eachVersion(t, func(t *testing.T, version string) {
+		lower, _ := merge(t, [][]byte{pack(t, tarOf(t, "d/", "d/gone=1", "d/stays=2", "e=3"), nydus.PackOption{FsVersion: version})}, nydus.MergeOption{PrefetchPatterns: "/e\n/d/gone\n/d/stays"})
+		parent, _ := store(t, lower, nil)
+		layer := pack(t, tarOf(t, "d/.wh.gone", "f=4"), nydus.PackOption{FsVersion: version})
+		table := func(boot []byte) (out []string) {
+			img := opened(t, boot)
+			for _, ino := range img.Prefetch {
+				if err := img.Walk(func(p string, i *rafs.Inode) error {
+					if i == ino {
+						out = append(out, p)
+					}
+					return nil
+				}); err != nil {
+					t.Fatal(err)
+				}
+			}
+			return out
+		}
+		for patterns, want := range map[string][]string{"": {"/"}, "/f\n/d": {"/f", "/d"}, "/missing": nil} {
+			boot, _ := merge(t, [][]byte{layer}, nydus.MergeOption{ParentBootstrapPath: parent, PrefetchPatterns: patterns})
+			if diff := cmp.Diff(want, table(boot)); diff != "" {
+				t.Errorf("table for %q (-want +got):\n%s", patterns, diff)
+			}
+		}
+		// Without patterns, what the tables before named is what stays; nydus-image counts the entries of the table.
+		var out bytes.Buffer
+		if _, err := builder.MergeLayers(t.Context(), &out, []builder.PackedLayer{{Digest: digest.FromBytes(layer), Blob: reader(layer), Size: int64(len(layer))}}, builder.MergeOptions{Parent: opened(t, lower)}); err != nil {
+			t.Fatal(err)
+		}
+		if diff := cmp.Diff([]string{"/e", "/d/stays"}, table(out.Bytes())); diff != "" {
+			t.Errorf("table of what the parent's named (-want +got):\n%s", diff)
+		}
+	})
+}
+
+// TestDeterministic packs and merges with different numbers of workers, twice.
+func TestDeterministic(t *testing.T) {
+	layers := fixtureTars(t)
+	for _, opt := range []nydus.PackOption{{FsVersion: "5"}, {FsVersion: "6"}, {Compressor: "lz4_block", ChunkSize: "0x1000"}, {ChunkSize: "0x10000", BatchSize: "0x10000"}} {
+		var first [][]byte
+		var boot []byte
+		for _, workers := range []int{1, 1, 2, 7, 7} {
+			opt.Workers = workers
+			var blobs [][]byte
+			for _, l := range layers {
+				blobs = append(blobs, pack(t, l, opt))
+			}
+			merged, _ := merge(t, blobs, nydus.MergeOption{PrefetchPatterns: "/app\n/bin"})
+			if first == nil {
+				first, boot = blobs, merged
+			}
+			if !slices.EqualFunc(first, blobs, bytes.Equal) || !bytes.Equal(boot, merged) {
+				t.Errorf("%+v: another image", opt)
+			}
+		}
+	}
+}
