@@ -15,6 +15,6 @@
 //	desc, err := convert(ctx, contentStore, image)
 //
 // Blobs that the real nydus-image has packed can be merged and unpacked, and the other way round.
-// Limits: RAFS v6; neither encryption nor references to the original layers (OCIRef). Options
+// RAFS v5 and v6. Limits: neither encryption nor references to the original layers (OCIRef). Options
 // that only a program needs (BuilderPath, WorkDir, Stream) are accepted and have no effect.
 package converter
