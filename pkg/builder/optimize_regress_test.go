@@ -43,7 +43,7 @@ func built(t *testing.T, res *builder.Result) *loose {
 	return l
 }
 
-// judgeTools asks nydus-image and nydusd, which must see the tree that we do.
+// judgeTools asks nydus-image, nydusd and, of v6, the kernel, which must see the tree that we do.
 func (l *loose) judgeTools(t *testing.T) {
 	t.Helper()
 	l.judgeCheck(t)
@@ -51,6 +51,12 @@ func (l *loose) judgeTools(t *testing.T) {
 	out, err := exec.Command(testenv.Tool(t, "nydus-image"), "check", "--bootstrap", bootstrap, "--blob-dir", blobDir).CombinedOutput()
 	if err != nil {
 		t.Errorf("nydus-image check: %v\n%s", err, out)
+	}
+	if img := l.open(t); img.Version == rafs.V6 {
+		want, got := l.dump(t), dumpDir(t, testenv.MountEROFS(t, bootstrap, l.expand(t, img)...))
+		if diff := cmp.Diff(want, got); diff != "" {
+			t.Errorf("tree through the kernel (-ours +theirs):\n%.3000s", diff)
+		}
 	}
 	want, got := l.dump(t), dumpDir(t, testenv.MountNydusd(t, bootstrap, blobDir))
 	for _, tree := range []map[string]item{want, got} {

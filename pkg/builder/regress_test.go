@@ -15,6 +15,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"golang.org/x/sys/unix"
 
+	"github.com/headstart-oci/headstart/internal/testenv"
 	"github.com/headstart-oci/headstart/pkg/builder"
 	"github.com/headstart-oci/headstart/pkg/persist"
 	"github.com/headstart-oci/headstart/pkg/rafs"
@@ -33,12 +34,21 @@ func eachVersion(t *testing.T, test func(t *testing.T, o builder.Options)) {
 	}
 }
 
-// judge asks nydus-image and nydusd 2.2.0 about an image and returns its tree as we read it.
+// judge asks nydus-image and nydusd 2.2.0 and, of v6, fsck.erofs and the kernel about an image and returns its tree as we read it.
 func judge(t *testing.T, res *builder.Result) map[string]item {
 	t.Helper()
 	checkOCI(t, res)
 	checkNydusImage(t, res)
 	want := dumpImage(t, res)
+	if openImage(t, res).Version == rafs.V6 {
+		checkFsck(t, res)
+		t.Run("kernel", func(t *testing.T) {
+			got := dumpDir(t, testenv.MountEROFS(t, res.BootstrapPath, expandAll(t, res)...))
+			if diff := cmp.Diff(want, got); diff != "" {
+				t.Errorf("tree through the kernel (-ours +theirs):\n%.3000s", diff)
+			}
+		})
+	}
 	t.Run("nydusd", func(t *testing.T) {
 		got := dumpDir(t, mountNydusd(t, res))
 		for p, w := range want {
