@@ -4,6 +4,9 @@ import (
 	"archive/tar"
 	"bytes"
 	"encoding/binary"
+	"encoding/json"
+	"errors"
+	"fmt"
 	"io"
 	"os"
 	"os/exec"
@@ -11,6 +14,8 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/containerd/containerd/v2/pkg/archive"
+	"github.com/containerd/containerd/v2/pkg/archive/compression"
 	"github.com/containerd/stargz-snapshotter/estargz"
 	"github.com/google/go-cmp/cmp"
 	"github.com/klauspost/compress/zstd"
@@ -78,7 +83,9 @@ func TestSeekableLayers(t *testing.T) {
 }
 
 // TestEStargz converts a real eStargz layer. Its landmark and its table of contents are files of the
-// layer: they stay, as in the layer that containerd unpacks, and as the diff ID wants.
+// layer: they stay, as in the layer that containerd unpacks, and as the diff ID wants. So does nydusify, which has
+// nydus-image read layers as plain tars; only its types estargz-rafs and estargz-ref leave them out
+// (nydus-rs 2.2.0, builder/tarball.rs, is_special_files).
 func TestEStargz(t *testing.T) {
 	plain := makeTar(t, reg("a", string(noise(5, 200_000))), reg("b", "hot"))
 	for name, option := range map[string]estargz.Option{
@@ -98,10 +105,24 @@ func TestEStargz(t *testing.T) {
 		}
 		l := stored(ocispec.MediaTypeImageLayerGzip, nil, data)
 		l.DiffID = blob.DiffID()
+		unpacked := t.TempDir()
+		z, err := compression.DecompressStream(bytes.NewReader(data))
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, err = archive.Apply(t.Context(), unpacked, z, archive.WithNoSameOwner())
+		if err := errors.Join(err, z.Close()); err != nil {
+			t.Fatal(err)
+		}
 		o := builder.DefaultOptions()
 		o.List = listOf("/b")
 		res := convert(t, source(t, l), o)
 		tree := dumpImage(t, res)
+		for p, want := range dumpDir(t, unpacked) {
+			if got, ok := tree[p]; !ok || got.Data != want.Data || p != "/" && got.Mode != want.Mode {
+				t.Errorf("%s: %s is %+v, containerd unpacks %+v", name, p, got, want)
+			}
+		}
 		if len(tree) != 5 || tree["/a"].Size != 200_000 || tree["/b"].Data != sum("hot") || tree["/"+name].Size == 0 || tree["/stargz.index.json"].Size == 0 {
 			t.Errorf("%s: tree %v", name, tree)
 		}
@@ -174,6 +195,72 @@ func TestLargeSparse(t *testing.T) {
 			t.Errorf("%v: another blob", args)
 		}
 	}
+}
+
+// TestSparse converts sparse files, in each of GNU tar's ways to write one, to both versions: nydusd, and of v6 the kernel, show
+// holes as zeros, with and without a prefetch blob, and blobs stay small.
+func TestSparse(t *testing.T) {
+	testenv.Root(t)
+	gnutar := testenv.Tool(t, "tar")
+	root := t.TempDir()
+	const chunk = 1 << 16
+	for name, islands := range map[string][]int64{
+		"begin": {0}, "end": {20*chunk - 7}, "ends": {0, 20*chunk - 7}, "middle": {7*chunk - 3, 9 * chunk}, "none": {},
+		"every": {5, chunk + 5, 2*chunk + 5, 3*chunk + 5, 19*chunk + 5},
+	} {
+		f, err := os.OpenFile(filepath.Join(root, name), os.O_CREATE|os.O_RDWR, 0o600)
+		if err != nil {
+			t.Fatal(err)
+		}
+		err = f.Truncate(20 * chunk)
+		for _, at := range islands {
+			_, werr := f.WriteAt([]byte("island!"), at)
+			err = errors.Join(err, werr)
+		}
+		if err := errors.Join(err, f.Close()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	want := dumpDir(t, root)
+	eachVersion(t, func(t *testing.T, o builder.Options) {
+		o.ChunkSize, o.List = chunk, listOf("/middle", "/none")
+		var first []byte
+		for _, args := range [][]string{{"--format=gnu"}, {"--format=posix", "--sparse-version=0.0"}, {"--format=posix", "--sparse-version=0.1"}, {"--format=posix", "--sparse-version=1.0"}} {
+			t.Run(fmt.Sprint(args), func(t *testing.T) {
+				b, err := exec.Command(gnutar, append(args, "--sparse", "--mtime=@1000", "--owner=0", "--group=0", "--sort=name", "-C", root, "-cf", "-", ".")...).Output()
+				if err != nil {
+					t.Fatal(err)
+				}
+				if len(b) > 60*chunk {
+					t.Fatalf("the tar has %d bytes: are there holes?", len(b))
+				}
+				res := convert(t, tars(t, b), o)
+				tree := judge(t, res)
+				for p, w := range want {
+					if w.Size > 0 && (tree[p].Data != w.Data || tree[p].Size != w.Size) {
+						t.Errorf("%s is %+v, want %+v", p, tree[p], w)
+					}
+				}
+				img := openImage(t, res)
+				for i, b := range res.Blobs { // the tails of six files; holes compress to nothing, and a few are stored twice to keep chunks apart
+					if b.Descriptor.Size > 6*chunk {
+						t.Errorf("blob %d has %d bytes", i, b.Descriptor.Size)
+					}
+				}
+				if first == nil {
+					first = res.Manifest
+				} else if !bytes.Equal(first, res.Manifest) && len(img.Blobs) > 0 {
+					var a, b ocispec.Manifest
+					if err := errors.Join(json.Unmarshal(first, &a), json.Unmarshal(res.Manifest, &b)); err != nil {
+						t.Fatal(err)
+					}
+					if a.Layers[0].Digest != b.Layers[0].Digest {
+						t.Error("another way to write holes gives another blob")
+					}
+				}
+			})
+		}
+	})
 }
 
 // TestShuffledTar converts two tars of the same files in another order: each gives one image, always
