@@ -39,6 +39,7 @@ type convertOptions struct {
 	chunkDict      string
 	buildCache     string
 	cacheMax       int
+	ociRef         bool
 	workers        int
 	tempDir        string
 	output         string
@@ -61,6 +62,7 @@ verified before TARGET names it. The digest of its manifest goes to standard out
   optimizer convert oci:images:app oci:images:app-optimized --chunk-size 256KiB --compressor lz4
   optimizer convert nginx registry.example/nginx:both --all-platforms --merge-platform
   optimizer convert app:2 registry.example/app:2-nydus --build-cache registry.example/app:cache
+  optimizer convert registry.example/app:1 registry.example/app:1-ref --oci-ref
   optimizer convert --source nginx --target me/nginx:v6 --fs-version 6 --prefetch-patterns < paths`,
 		Args: atMost(2, "SOURCE and TARGET"),
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -92,8 +94,8 @@ func (o *convertOptions) addFlags(cmd *cobra.Command) {
 	f.BoolVar(&o.allPlatforms, "all-platforms", false, "convert the image of every Linux platform; the target is an index where the source is one")
 	f.BoolVar(&o.mergePlatform, "merge-platform", false, "make the target an index of the Nydus images and the plain images they are made of")
 	f.StringVar(&o.fsVersion, "fs-version", "6", "RAFS version: 5 or 6; the kernel mounts 6")
-	f.StringVar(&o.compressor, "compressor", "zstd", "compression of chunks: zstd, lz4 or none")
-	f.StringVar(&o.digester, "digester", "blake3", "digest of chunks: blake3 or sha256")
+	f.StringVar(&o.compressor, "compressor", "zstd", "compression of chunks: zstd, lz4, gzip or none; with --oci-ref of those in the prefetch blob")
+	f.StringVar(&o.digester, "digester", "", "digest of chunks: blake3 or sha256 (default blake3, with --oci-ref sha256 as nydusify has it)")
 	f.StringVar(&o.chunkSize, "chunk-size", "1MiB", "bytes of a chunk, a power of two from 4KiB to 16MiB")
 	f.BoolVar(&o.markPrefetch, "mark-prefetch-blob", false, "set the feature flag of prefetch blobs (Nydus before 2.4 refuses such an image)")
 	f.StringVar(&o.batchSize, "batch-size", "0", "bytes of small chunks that are compressed together, a power of two from 4KiB to 16MiB (nydusd before 2.3 refuses such an image)")
@@ -101,6 +103,7 @@ func (o *convertOptions) addFlags(cmd *cobra.Command) {
 	f.StringVar(&o.chunkDict, "chunk-dict", "", "Nydus image whose chunks are referred to and not stored again")
 	f.StringVar(&o.buildCache, "build-cache", "", "reference of the artifact that keeps built layers for later conversions; made if it is missing")
 	f.IntVar(&o.cacheMax, "build-cache-max-records", 200, "layers that the build cache keeps at most")
+	f.BoolVar(&o.ociRef, "oci-ref", false, "leave the data in the source's gzip or tar layers and refer to them; only tables that say where chunks are, and the bootstrap, are made")
 	f.IntVar(&o.workers, "workers", 0, "goroutines that compress (default one per CPU)")
 	f.StringVar(&o.tempDir, "temp-dir", "", "where the image is built before it is published (default $TMPDIR or /tmp)")
 	f.StringVarP(&o.output, "output", "o", "text", "what standard output gets: text (the digest) or json (a summary)")
@@ -134,11 +137,12 @@ func (o *convertOptions) options(cmd *cobra.Command) (convert.Options, error) {
 	if b.Compressor, err = rafs.ParseCompressor(o.compressor); err != nil {
 		return fail("compressor", err)
 	}
-	if b.Compressor == rafs.CompressorGzip {
-		return fail("compressor", fmt.Errorf("got gzip, want zstd, lz4 or none"))
-	}
-	if b.Digester, err = rafs.ParseDigester(o.digester); err != nil {
-		return fail("digester", err)
+	if o.digester == "" && o.ociRef {
+		b.Digester = rafs.DigesterSHA256
+	} else if o.digester != "" {
+		if b.Digester, err = rafs.ParseDigester(o.digester); err != nil {
+			return fail("digester", err)
+		}
 	}
 	size, err := parseSize(o.chunkSize)
 	if err != nil {
@@ -146,6 +150,9 @@ func (o *convertOptions) options(cmd *cobra.Command) (convert.Options, error) {
 	}
 	if size < rafs.MinChunkSize || size > rafs.MaxChunkSize || bits.OnesCount64(size) != 1 {
 		return fail("chunk-size", fmt.Errorf("got %s (%d bytes), want a power of two from 4KiB to 16MiB", o.chunkSize, size))
+	}
+	if b.Compressor == rafs.CompressorGzip && size == rafs.MaxChunkSize {
+		return fail("chunk-size", fmt.Errorf("with --compressor gzip got %s, want at most 8MiB", o.chunkSize))
 	}
 	b.ChunkSize = uint32(size)
 	for flag, to := range map[string]*uint32{"batch-size": &b.BatchSize, "prefetch-batch-size": &b.PrefetchBatchSize} {
@@ -167,7 +174,10 @@ func (o *convertOptions) options(cmd *cobra.Command) (convert.Options, error) {
 	if o.patterns && o.profile != "" {
 		return fail("prefetch-patterns", fmt.Errorf("--profile names a list already"))
 	}
-	b.Workers, b.TempDir, b.MarkPrefetchBlob = o.workers, o.tempDir, o.markPrefetch
+	b.Workers, b.TempDir, b.MarkPrefetchBlob, b.OCIRef = o.workers, o.tempDir, o.markPrefetch, o.ociRef
+	if err := o.checkRef(b); err != nil {
+		return fail("oci-ref", err)
+	}
 	if o.cacheMax < 1 {
 		return fail("build-cache-max-records", fmt.Errorf("got %d, want at least 1", o.cacheMax))
 	}
@@ -180,6 +190,23 @@ func (o *convertOptions) options(cmd *cobra.Command) (convert.Options, error) {
 		Platforms: o.platforms, AllPlatforms: o.allPlatforms, MergePlatform: o.mergePlatform,
 		ChunkDict: o.chunkDict, BuildCache: o.buildCache, BuildCacheMax: o.cacheMax,
 	}, nil
+}
+
+// checkRef says what does not go with --oci-ref.
+func (o *convertOptions) checkRef(b builder.Options) error {
+	switch {
+	case !o.ociRef:
+		return nil
+	case b.FSVersion != rafs.V6:
+		return fmt.Errorf("it wants --fs-version 6, got %s", o.fsVersion)
+	case b.BatchSize != 0:
+		return fmt.Errorf("the layers stay as they are: --batch-size is for blobs that are made")
+	case o.chunkDict != "":
+		return fmt.Errorf("it does not go with --chunk-dict")
+	case o.buildCache != "":
+		return fmt.Errorf("it does not go with --build-cache: there are no built layers to keep")
+	}
+	return nil
 }
 
 // list reads the access list, if one is asked for.
@@ -253,6 +280,9 @@ func (o *convertOptions) describe(s convert.Summary) {
 	o.note("%s (%s) is now %s", s.Source, s.Platform, s.Target)
 	o.note("layers: %s in, %s out, of which bootstrap %s unpacked; %d blobs uploaded, %d were there",
 		progress.Bytes(s.SourceBytes), progress.Bytes(s.TargetBytes), progress.Bytes(s.BootstrapBytes), s.Uploaded, s.Existed)
+	if s.Referenced > 0 {
+		o.note("%d layers of the source (%s) are referred to and must stay where the image is", s.Referenced, progress.Bytes(s.ReferencedSize))
+	}
 	if s.LayersReused > 0 {
 		o.note("%d layers were taken from the build cache as they were", s.LayersReused)
 	}

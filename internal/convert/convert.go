@@ -19,6 +19,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"slices"
 	"time"
 
 	"github.com/opencontainers/go-digest"
@@ -88,15 +89,17 @@ type Summary struct {
 	TargetBytes    int64         `json:"target_bytes"`    // layers of the result: blobs, prefetch blob, bootstrap layer
 	BootstrapBytes int64         `json:"bootstrap_bytes"` // the bare bootstrap
 	Prefetch       Prefetch      `json:"prefetch"`
-	Uploaded       int           `json:"uploaded"`        // blobs that were written to the target
-	UploadedBytes  int64         `json:"uploaded_bytes"`  // their bytes
-	Existed        int           `json:"existed"`         // blobs that the target had, or took from another of its repositories
-	Mounted        int           `json:"mounted"`         // those of the latter kind
-	LayersReused   int           `json:"layers_reused"`   // layers that the build cache had
-	DictChunks     int           `json:"dict_chunks"`     // chunks of layers that the dictionary had
-	DictBlobs      int           `json:"dict_blobs"`      // its blobs that the image refers to
-	Files          int           `json:"files"`           // regular files of the image
-	VerifiedChunks int           `json:"verified_chunks"` // chunks of the result that were read back before it was published
+	Uploaded       int           `json:"uploaded"`         // blobs that were written to the target
+	UploadedBytes  int64         `json:"uploaded_bytes"`   // their bytes
+	Existed        int           `json:"existed"`          // blobs that the target had, or took from another of its repositories
+	Mounted        int           `json:"mounted"`          // those of the latter kind
+	LayersReused   int           `json:"layers_reused"`    // layers that the build cache had
+	DictChunks     int           `json:"dict_chunks"`      // chunks of layers that the dictionary had
+	DictBlobs      int           `json:"dict_blobs"`       // its blobs that the image refers to
+	Files          int           `json:"files"`            // regular files of the image
+	VerifiedChunks int           `json:"verified_chunks"`  // chunks of the result that were read back before it was published
+	Referenced     int           `json:"referenced"`       // layers of the source that the image refers to and does not list (OCI-ref)
+	ReferencedSize int64         `json:"referenced_bytes"` // their bytes
 	Elapsed        time.Duration `json:"elapsed_ns"`
 	// Images has one summary for each platform when the target is an index; what is above are
 	// then sums, the digests those of the indexes, and Platform the platforms with commas between.
@@ -122,6 +125,9 @@ func Run(ctx context.Context, o Options) (Summary, error) {
 	start := time.Now()
 	source, target, err := parse(o)
 	if err != nil {
+		return Summary{}, err
+	}
+	if err := checkRef(o); err != nil {
 		return Summary{}, err
 	}
 	src, err := remote.OpenSource(ctx, source, o.SourceRemote)
@@ -183,7 +189,7 @@ func convertOne(ctx context.Context, o Options, source, target remote.Reference,
 	if err != nil {
 		return Summary{}, fmt.Errorf("build %s: %w", source, err)
 	}
-	sum, err := publish(ctx, o, target, img, res, report, h)
+	sum, err := publish(ctx, o, origin{src, source, target}, target, img, res, report, h)
 	if cerr := res.Close(); err == nil && cerr != nil {
 		err = fmt.Errorf("remove temporary files: %w", cerr)
 	}
@@ -192,7 +198,7 @@ func convertOne(ctx context.Context, o Options, source, target remote.Reference,
 	}
 	sum.Source, sum.Target = source.String(), target.String()
 	h.keep(ctx)
-	sum.Warnings = append(warnings(o.List, img), h.warnings()...)
+	sum.Warnings = slices.Concat(sum.Warnings, warnings(o.List, img), h.warnings(), refWarnings(o, source, target, sum))
 	return sum, nil
 }
 
@@ -223,7 +229,7 @@ func reach(ctx context.Context, ref remote.Reference, o remote.Options, desc oci
 	return errors.Join(err, target.Close())
 }
 
-func builderSource(src remote.Source, img remote.Image) builder.Source {
+func builderSource(src remote.Source, img remote.Image, tempDir string) builder.Source {
 	out := builder.Source{
 		Manifest:    img.Descriptor,
 		Config:      img.ConfigBytes,
@@ -235,18 +241,19 @@ func builderSource(src remote.Source, img remote.Image) builder.Source {
 			DiffID:     l.DiffID,
 			Open:       func(ctx context.Context) (io.ReadCloser, error) { return src.Fetch(ctx, l.Descriptor) },
 			Verified:   true, // as every remote.Source does
+			OpenAt:     func(ctx context.Context) (io.ReaderAt, error) { return openRanges(ctx, src, l.Descriptor, tempDir) },
 		})
 	}
 	return out
 }
 
 // publish checks the documents of res and pushes everything, the manifest last.
-func publish(ctx context.Context, o Options, ref remote.Reference, img remote.Image, res *builder.Result, report *reporter, h *helpers) (Summary, error) {
+func publish(ctx context.Context, o Options, from origin, ref remote.Reference, img remote.Image, res *builder.Result, report *reporter, h *helpers) (Summary, error) {
 	target, err := remote.OpenTarget(ctx, ref, o.TargetRemote)
 	if err != nil {
 		return Summary{}, fmt.Errorf("open target %s: %w", ref, err)
 	}
-	sum, err := push(ctx, target, img, res, report, h, remote.Publish)
+	sum, err := push(ctx, target, from, img, res, report, h, remote.Publish)
 	if cerr := target.Close(); err == nil && cerr != nil {
 		err = cerr
 	}
@@ -257,7 +264,7 @@ func publish(ctx context.Context, o Options, ref remote.Reference, img remote.Im
 }
 
 // push pushes res with how, one of remote's ways to publish.
-func push(ctx context.Context, target remote.Target, img remote.Image, res *builder.Result, report *reporter, h *helpers,
+func push(ctx context.Context, target remote.Target, from origin, img remote.Image, res *builder.Result, report *reporter, h *helpers,
 	how func(context.Context, remote.Target, []remote.Blob, remote.Document, remote.Document, remote.PublishOptions) (remote.Published, error),
 ) (Summary, error) {
 	if err := checkResult(res); err != nil {
@@ -268,6 +275,7 @@ func push(ctx context.Context, target remote.Target, img remote.Image, res *buil
 	if err != nil {
 		return Summary{}, err
 	}
+	blobs = append(blobs, from.referenced(res)...)
 	published, err := how(ctx, target, blobs,
 		remote.Document{Descriptor: res.ConfigDescriptor, Data: res.Config},
 		remote.Document{Descriptor: res.ManifestDescriptor, Data: res.Manifest},
@@ -337,6 +345,13 @@ func summarize(img remote.Image, res *builder.Result, files []builder.File, p re
 	}
 	for _, f := range files {
 		s.TargetBytes += f.Descriptor.Size
+	}
+	for _, l := range res.Layers {
+		s.Referenced++
+		s.ReferencedSize += l.Size
+	}
+	if n := res.Stats.CutChunks; n > 0 {
+		s.Warnings = append(s.Warnings, fmt.Sprintf("%d chunks lie in two gzip members of their layer: nydusd 2.2.0 cannot read them, and what it reads with them", n))
 	}
 	pre := res.Stats.Prefetch
 	s.Prefetch = Prefetch{

@@ -64,7 +64,7 @@ func convertIndex(ctx context.Context, o Options, source, target remote.Referenc
 		return Summary{}, err
 	}
 	h.keep(ctx)
-	r.sum.Warnings = append(r.sum.Warnings, h.warnings()...)
+	r.sum.Warnings = slices.Concat(r.sum.Warnings, h.warnings(), refWarnings(o, source, target, r.sum))
 	return r.sum, nil
 }
 
@@ -163,15 +163,15 @@ func (r *indexRun) image(ctx context.Context, img remote.Image) (_ ocispec.Descr
 			err = fmt.Errorf("remove temporary files: %w", cerr)
 		}
 	}()
-	sum, err := push(ctx, r.to, img, res, report, r.helpers, remote.PublishUnnamed)
+	sum, err := push(ctx, r.to, origin{r.src, r.source, r.target}, img, res, report, r.helpers, remote.PublishUnnamed)
 	if err != nil {
 		return ocispec.Descriptor{}, fmt.Errorf("publish %s (%s): %w", r.target, name, err)
 	}
 	sum.Platform, sum.Source, sum.Target = name, r.source.String(), r.target.String()
 	if o.List != nil {
-		sum.Warnings = warnings(o.List, img)
+		sum.Warnings = append(sum.Warnings, warnings(o.List, img)...)
 	} else if r.o.List != nil {
-		sum.Warnings = []string{fmt.Sprintf("the list is of %s and is not used for %s", r.o.List.Platform, name)}
+		sum.Warnings = append(sum.Warnings, fmt.Sprintf("the list is of %s and is not used for %s", r.o.List.Platform, name))
 	}
 	r.sum.add(sum)
 	d := res.ManifestDescriptor
@@ -197,6 +197,8 @@ func (s *Summary) add(i Summary) {
 	s.DictBlobs += i.DictBlobs
 	s.Files += i.Files
 	s.VerifiedChunks += i.VerifiedChunks
+	s.Referenced += i.Referenced
+	s.ReferencedSize += i.ReferencedSize
 	p := &s.Prefetch
 	p.Bytes += i.Prefetch.Bytes
 	p.RawBytes += i.Prefetch.RawBytes

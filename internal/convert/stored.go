@@ -96,7 +96,7 @@ func (h *helpers) openDict(ctx context.Context, o Options, target remote.Referen
 // is done once more without.
 func (h *helpers) build(ctx context.Context, o Options, src remote.Source, img remote.Image, report *reporter) (*builder.Result, error) {
 	o.Build.List, o.Build.Progress, o.Build.Dict = o.List, report.build, h.of
-	from := builderSource(src, img)
+	from := builderSource(src, img, o.Build.TempDir)
 	if h.cache == nil {
 		res, err := builder.Convert(ctx, from, o.Build)
 		report.finish()
@@ -109,7 +109,7 @@ func (h *helpers) build(ctx context.Context, o Options, src remote.Source, img r
 		h.cache.warn("it is not used: %v", err)
 		h.cache.forget(reused)
 		report.again()
-		res, err = builder.Convert(ctx, builderSource(src, img), o.Build)
+		res, err = builder.Convert(ctx, builderSource(src, img, o.Build.TempDir), o.Build)
 	}
 	report.finish()
 	return res, err

@@ -18,7 +18,13 @@ import (
 // It needs root and /dev/fuse. nydusd 2.2.0 shows files of mtime 0 with the time of the mount.
 func MountNydusd(t testing.TB, bootstrap, blobs string) string {
 	t.Helper()
-	return mountNydusd(t, bootstrap, blobs, false)
+	return mountNydusd(t, bootstrap, blobs, filepath.Join(t.TempDir(), "work"), false)
+}
+
+// MountNydusdCached does the same with the directory work as nydusd's cache, which may have files in it.
+func MountNydusdCached(t testing.TB, bootstrap, blobs, work string) string {
+	t.Helper()
+	return mountNydusd(t, bootstrap, blobs, work, false)
 }
 
 // MountNydusdPrefetching does the same and lets nydusd fetch what the image's prefetch table names, as snapshotters have it.
@@ -29,10 +35,10 @@ func MountNydusd(t testing.TB, bootstrap, blobs string) string {
 // chunks that several files share in part. It also ends at a gzip blob.
 func MountNydusdPrefetching(t testing.TB, bootstrap, blobs string) string {
 	t.Helper()
-	return mountNydusd(t, bootstrap, blobs, true)
+	return mountNydusd(t, bootstrap, blobs, filepath.Join(t.TempDir(), "work"), true)
 }
 
-func mountNydusd(t testing.TB, bootstrap, blobs string, prefetch bool) string {
+func mountNydusd(t testing.TB, bootstrap, blobs, work string, prefetch bool) string {
 	t.Helper()
 	Root(t)
 	nydusd := Tool(t, "nydusd")
@@ -42,7 +48,7 @@ func mountNydusd(t testing.TB, bootstrap, blobs string, prefetch bool) string {
 		t.Fatal(err)
 	}
 	dir := t.TempDir()
-	mountpoint, work := filepath.Join(dir, "mnt"), filepath.Join(dir, "work")
+	mountpoint := filepath.Join(dir, "mnt")
 	config, err := json.Marshal(map[string]any{
 		"device": map[string]any{
 			"backend": map[string]any{"type": "localfs", "config": map[string]any{"dir": blobs}},
@@ -52,7 +58,7 @@ func mountNydusd(t testing.TB, bootstrap, blobs string, prefetch bool) string {
 		"fs_prefetch": map[string]any{"enable": prefetch, "threads_count": 2},
 	})
 	configFile := filepath.Join(dir, "config.json")
-	if err := errors.Join(err, os.Mkdir(mountpoint, 0o700), os.Mkdir(work, 0o700), os.WriteFile(configFile, config, 0o600)); err != nil {
+	if err := errors.Join(err, os.Mkdir(mountpoint, 0o700), os.MkdirAll(work, 0o700), os.WriteFile(configFile, config, 0o600)); err != nil {
 		t.Fatal(err)
 	}
 	var log bytes.Buffer

@@ -1,7 +1,6 @@
 package builder
 
 import (
-	"archive/tar"
 	"bufio"
 	"bytes"
 	"context"
@@ -13,7 +12,6 @@ import (
 	"hash"
 	"io"
 	"os"
-	"time"
 
 	"github.com/klauspost/compress/gzip"
 	"github.com/opencontainers/go-digest"
@@ -46,24 +44,24 @@ func (c *conversion) writeBootstrap(img *rafs.Image) error {
 	return nil
 }
 
-// packBootstrap writes the layer that holds the bootstrap, and the list as Nydus' JSON when
-// there is a prefetch blob. It returns the digest of the uncompressed tar.
+// packBootstrap writes the layer that holds the bootstrap, the list as Nydus' JSON when there is a prefetch
+// blob, and the tables of layers that are referred to. It returns the digest of the uncompressed tar.
 func (c *conversion) packBootstrap(ctx context.Context) (_ digest.Digest, err error) {
-	var list []byte
+	entries := []tarFile{{name: bootstrapEntry, mode: 0o444, path: c.res.BootstrapPath, size: c.res.Stats.BootstrapBytes}}
 	annotations := map[string]string{AnnotationBootstrap: "true", AnnotationFSVersion: c.o.FSVersion.String()}
 	if c.prefetch != nil {
 		var b bytes.Buffer
 		if _, err := c.o.List.WriteJSON(&b); err != nil {
 			return "", fmt.Errorf("write %s: %w", prefetchEntry, err)
 		}
-		list = b.Bytes()
+		entries = append(entries, tarFile{name: prefetchEntry, mode: 0o444, data: b.Bytes(), size: int64(b.Len())})
 		annotations[AnnotationPrefetchBlob] = c.prefetch.ID
 	}
-	boot, err := os.Open(c.res.BootstrapPath)
+	tables, err := c.cachedTables(ctx)
 	if err != nil {
 		return "", err
 	}
-	defer func() { err = errors.Join(err, boot.Close()) }()
+	entries = append(entries, tables...)
 	f, err := os.OpenFile(c.path("bootstrap.tar.gz"), os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
 	if err != nil {
 		return "", err
@@ -71,7 +69,7 @@ func (c *conversion) packBootstrap(ctx context.Context) (_ digest.Digest, err er
 	stored, plain := sha256.New(), sha256.New()
 	count := &countWriter{w: io.MultiWriter(f, stored)}
 	z := gzip.NewWriter(count)
-	err = writeBootstrapTar(ctx, io.MultiWriter(z, plain), boot, c.res.Stats.BootstrapBytes, list)
+	err = writeTar(ctx, io.MultiWriter(z, plain), entries)
 	if err := errors.Join(err, z.Close(), f.Close()); err != nil {
 		return "", err
 	}
@@ -86,43 +84,6 @@ func (c *conversion) packBootstrap(ctx context.Context) (_ digest.Digest, err er
 	}
 	return digest.NewDigest(digest.SHA256, plain), nil
 }
-
-func writeBootstrapTar(ctx context.Context, w io.Writer, boot io.Reader, size int64, list []byte) error {
-	tw := tar.NewWriter(w)
-	entries := []struct {
-		hdr  tar.Header
-		data io.Reader
-	}{
-		{tar.Header{Typeflag: tar.TypeDir, Name: bootstrapDir, Mode: 0o755}, nil},
-		{tar.Header{Typeflag: tar.TypeReg, Name: bootstrapEntry, Mode: 0o444, Size: size}, boot},
-		{tar.Header{Typeflag: tar.TypeReg, Name: prefetchEntry, Mode: 0o444, Size: int64(len(list))}, bytes.NewReader(list)},
-	}
-	if list == nil {
-		entries = entries[:2]
-	}
-	for _, e := range entries {
-		e.hdr.ModTime = time.Unix(0, 0)
-		if err := tw.WriteHeader(&e.hdr); err != nil {
-			return err
-		}
-		if e.data == nil {
-			continue
-		}
-		if _, err := io.Copy(tw, readerFunc(func(p []byte) (int, error) {
-			if err := ctx.Err(); err != nil {
-				return 0, err
-			}
-			return e.data.Read(p)
-		})); err != nil {
-			return err
-		}
-	}
-	return tw.Close()
-}
-
-type readerFunc func(p []byte) (int, error)
-
-func (f readerFunc) Read(p []byte) (int, error) { return f(p) }
 
 // countWriter counts what it passes on.
 type countWriter struct {

@@ -43,15 +43,22 @@ type Layer struct {
 	// what it says of chunks must agree with the blob's own tables.
 	Record func(ctx context.Context) (io.ReadCloser, error)
 	Stored *StoredBlob
+	// OpenAt gives the stored bytes at random, for the chunks that are read back of a layer that the result
+	// refers to (Options.OCIRef): those of the prefetch blob, and all with Options.VerifyData. They are verified
+	// by the chunks' digests. What it returns is closed if it is an io.Closer; if it has a method
+	// Fetch(context.Context, []StoredRange) error, that is told before which ranges will be read.
+	OpenAt func(ctx context.Context) (io.ReaderAt, error)
 }
 
 // Options say how an image is built. [DefaultOptions] gives what most callers want; the
 // zero value differs from it only in that chunks are stored uncompressed.
 type Options struct {
-	FSVersion  rafs.Version    // rafs.V5 or rafs.V6; 0 means V6
-	Compressor rafs.Compressor // CompressorZstd, CompressorLZ4 or CompressorNone
-	Digester   rafs.Digester   // the zero value is BLAKE3
-	ChunkSize  uint32          // bytes, a power of two in [rafs.MinChunkSize, rafs.MaxChunkSize]; 0 means rafs.DefaultChunkSize
+	FSVersion rafs.Version // rafs.V5 or rafs.V6; 0 means V6
+	// Compressor is any of rafs' compressors. With CompressorGzip, which nydus-image does not offer for new blobs
+	// and every reader knows, chunks are larger and slower to make than with zstd. With OCIRef it is that of the prefetch blob.
+	Compressor rafs.Compressor
+	Digester   rafs.Digester // the zero value is BLAKE3
+	ChunkSize  uint32        // bytes, a power of two in [rafs.MinChunkSize, rafs.MaxChunkSize]; 0 means rafs.DefaultChunkSize
 	// BatchSize makes batches of small chunks in the layers' blobs: chunks below half of it are compressed
 	// together, as many as stay below it. PrefetchBatchSize does so in the prefetch blob. Both are powers of two
 	// in [rafs.MinChunkSize, rafs.MaxChunkSize]; 0 means no batches. RAFS v6 only. nydusd before 2.3 refuses
@@ -72,6 +79,11 @@ type Options struct {
 	// returns, which takes about a sixth of the time. The bootstrap, the blobs' tables and the prefetch
 	// blob are always verified.
 	VerifyData bool
+	// OCIRef leaves the chunks in the source's own layers, which must be gzip or plain tar: instead of a blob, each gets
+	// a small file that says from where on to decompress (ZRAN), and the result refers to the
+	// layers. Equal chunks of two layers stay apart. Sparse files with holes are ErrUnsupported, as are RAFS v5, BatchSize, Dict and
+	// Records. Nydus itself takes SHA-256 digests for such images.
+	OCIRef bool
 	// Dict is a chunk dictionary; nil: none.
 	Dict *Dict
 	// Records makes a record of each layer that is read, for conversions to come.
@@ -132,6 +144,9 @@ type Result struct {
 	Bootstrap File
 	// BootstrapPath is the bare bootstrap file.
 	BootstrapPath string
+	// Layers are the source's layers that the bootstrap refers to (Options.OCIRef), lowest first. The manifest does not list
+	// them; readers look for them, by digest, where the image is.
+	Layers []ocispec.Descriptor
 	// Config and Manifest are the JSON documents of the image.
 	Config, Manifest                     []byte
 	ConfigDescriptor, ManifestDescriptor ocispec.Descriptor
@@ -157,6 +172,7 @@ type Stats struct {
 	LayersReused    int   // layers that were not read: their blob and record were there
 	DictChunks      int   // chunks of the layers that the dictionary has, each time counted
 	DictBlobs       int   // blobs of the dictionary that the image refers to
+	CutChunks       int   // chunks of layers referred to that lie in two gzip members: nydusd 2.2.0 cannot read them
 	Prefetch        PrefetchStats
 	VerifiedChunks  int // chunks that were read back and digested
 	VerifiedEntries int // entries found in the written bootstrap

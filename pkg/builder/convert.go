@@ -80,9 +80,12 @@ func (o Options) complete() (Options, error) {
 		return Options{}, fmt.Errorf("%w: chunk size %d, want a power of two from %d to %d", ErrUnsupported, o.ChunkSize, rafs.MinChunkSize, rafs.MaxChunkSize)
 	}
 	switch o.Compressor {
-	case rafs.CompressorNone, rafs.CompressorLZ4, rafs.CompressorZstd:
+	case rafs.CompressorNone, rafs.CompressorLZ4, rafs.CompressorGzip, rafs.CompressorZstd:
 	default:
-		return Options{}, fmt.Errorf("%w: compressor %v, want zstd, lz4 or none", ErrUnsupported, o.Compressor)
+		return Options{}, fmt.Errorf("%w: compressor %v, want zstd, gzip, lz4 or none", ErrUnsupported, o.Compressor)
+	}
+	if o.Compressor == rafs.CompressorGzip && o.FSVersion == rafs.V6 && o.ChunkSize == rafs.MaxChunkSize {
+		return Options{}, fmt.Errorf("%w: compressor gzip with chunks of %d bytes, want at most %d", ErrUnsupported, o.ChunkSize, o.ChunkSize/2)
 	}
 	if o.Digester != rafs.DigesterBLAKE3 && o.Digester != rafs.DigesterSHA256 {
 		return Options{}, fmt.Errorf("%w: digester %v, want blake3 or sha256", ErrUnsupported, o.Digester)
@@ -95,6 +98,9 @@ func (o Options) complete() (Options, error) {
 		case o.FSVersion != rafs.V6:
 			return Options{}, fmt.Errorf("%w: batches in RAFS v%v", ErrUnsupported, o.FSVersion)
 		}
+	}
+	if err := o.completeRef(); err != nil {
+		return Options{}, err
 	}
 	if o.Workers < 0 {
 		return Options{}, fmt.Errorf("%w: %d workers", ErrUnsupported, o.Workers)
@@ -147,6 +153,7 @@ type builtLayer struct {
 	tarBytes      int64
 	xattrsIgnored int
 	dictChunks    int   // chunks that the dictionary has
+	cut           int   // chunks that lie in two gzip members
 	record        *File // nil: none was asked for
 	reused        bool
 }
@@ -186,6 +193,7 @@ func (c *conversion) run(ctx context.Context, cfg sourceConfig) error {
 		}
 		st.TarBytes += l.tarBytes
 		st.XattrsIgnored += l.xattrsIgnored
+		st.CutChunks += l.cut
 		if l.blob != nil {
 			st.Chunks += int(l.blob.ChunkCount)
 		}
@@ -208,7 +216,7 @@ func (c *conversion) run(ctx context.Context, cfg sourceConfig) error {
 	}
 	img := &rafs.Image{
 		Version: c.o.FSVersion, Root: final.root, Blobs: blobs, ChunkSize: c.o.ChunkSize,
-		Compressor: c.o.Compressor, Digester: c.o.Digester, Prefetch: plan.inodes,
+		Compressor: c.o.imageCompressor(), Digester: c.o.Digester, Prefetch: plan.inodes,
 	}
 	c.progress(Event{Stage: StageBootstrap})
 	if err := c.writeBootstrap(img); err != nil {
@@ -291,7 +299,10 @@ func (c *conversion) buildLayer(ctx context.Context, p *pool, free chan *batch, 
 	if c.src.Layers[i].Record != nil {
 		return c.readRecord(ctx, i)
 	}
-	stream, err := openLayer(ctx, c.src.Layers[i])
+	if c.o.OCIRef {
+		return c.buildRef(ctx, p, free, i)
+	}
+	stream, err := openLayer(ctx, c.src.Layers[i], nil)
 	if err != nil {
 		return builtLayer{}, err
 	}
@@ -305,10 +316,28 @@ func (c *conversion) buildLayer(ctx context.Context, p *pool, free chan *batch, 
 
 	ck := newChunker(p, free, c.o, c.dict, uint16(i), out.BlobWriter) //nolint:gosec // completeLayers bounds it
 	ck.stream = stream
+	reader, err := c.readLayer(ctx, stream, ck, i)
+	if err != nil {
+		return builtLayer{}, err
+	}
+	blob, err := out.finish()
+	if err != nil {
+		return builtLayer{}, fmt.Errorf("write blob: %w", err)
+	}
+	l := builtLayer{tree: reader.tree, blob: blob, tarBytes: stream.size, xattrsIgnored: reader.xattrsIgnored, dictChunks: ck.known}
+	if c.o.Records {
+		if l.record, err = c.writeRecord(i, &l); err != nil {
+			return builtLayer{}, fmt.Errorf("write the layer's record: %w", err)
+		}
+	}
+	return l, nil
+}
+
+// readLayer reads layer i to its end and has ck store what is in it.
+func (c *conversion) readLayer(ctx context.Context, stream *layerStream, ck *chunker, i int) (*layerReader, error) {
 	total := c.src.Layers[i].Descriptor.Size
 	ck.flushed = func() { c.progress(Event{Stage: StageLayer, Layer: i, Done: stream.stored.n, Total: total}) }
-	reader := layerReader{tree: newTree(), sink: ck, chunkSize: int64(c.o.ChunkSize)}
-
+	reader := &layerReader{tree: newTree(), sink: ck, chunkSize: int64(c.o.ChunkSize)}
 	g, gctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return ck.commit(gctx) })
 	g.Go(func() error {
@@ -327,20 +356,10 @@ func (c *conversion) buildLayer(ctx context.Context, p *pool, free chan *batch, 
 		return ck.close(gctx)
 	})
 	if err := g.Wait(); err != nil {
-		return builtLayer{}, err
+		return nil, err
 	}
 	c.progress(Event{Stage: StageLayer, Layer: i, Done: total, Total: total})
-	blob, err := out.finish()
-	if err != nil {
-		return builtLayer{}, fmt.Errorf("write blob: %w", err)
-	}
-	l := builtLayer{tree: reader.tree, blob: blob, tarBytes: stream.size, xattrsIgnored: reader.xattrsIgnored, dictChunks: ck.known}
-	if c.o.Records {
-		if l.record, err = c.writeRecord(i, &l); err != nil {
-			return builtLayer{}, fmt.Errorf("write the layer's record: %w", err)
-		}
-	}
-	return l, nil
+	return reader, nil
 }
 
 // blobFile is a blob being written to a file.
@@ -410,6 +429,9 @@ func (c *conversion) writePrefetch(ctx context.Context, plan *prefetchPlan) (_ m
 	}
 	defer out.abort()
 
+	if err := c.announcePlan(ctx, &readers, plan); err != nil {
+		return nil, err
+	}
 	best := !c.o.NoRecompress && c.o.Compressor != rafs.CompressorNone
 	level := rafs.LevelDefault
 	if best {

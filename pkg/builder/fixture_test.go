@@ -216,6 +216,23 @@ func checkMount(t *testing.T, res *builder.Result) {
 // checkOCI holds the result's documents against its files, as nydusify check would.
 func checkOCI(t *testing.T, res *builder.Result) {
 	t.Helper()
+	m, cfg, files := checkDocuments(t, res)
+	ids := map[string]bool{}
+	for _, b := range openImage(t, res).Blobs {
+		ids[b.ID] = true
+	}
+	for _, b := range res.Blobs {
+		delete(ids, b.Descriptor.Digest.Encoded())
+	}
+	if len(ids) > 0 {
+		t.Errorf("blobs of the bootstrap that are no layers: %v", ids)
+	}
+	checkBootstrapLayer(t, res, m.Layers[len(m.Layers)-1], cfg.RootFS.DiffIDs[len(files)-1])
+}
+
+// checkDocuments compares manifest and config with each other and with the files.
+func checkDocuments(t *testing.T, res *builder.Result) (ocispec.Manifest, ocispec.Image, []builder.File) {
+	t.Helper()
 	var m ocispec.Manifest
 	var cfg ocispec.Image
 	if err := json.Unmarshal(res.Manifest, &m); err != nil {
@@ -254,17 +271,7 @@ func checkOCI(t *testing.T, res *builder.Result) {
 			}
 		}
 	}
-	ids := map[string]bool{}
-	for _, b := range openImage(t, res).Blobs {
-		ids[b.ID] = true
-	}
-	for _, b := range res.Blobs {
-		delete(ids, b.Descriptor.Digest.Encoded())
-	}
-	if len(ids) > 0 {
-		t.Errorf("blobs of the bootstrap that are no layers: %v", ids)
-	}
-	checkBootstrapLayer(t, res, m.Layers[len(m.Layers)-1], cfg.RootFS.DiffIDs[len(files)-1])
+	return m, cfg, files
 }
 
 func checkBootstrapLayer(t *testing.T, res *builder.Result, d ocispec.Descriptor, diffID digest.Digest) {

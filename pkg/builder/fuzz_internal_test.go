@@ -150,7 +150,7 @@ func FuzzStream(f *testing.F) {
 			DiffID:     digest.FromString("never"),
 			Open:       func(context.Context) (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(b)), nil },
 		}
-		s, err := openLayer(t.Context(), l)
+		s, err := openLayer(t.Context(), l, nil)
 		if err != nil {
 			return
 		}

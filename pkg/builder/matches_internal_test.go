@@ -61,7 +61,7 @@ func TestMatchesOfPieces(t *testing.T) {
 		Descriptor: ocispec.Descriptor{MediaType: ocispec.MediaTypeImageLayerGzip, Digest: digest.FromBytes(stored.Bytes()), Size: int64(stored.Len())},
 		DiffID:     digest.FromBytes(plain),
 		Open:       func(context.Context) (io.ReadCloser, error) { return io.NopCloser(&stored), nil },
-	})
+	}, nil)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -79,7 +79,7 @@ func (c *optimization) path(name string) string { return filepath.Join(c.dir, na
 
 // unpackBootstrap reads the bootstrap layer, verified, and keeps what is in it.
 func (c *optimization) unpackBootstrap(ctx context.Context) (_ *os.File, size int64, err error) {
-	stream, err := openLayer(ctx, c.src.BootstrapLayer)
+	stream, err := openLayer(ctx, c.src.BootstrapLayer, nil)
 	if err != nil {
 		return nil, 0, err
 	}

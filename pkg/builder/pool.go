@@ -72,7 +72,8 @@ type piece struct {
 	off, n int // bytes of raw
 	first  int // of the batch's matches; those of the next piece begin where its own end
 	chunk  rafs.EncodedChunk
-	known  *rafs.Chunk // the dictionary's chunk; nil: chunk is to be stored
+	known  *rafs.Chunk    // the dictionary's chunk; nil: chunk is to be stored
+	place  *rafs.RefPlace // where the chunk is in the layer, when it stays there
 }
 
 func newBatch(size int, d rafs.Digester, dict *dict, together uint32) *batch {
@@ -146,6 +147,7 @@ type chunker struct {
 	digester  rafs.Digester
 	layer     uint16 // Chunk.Blob until the image's blobs are numbered
 	blob      *rafs.BlobWriter
+	ref       *rafs.RefBuilder // instead of blob, when the chunks stay in the layer
 	dict      *dict
 	known     int    // chunks that the dictionary has; commit counts
 	together  uint32 // smaller chunks go into batches of the blob
@@ -206,15 +208,21 @@ func (c *chunker) writeFile(ctx context.Context, ino *rafs.Inode, r io.Reader, s
 // readPiece reads n bytes into the current batch, as one chunk.
 func (c *chunker) readPiece(ino *rafs.Inode, r io.Reader, n int) error {
 	b, off, place := c.cur, len(c.cur.raw), int64(0)
+	if c.ref != nil {
+		at, err := c.readRefPiece(r, b.raw[off:off+n])
+		if err != nil {
+			return cutOff(err)
+		}
+		b.raw = b.raw[:off+n]
+		b.pieces = append(b.pieces, piece{ino: ino, off: off, n: n, first: len(b.matches), place: at})
+		return nil
+	}
 	if c.stream != nil {
 		place = c.stream.place()
 		c.stream.log.keep(place)
 	}
 	if _, err := io.ReadFull(r, b.raw[off:off+n]); err != nil {
-		if errors.Is(err, io.EOF) {
-			err = io.ErrUnexpectedEOF
-		}
-		return err
+		return cutOff(err)
 	}
 	b.raw = b.raw[:off+n]
 	b.pieces = append(b.pieces, piece{ino: ino, off: off, n: n, first: len(b.matches)})
@@ -223,6 +231,14 @@ func (c *chunker) readPiece(ino *rafs.Inode, r io.Reader, n int) error {
 		b.matches = c.stream.log.appendTo(b.matches, n)
 	}
 	return nil
+}
+
+// cutOff says of an end where more should come what it is.
+func cutOff(err error) error {
+	if errors.Is(err, io.EOF) {
+		return io.ErrUnexpectedEOF
+	}
+	return err
 }
 
 // next waits for a free batch.
@@ -296,7 +312,7 @@ func (c *chunker) commit(ctx context.Context) error {
 				p.ino.Chunks = make([]rafs.Chunk, 0, min((p.ino.Size-1)/uint64(c.chunkSize)+1, most)) //nolint:gosec // chunkSize is positive
 			}
 			p.ino.Chunks = append(p.ino.Chunks, rec)
-			p.ino, p.chunk.Data, p.known = nil, nil, nil
+			p.ino, p.chunk.Data, p.known, p.place = nil, nil, nil, nil
 		}
 		c.free <- b // never blocks: it has room for all batches there are
 	}
@@ -312,7 +328,13 @@ func (c *chunker) record(p *piece) (rafs.Chunk, error) {
 	if n := len(p.ino.Chunks); n > 0 && p.ino.Chunks[n-1].Blob == c.layer {
 		before = p.ino.Chunks[n-1:]
 	}
-	rec, err := c.blob.AppendAfter(before, p.chunk)
+	var rec rafs.Chunk
+	var err error
+	if c.ref != nil {
+		rec, err = c.ref.AppendAfter(before, *p.place, p.chunk.Digest)
+	} else {
+		rec, err = c.blob.AppendAfter(before, p.chunk)
+	}
 	rec.Blob = c.layer
 	return rec, err
 }

@@ -114,8 +114,9 @@ func (d *Dict) index(o Options, first int) (*dict, error) {
 // builtBlob is a blob in a file of the conversion, or a stored one.
 type builtBlob struct {
 	rafs.Blob
-	path   string
+	path   string // with layer: of the file that holds the table
 	stored *StoredBlob
+	layer  *Layer // where the chunks are, when they stay in a layer of the source
 }
 
 // open returns the blob's bytes; who closes them must ask whether they can be.
@@ -132,6 +133,9 @@ func (b *builtBlob) open(ctx context.Context) (io.ReaderAt, error) {
 
 // file describes a blob for a manifest.
 func (b *builtBlob) file(sourceLayer int) File {
+	if b.layer != nil {
+		return b.tableFile(sourceLayer)
+	}
 	f := File{
 		Path: b.path, SourceLayer: sourceLayer,
 		Descriptor: ocispec.Descriptor{
@@ -189,9 +193,13 @@ func (c *conversion) numberBlobs(files []*rafs.Inode, records map[rafs.Digest]ra
 		index[from] = uint16(len(blobs)) //nolint:gosec // below the number of layers
 		byID[b.ID] = index[from]
 		blobs = append(blobs, b.Blob)
-		c.res.Blobs = append(c.res.Blobs, b.file(sourceLayer))
+		f := b.file(sourceLayer)
+		c.res.Blobs = append(c.res.Blobs, f)
 		if sourceLayer >= 0 {
-			c.res.Stats.BlobBytes += int64(b.CompressedSize) //nolint:gosec // a file's size
+			c.res.Stats.BlobBytes += f.Descriptor.Size
+		}
+		if b.layer != nil {
+			c.res.Layers = append(c.res.Layers, b.layer.Descriptor)
 		}
 	}
 	for i := range c.layers {
@@ -225,6 +233,7 @@ func (c *conversion) numberBlobs(files []*rafs.Inode, records map[rafs.Digest]ra
 // blobReaders opens blobs when they are first needed. Not safe for concurrent use.
 type blobReaders struct {
 	files   []io.ReaderAt
+	data    map[string]io.ReaderAt // of blobs, without those of tables
 	readers map[string]*rafs.BlobReader
 }
 
@@ -232,17 +241,22 @@ func (r *blobReaders) get(ctx context.Context, b *builtBlob) (*rafs.BlobReader, 
 	if br := r.readers[b.ID]; br != nil {
 		return br, nil
 	}
-	f, err := b.open(ctx)
-	if err != nil {
-		return nil, err
-	}
-	r.files = append(r.files, f)
-	br, err := rafs.OpenBlob(f, b.Blob)
-	if err != nil {
-		return nil, err
-	}
 	if r.readers == nil {
-		r.readers = map[string]*rafs.BlobReader{}
+		r.readers, r.data = map[string]*rafs.BlobReader{}, map[string]io.ReaderAt{}
+	}
+	open := b.files(ctx)
+	br, err := rafs.OpenBlobFrom(func(f rafs.Blob) (io.ReaderAt, error) {
+		ra, err := open(f)
+		if err == nil {
+			r.files = append(r.files, ra)
+			if f.ID == b.ID {
+				r.data[b.ID] = ra
+			}
+		}
+		return ra, err
+	}, b.Blob)
+	if err != nil {
+		return nil, err
 	}
 	r.readers[b.ID] = br
 	return br, nil

@@ -20,6 +20,7 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/headstart-oci/headstart/pkg/builder/internal/gunzip"
+	"github.com/headstart-oci/headstart/pkg/rafs"
 )
 
 const (
@@ -41,6 +42,7 @@ type layerStream struct {
 	stored *storedReader
 	next   func() ([]byte, error) // more of the tar, valid until the next call
 	known  func() []gunzip.Match  // of what next returned; nil where none are known
+	ref    *rafs.RefBuilder       // what next reads from, where places in the layer are wanted; else nil
 	free   func()                 // releases the decompressor
 	close  func() error
 
@@ -53,8 +55,9 @@ type layerStream struct {
 	done     bool  // the tar has ended well
 }
 
-// openLayer opens l and finds out how it is compressed, by its first bytes.
-func openLayer(ctx context.Context, l Layer) (*layerStream, error) {
+// openLayer opens l and finds out how it is compressed, by its first bytes. With ref, which zstd layers do not
+// allow, it reads through a [rafs.RefBuilder].
+func openLayer(ctx context.Context, l Layer, ref *rafs.RefOptions) (*layerStream, error) {
 	if err := checkMediaType(l.Descriptor.MediaType); err != nil {
 		return nil, err
 	}
@@ -91,7 +94,7 @@ func openLayer(ctx context.Context, l Layer) (*layerStream, error) {
 		s.free()
 		return closeOnce()
 	}
-	if err := s.detect(bufio.NewReaderSize(s.stored, storedBuffer)); err != nil {
+	if err := s.detect(bufio.NewReaderSize(s.stored, storedBuffer), ref); err != nil {
 		err = s.blame(err)
 		return nil, errors.Join(err, s.Close())
 	}
@@ -127,16 +130,21 @@ func checkMediaType(mt string) error {
 
 // detect sets s.next. The bytes decide, not the media type: registries hold both kinds of mistake,
 // and the diff ID proves the outcome.
-func (s *layerStream) detect(br *bufio.Reader) error {
+func (s *layerStream) detect(br *bufio.Reader, ref *rafs.RefOptions) error {
 	head, err := br.Peek(tarMagicOffset + 5)
 	if err != nil && !errors.Is(err, io.EOF) {
 		return err
 	}
+	isZstd := bytes.HasPrefix(head, []byte("\x28\xb5\x2f\xfd")) || isSkippableFrame(head)
 	switch {
+	case ref != nil && isZstd:
+		return fmt.Errorf("%w: the layer is compressed with zstd, and only gzip and plain tar can be referred to; convert the image without references", ErrUnsupported)
+	case ref != nil && (bytes.HasPrefix(head, []byte("\x1f\x8b")) || len(head) == 0 || looksLikeTar(head)):
+		return s.startRef(br, ref)
 	case bytes.HasPrefix(head, []byte("\x1f\x8b")):
 		z := gunzip.NewReader(br)
 		s.next, s.known = z.Next, z.Matches
-	case bytes.HasPrefix(head, []byte("\x28\xb5\x2f\xfd")), isSkippableFrame(head):
+	case isZstd:
 		z, err := zstd.NewReader(br, zstd.WithDecoderConcurrency(1), zstd.WithDecoderMaxWindow(maxWindow))
 		if err != nil {
 			return fmt.Errorf("%w: zstd header: %w", ErrInvalid, err)
@@ -197,6 +205,9 @@ func readBlocks(r io.Reader) func() ([]byte, error) {
 // Read returns bytes of the tar. Its last error says what was wrong with the stored bytes
 // when they are at fault, whatever the decompressor made of them.
 func (s *layerStream) Read(p []byte) (int, error) {
+	if s.ref != nil {
+		return s.readRef(p)
+	}
 	if len(s.buf) == 0 {
 		if err := s.more(); err != nil {
 			return 0, err

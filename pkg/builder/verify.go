@@ -22,7 +22,7 @@ func (c *conversion) verifyBootstrap(ctx context.Context, want summary) (err err
 	}
 	defer func() { err = errors.Join(err, f.Close()) }()
 	size := c.res.Stats.BootstrapBytes
-	open := func(b rafs.Blob) (io.ReaderAt, error) { return c.blobByID(b.ID).open(ctx) }
+	open := func(b rafs.Blob) (io.ReaderAt, error) { return c.openForCheck(ctx, b) }
 	if _, err := rafs.Check(ctx, f, size, open, rafs.CheckOptions{Workers: c.o.Workers}); err != nil {
 		return err
 	}
@@ -61,13 +61,13 @@ const verifyRun = 32
 
 // verifyChunks reads chunks of one blob and compares their digests.
 func (c *conversion) verifyChunks(ctx context.Context, b blobChunks) (err error) {
-	f, err := b.blob.open(ctx)
+	var readers blobReaders
+	defer func() { err = errors.Join(err, readers.Close()) }()
+	r, err := readers.get(ctx, b.blob)
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, closeReader(f)) }()
-	r, err := rafs.OpenBlob(f, b.blob.Blob)
-	if err != nil {
+	if err := readers.announce(ctx, b.blob, b.chunks); err != nil {
 		return err
 	}
 	g, ctx := errgroup.WithContext(ctx)
@@ -91,13 +91,13 @@ func (c *conversion) verifyChunks(ctx context.Context, b blobChunks) (err error)
 	return nil
 }
 
-// blobByID returns a blob of the blob table.
+// blobByID returns the blob of the blob table that has a file of this name.
 func (c *conversion) blobByID(id string) *builtBlob {
 	if c.prefetch != nil && c.prefetch.ID == id {
 		return c.prefetch
 	}
 	for i := range c.layers {
-		if b := c.layers[i].blob; b != nil && b.ID == id {
+		if b := c.layers[i].blob; b != nil && hasFile([]rafs.Blob{b.Blob}, id) {
 			return b
 		}
 	}

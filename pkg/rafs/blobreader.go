@@ -250,6 +250,15 @@ func (b *BlobReader) table() (*metaTable, error) {
 }
 
 func (b *BlobReader) readMeta() (*metaTable, error) {
+	table, header, err := b.readTable()
+	if err != nil {
+		return nil, err
+	}
+	return parseMeta(b.blob, table, header)
+}
+
+// readTable reads the uncompressed table of blob.meta and its header; neither has been looked at.
+func (b *BlobReader) readTable() (table, header []byte, err error) {
 	m := &b.blob
 	end := m.CompressedSize
 	if m.Features&disk.FeatureSeparate != 0 {
@@ -263,28 +272,50 @@ func (b *BlobReader) readMeta() (*metaTable, error) {
 		limit += uint64(m.ChunkCount) * inflate.WindowSize
 	}
 	if m.MetaUncompressed > limit {
-		return nil, invalid("blob "+short(m.ID), -1, "ci_uncompressed_size", m.MetaUncompressed, fmt.Sprintf("at most %d", limit))
+		return nil, nil, invalid("blob "+short(m.ID), -1, "ci_uncompressed_size", m.MetaUncompressed, fmt.Sprintf("at most %d", limit))
 	}
 	if m.MetaUncompressed > 1<<20 && m.MetaUncompressed/maxMetaRatio > m.MetaCompressed {
-		return nil, invalid("blob "+short(m.ID), -1, "ci_uncompressed_size", m.MetaUncompressed, fmt.Sprintf("at most %d times ci_compressed_size", maxMetaRatio))
+		return nil, nil, invalid("blob "+short(m.ID), -1, "ci_uncompressed_size", m.MetaUncompressed, fmt.Sprintf("at most %d times ci_compressed_size", maxMetaRatio))
 	}
 	if m.MetaOffset+m.MetaCompressed+disk.SizeMetaHeader > end {
-		return nil, invalid("blob "+short(m.ID), -1, "end of blob.meta", m.MetaOffset+m.MetaCompressed+disk.SizeMetaHeader, fmt.Sprintf("at most %d", end))
+		return nil, nil, invalid("blob "+short(m.ID), -1, "end of blob.meta", m.MetaOffset+m.MetaCompressed+disk.SizeMetaHeader, fmt.Sprintf("at most %d", end))
 	}
 	// The header comes first: it proves that the file is there and as long as it says.
-	header, err := readExactly(b.metaFile, m.MetaOffset+m.MetaCompressed, disk.SizeMetaHeader)
+	header, err = readExactly(b.metaFile, m.MetaOffset+m.MetaCompressed, disk.SizeMetaHeader)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	stored, err := readExactly(b.metaFile, m.MetaOffset, m.MetaCompressed)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
-	table, err := b.decoder.decode(m.MetaCompressor, stored, int(m.MetaUncompressed)) //nolint:gosec // bounded above
+	table, err = b.decoder.decode(m.MetaCompressor, stored, int(m.MetaUncompressed)) //nolint:gosec // bounded above
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
-	return parseMeta(*m, table, header)
+	return table, header, nil
+}
+
+// CopyTable writes the blob.meta table as nydusd keeps it in its cache, in a file BLOB.blob.meta, and as nydus-snapshotter has
+// it in bootstrap layers: not compressed, zeros up to a multiple of 4096 bytes, the header. It returns how many bytes that is.
+// The table is checked first; the errors are those of [BlobReader.ReadChunk] and w.
+func (b *BlobReader) CopyTable(w io.Writer) (int64, error) {
+	table, header, err := b.readTable()
+	if err == nil {
+		_, err = parseMeta(b.blob, table, header)
+	}
+	if err != nil {
+		return 0, fmt.Errorf("blob.meta of %s: %w", short(b.blob.ID), err)
+	}
+	padding := make([]byte, alignUp(uint64(len(table)), disk.BlockSize)-uint64(len(table)))
+	var n int64
+	for _, p := range [][]byte{table, padding, header} {
+		m, err := w.Write(p)
+		if n += int64(m); err != nil {
+			return n, err
+		}
+	}
+	return n, nil
 }
 
 // maxMetaRatio bounds what a blob.meta table is believed to compress to.

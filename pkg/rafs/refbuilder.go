@@ -40,7 +40,8 @@ type RefOptions struct {
 //	blob, err := rb.Close(file)
 //
 // Memory is 40 bytes and a dictionary of up to 32 KiB for every 512 KiB of layer or 2 MiB of tar, and about 100 bytes a chunk.
-// Not safe for concurrent use.
+// Append and AppendAfter may be called by one goroutine while another reads, begins and ends
+// chunks; else it is not safe for concurrent use.
 type RefBuilder struct {
 	options RefOptions
 	src     *refSource
@@ -56,8 +57,10 @@ type RefBuilder struct {
 	window  []byte           // output before that
 
 	context *refContext // the present one
-	begun   bool
+	begun   uint32      // size of the chunk that is being read; 0: none is
 	begin   refPosition
+	member  int // of the gzip stream, where the chunk begins
+	cut     int // chunks that do not end in the member in which they begin
 
 	writer refTable
 }
@@ -177,26 +180,29 @@ func (b *RefBuilder) fill() error {
 // Offset returns how many bytes of the tar have been read.
 func (b *RefBuilder) Offset() int64 { return b.offset }
 
+// Cut returns how many chunks lie in two gzip members or more. nydusd 2.2.0 cannot read those.
+func (b *RefBuilder) Cut() int { return b.cut }
+
 // Begin says that the next size bytes that are read are a chunk.
 func (b *RefBuilder) Begin(size uint32) error {
 	switch {
-	case b.begun:
+	case b.begun != 0:
 		return fmt.Errorf("rafs: a chunk begins inside another")
 	case size == 0 || size > b.options.ChunkSize:
 		return fmt.Errorf("%w: chunk of %d bytes: want 1 to %d", ErrInvalid, size, b.options.ChunkSize)
 	}
-	b.begun, b.begin = true, refPosition{b.offset, b.offset}
+	b.begun, b.begin = size, refPosition{b.offset, b.offset}
 	if b.plain != nil {
 		return nil
 	}
 	if err := b.fill(); err != nil {
-		b.begun = false
+		b.begun = 0
 		if errors.Is(err, io.EOF) {
 			err = io.ErrUnexpectedEOF
 		}
 		return err
 	}
-	b.begin.in = b.pieceIn
+	b.begin.in, b.member = b.pieceIn, b.block.Member
 	if c := b.context; c == nil || c.start.Member != b.block.Member || c.start.Out != b.block.Out &&
 		(b.pieceIn-c.start.In >= refContextIn || b.offset-c.start.Out+int64(size) >= refContextOut) {
 		b.context = &refContext{start: b.block, window: append([]byte(nil), b.window...), index: -1}
@@ -204,14 +210,18 @@ func (b *RefBuilder) Begin(size uint32) error {
 	return nil
 }
 
-// End says that the chunk begun last has been read whole, and returns where it was.
+// End says that the chunk begun last has been read whole, and returns where it was. ErrUnsupported when that took
+// more or fewer bytes of the tar than the chunk has: holes of a sparse file are not in it.
 func (b *RefBuilder) End() (RefPlace, error) {
-	size := b.offset - b.begin.out
-	if !b.begun || size <= 0 || size > int64(b.options.ChunkSize) {
-		return RefPlace{}, fmt.Errorf("rafs: end of a chunk of %d bytes, begun: %v", size, b.begun)
+	size, want := b.offset-b.begin.out, b.begun
+	b.begun = 0
+	switch {
+	case want == 0:
+		return RefPlace{}, fmt.Errorf("rafs: end of a chunk that was not begun")
+	case size != int64(want):
+		return RefPlace{}, fmt.Errorf("%w: the layer has %d bytes of a chunk of %d in one piece, as of a sparse file", ErrUnsupported, size, want)
 	}
-	b.begun = false
-	p := RefPlace{context: b.context, begin: b.begin, in: b.offset, out: b.offset, size: uint32(size), of: b} //nolint:gosec // checked above
+	p := RefPlace{context: b.context, begin: b.begin, in: b.offset, out: b.offset, size: want, of: b}
 	if b.plain != nil {
 		return p, nil
 	}
@@ -230,6 +240,13 @@ func (b *RefBuilder) End() (RefPlace, error) {
 			p.in, p.out = b.gzip.Position().In, p.out+1
 		}
 	}
+	if last.Member != b.member {
+		// nydusd 2.2.0 does not go from one member to the next, and decompresses the context of a chunk as a whole: the others of
+		// this context are spared that.
+		b.cut++
+		p.context = &refContext{start: p.context.start, window: p.context.window, index: -1}
+		b.context = nil
+	}
 	return p, b.checkPlace(&p)
 }
 
@@ -244,14 +261,18 @@ func (b *RefBuilder) checkPlace(p *RefPlace) error {
 // Append stores the record of a chunk that was read at p and has digest d, or returns that of the equal
 // chunk (same digest and size) that the blob already has. Chunks are appended in the order
 // in which they were read; Chunk.Blob is 0, as with [BlobWriter.Append].
-func (b *RefBuilder) Append(p RefPlace, d Digest) (Chunk, error) {
+func (b *RefBuilder) Append(p RefPlace, d Digest) (Chunk, error) { return b.AppendAfter(nil, p, d) }
+
+// AppendAfter is Append for a chunk that follows the chunks before, all of this blob, in files. Where nydusd would
+// read an equal chunk wrongly behind one of them, this one gets a record of its own: see [BlobWriter.AppendAfter].
+func (b *RefBuilder) AppendAfter(before []Chunk, p RefPlace, d Digest) (Chunk, error) {
 	switch {
 	case b.closed:
 		return Chunk{}, fmt.Errorf("rafs: append to a closed blob")
 	case p.of != b:
 		return Chunk{}, fmt.Errorf("rafs: a place of another layer, or none")
 	}
-	return b.writer.append(p, d)
+	return b.writer.append(before, p, d)
 }
 
 // Close reads what is left of the layer, writes the table's file to w and returns the blob: ID and CompressedSize

@@ -4,6 +4,7 @@ import (
 	"crypto/sha256"
 	"fmt"
 	"io"
+	"slices"
 
 	"github.com/headstart-oci/headstart/pkg/rafs/internal/disk"
 )
@@ -11,60 +12,102 @@ import (
 // refTable is the blob.meta table that a [RefBuilder] makes.
 type refTable struct {
 	options      RefOptions
-	seen         map[chunkKey]uint32
-	chunks       []Chunk // without digests, which digests holds
-	digests      []byte
+	seen         chunkIndex
+	count        uint32
+	digests      []byte // blob.digest content, with TOC only
 	contexts     []*refContext
 	table        []byte
 	uncompressed uint64
 }
 
-func (t *refTable) init(o RefOptions) { t.options, t.seen = o, map[chunkKey]uint32{} }
+func (t *refTable) init(o RefOptions) { t.options = o }
 
-// append adds a record, unless there is one of an equal chunk.
-func (t *refTable) append(p RefPlace, d Digest) (Chunk, error) {
-	key := chunkKey{d, p.size}
-	if i, ok := t.seen[key]; ok {
-		c := t.chunks[i]
-		c.Digest = d
-		return c, nil
+// chunk returns the chunk table's entry for record i.
+func (t *refTable) chunk(i uint32, d Digest) Chunk {
+	m := metaTable{records: t.table, size: disk.SizeMetaV2}
+	r := m.record(i)
+	return Chunk{
+		Digest: d, Compressed: r.compressed, Index: i,
+		CompressedOffset: r.compressedOffset, CompressedSize: r.compressedSize,
+		UncompressedOffset: r.uncompressedOffset, UncompressedSize: r.uncompressedSize,
 	}
-	index := uint32(len(t.chunks)) //nolint:gosec // at most MaxChunks
+}
+
+// refMisread reports whether nydusd would read next, in a file behind prev, from a wrong place of its cache: it takes the two for
+// one piece when next is stored at prev's end or up to readGap behind it. Such are
+// chunks that lie behind each other in the cache file too; all others must not look so.
+func refMisread(prev, next *Chunk) bool {
+	end := storedEnd(prev)
+	return next.CompressedOffset >= end && next.CompressedOffset-end <= readGap &&
+		next.UncompressedOffset != alignUp(prev.UncompressedOffset+uint64(prev.UncompressedSize), disk.BlockSize)
+}
+
+func anyRefMisread(before []Chunk, next *Chunk) bool {
+	return slices.ContainsFunc(before, func(prev Chunk) bool { return refMisread(&prev, next) })
+}
+
+// append adds a record, unless there is one of an equal chunk that does behind those before it.
+func (t *refTable) append(before []Chunk, p RefPlace, d Digest) (Chunk, error) {
+	key := chunkKey{d, p.size}
+	// Records of raw chunks say the truth. Where chunks are no longer than the gap, a chunk behind an equal one
+	// could be near that one's place, and look like more of it: those get a record each.
+	shared := p.context != nil || t.options.ChunkSize > readGap
+	if i, ok := t.seen.find(key); ok && shared {
+		if c := t.chunk(i, d); !anyRefMisread(before, &c) {
+			return c, nil
+		}
+	}
 	r := metaRecord{
 		uncompressedOffset: t.uncompressed, uncompressedSize: p.size,
 		compressedOffset: uint64(p.begin.in), compressedSize: p.size, //nolint:gosec // not negative
 	}
-	t.uncompressed += alignUp(uint64(p.size), disk.BlockSize)
-	switch {
-	case index >= MaxChunks:
-		return Chunk{}, fmt.Errorf("%w: blob with more than %d chunks: use a larger chunk size", ErrInvalid, MaxChunks)
-	case r.compressedOffset > disk.MaxBlobStored-MaxChunkSize:
-		return Chunk{}, fmt.Errorf("%w: layer of more than %d bytes", ErrInvalid, uint64(disk.MaxBlobStored))
-	case t.uncompressed > disk.MaxBlobExpanded:
-		return Chunk{}, fmt.Errorf("%w: blob of more than %d uncompressed bytes", ErrInvalid, uint64(disk.MaxBlobExpanded))
-	case p.context == nil && p.size > disk.V2CompSizeMask:
-		return Chunk{}, fmt.Errorf("%w: raw chunk of %d bytes in a layer that is referred to: use a smaller chunk size", ErrUnsupported, p.size)
+	if err := t.checkRoom(p, r); err != nil {
+		return Chunk{}, err
 	}
+	t.uncompressed += alignUp(uint64(p.size), disk.BlockSize)
 	if c := p.context; c != nil {
 		t.use(c)
 		c.in, c.out = max(c.in, p.in), max(c.out, p.out)
 		r.compressed, r.zran = true, true
-		// What a record says of the compressed bytes helps readers to guess; 24 bits may be too few for it.
-		r.compressedSize = uint32(min(p.in-p.begin.in, disk.V2CompSizeMask)) //nolint:gosec // bounded
-		r.batchIndex = uint32(c.index)                                       //nolint:gosec // at most MaxChunks
-		r.batchOffset = uint32(p.begin.out - c.start.Out)                    //nolint:gosec // checked by End
+		r.batchIndex = uint32(c.index)                    //nolint:gosec // at most MaxChunks
+		r.batchOffset = uint32(p.begin.out - c.start.Out) //nolint:gosec // checked by End
+		t.hint(&r, before, p)
 	}
-	t.seen[key] = index
+	index := t.seen.add(key)
+	t.count++
 	t.table = appendV2(t.table, r)
-	t.digests = append(t.digests, d[:]...)
-	chunk := Chunk{
-		Compressed: r.compressed, Index: index,
-		CompressedOffset: r.compressedOffset, CompressedSize: r.compressedSize,
-		UncompressedOffset: r.uncompressedOffset, UncompressedSize: r.uncompressedSize,
+	if t.options.TOC {
+		t.digests = append(t.digests, d[:]...)
 	}
-	t.chunks = append(t.chunks, chunk)
-	chunk.Digest = d
-	return chunk, nil
+	return t.chunk(index, d), nil
+}
+
+// hint says where in the layer the bytes are from which a chunk is decompressed. Readers do not read from there, but
+// guess by it what to read together: 24 bits may be too few for the size, and a chunk may have to look as if
+// it began before the end of one that it follows.
+func (t *refTable) hint(r *metaRecord, before []Chunk, p RefPlace) {
+	for i := range before {
+		c := Chunk{CompressedOffset: r.compressedOffset, UncompressedOffset: r.uncompressedOffset}
+		if refMisread(&before[i], &c) {
+			r.compressedOffset = min(r.compressedOffset, storedEnd(&before[i])-1)
+		}
+	}
+	r.compressedSize = uint32(min(uint64(p.in)-r.compressedOffset, disk.V2CompSizeMask)) //nolint:gosec // bounded
+}
+
+// checkRoom makes sure that one more chunk fits.
+func (t *refTable) checkRoom(p RefPlace, r metaRecord) error {
+	switch {
+	case t.count >= MaxChunks:
+		return fmt.Errorf("%w: blob with more than %d chunks: use a larger chunk size", ErrInvalid, MaxChunks)
+	case r.compressedOffset > disk.MaxBlobStored-MaxChunkSize:
+		return fmt.Errorf("%w: layer of more than %d bytes", ErrInvalid, uint64(disk.MaxBlobStored))
+	case t.uncompressed+alignUp(uint64(p.size), disk.BlockSize) > disk.MaxBlobExpanded:
+		return fmt.Errorf("%w: blob of more than %d uncompressed bytes", ErrInvalid, uint64(disk.MaxBlobExpanded))
+	case p.context == nil && p.size > disk.V2CompSizeMask:
+		return fmt.Errorf("%w: raw chunk of %d bytes in a layer that is referred to: use a smaller chunk size", ErrUnsupported, p.size)
+	}
+	return nil
 }
 
 // use gives a context its number when its first chunk is stored: there are never more contexts than chunks.
@@ -77,10 +120,11 @@ func (t *refTable) use(c *refContext) {
 
 // write writes the table's file and completes b, which has the layer's ID and size.
 func (t *refTable) write(w io.Writer, b *Blob) error {
-	if len(t.chunks) == 0 {
+	if t.count == 0 {
 		return ErrNoChunks
 	}
-	b.ChunkSize, b.ChunkCount = t.options.ChunkSize, uint32(len(t.chunks)) //nolint:gosec // at most MaxChunks
+	t.seen = chunkIndex{} // the tables take memory too
+	b.ChunkSize, b.ChunkCount = t.options.ChunkSize, t.count
 	b.Compressor, b.Digester = CompressorGzip, t.options.Digester
 	b.Features |= disk.FeatureAligned | disk.FeatureV2 | disk.FeatureSeparate | disk.FeatureCapTOC
 	if t.options.TOC {
