@@ -137,6 +137,9 @@ func (o *convertOptions) options(cmd *cobra.Command) (convert.Options, error) {
 	if b.Compressor, err = rafs.ParseCompressor(o.compressor); err != nil {
 		return fail("compressor", err)
 	}
+	if b.Compressor == rafs.CompressorGzip && b.FSVersion != rafs.V6 {
+		return fail("compressor", fmt.Errorf("gzip wants --fs-version 6, got %s: nydusd takes such an image for an old stargz one", o.fsVersion))
+	}
 	if o.digester == "" && o.ociRef {
 		b.Digester = rafs.DigesterSHA256
 	} else if o.digester != "" {

@@ -114,12 +114,14 @@ func TestKernelMount(t *testing.T) {
 func mount(t *testing.T, dir string, img *nydusimage.Image) string {
 	t.Helper()
 	var devices []string
-	for i, b := range img.RAFS.Blobs {
-		f, err := img.OpenBlob(t.Context(), b)
-		if err != nil {
-			t.Fatal(err)
+	chunks := img.Chunks()
+	defer func() {
+		if err := chunks.Close(); err != nil {
+			t.Error(err)
 		}
-		r, err := rafs.OpenBlob(f, b)
+	}()
+	for i := range img.RAFS.Blobs {
+		r, err := chunks.Blob(t.Context(), i)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -128,7 +130,7 @@ func mount(t *testing.T, dir string, img *nydusimage.Image) string {
 		if err == nil {
 			err = img.RAFS.ExpandBlob(t.Context(), i, r, device)
 		}
-		if err = errors.Join(err, device.Close(), f.Close()); err != nil {
+		if err = errors.Join(err, device.Close()); err != nil {
 			t.Fatal(err)
 		}
 		devices = append(devices, name)

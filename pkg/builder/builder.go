@@ -54,8 +54,8 @@ type Layer struct {
 // zero value differs from it only in that chunks are stored uncompressed.
 type Options struct {
 	FSVersion rafs.Version // rafs.V5 or rafs.V6; 0 means V6
-	// Compressor is any of rafs' compressors. With CompressorGzip, which nydus-image does not offer for new blobs
-	// and every reader knows, chunks are larger and slower to make than with zstd. With OCIRef it is that of the prefetch blob.
+	// Compressor is any of rafs' compressors; CompressorGzip, which nydus-image reads and does not write, for RAFS v6 alone. With OCIRef
+	// it is that of the prefetch blob.
 	Compressor rafs.Compressor
 	Digester   rafs.Digester // the zero value is BLAKE3
 	ChunkSize  uint32        // bytes, a power of two in [rafs.MinChunkSize, rafs.MaxChunkSize]; 0 means rafs.DefaultChunkSize

@@ -84,8 +84,8 @@ func (o Options) complete() (Options, error) {
 	default:
 		return Options{}, fmt.Errorf("%w: compressor %v, want zstd, gzip, lz4 or none", ErrUnsupported, o.Compressor)
 	}
-	if o.Compressor == rafs.CompressorGzip && o.FSVersion == rafs.V6 && o.ChunkSize == rafs.MaxChunkSize {
-		return Options{}, fmt.Errorf("%w: compressor gzip with chunks of %d bytes, want at most %d", ErrUnsupported, o.ChunkSize, o.ChunkSize/2)
+	if err := o.checkGzip(); err != nil {
+		return Options{}, err
 	}
 	if o.Digester != rafs.DigesterBLAKE3 && o.Digester != rafs.DigesterSHA256 {
 		return Options{}, fmt.Errorf("%w: digester %v, want blake3 or sha256", ErrUnsupported, o.Digester)
@@ -109,6 +109,21 @@ func (o Options) complete() (Options, error) {
 		o.Workers = runtime.GOMAXPROCS(0)
 	}
 	return o, nil
+}
+
+// checkGzip refuses what gzip chunks do not go with. A v5 image of them is one of old stargz layers to nydusd: 2.2.0 ends when it
+// prefetches, or reads, chunks that are a little apart. Source: nydus storage/src/device.rs BlobIoDesc.is_continuous,
+// BlobIoRange.merge.
+func (o *Options) checkGzip() error {
+	switch {
+	case o.Compressor != rafs.CompressorGzip:
+		return nil
+	case o.FSVersion != rafs.V6:
+		return fmt.Errorf("%w: compressor gzip in RAFS v%v, want v6: nydusd takes such a v5 image for an old stargz one", ErrUnsupported, o.FSVersion)
+	case o.ChunkSize == rafs.MaxChunkSize:
+		return fmt.Errorf("%w: compressor gzip with chunks of %d bytes, want at most %d", ErrUnsupported, o.ChunkSize, o.ChunkSize/2)
+	}
+	return nil
 }
 
 // completeLayers returns layers with their diff IDs, which must be those of the config.

@@ -203,6 +203,10 @@ func (s *fallbackSource) FetchRange(ctx context.Context, desc ocispec.Descriptor
 
 func (s *fallbackSource) Close() error { return errors.Join(s.first.Close(), s.second.Close()) }
 
+// annotationRef is on a layer of a Nydus image that says where in another layer, which the manifest does
+// not list, the data are. Source: nydus-snapshotter pkg/label/label.go NydusRefLayer.
+const annotationRef = "containerd.io/snapshot/nydus-ref"
+
 // gcLabels are the labels by which containerd's garbage collector follows a manifest or
 // index to what it refers to.
 // Source: containerd docs/garbage-collection.md, "containerd.io/gc.ref.content".
@@ -225,6 +229,9 @@ func gcLabels(mediaType string, data []byte) (map[string]string, error) {
 	labels["containerd.io/gc.ref.content.config"] = m.Config.Digest.String()
 	for i, d := range m.Layers {
 		labels[fmt.Sprintf("containerd.io/gc.ref.content.l.%d", i)] = d.Digest.String()
+		if ref := digest.Digest(d.Annotations[annotationRef]); ref.Validate() == nil {
+			labels[fmt.Sprintf("containerd.io/gc.ref.content.ref.%d", i)] = ref.String()
+		}
 	}
 	return labels, nil
 }
