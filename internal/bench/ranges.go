@@ -6,9 +6,11 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -29,7 +31,7 @@ func benchRanges(ctx context.Context, b *bench) error {
 	fmt.Fprintf(b.out, "\nwhat a start touches, and the prefetch blob that is made of its list (chunks of %d KiB, zstd)\n", rangeChunk>>10)
 	fmt.Fprintf(b.out, "%-10s %6s %10s %10s %10s %10s %9s %10s %10s %9s  %s\n", "", "files", "whole", "recorded", "certain", "truth", "covered",
 		"blob raw", "blob", "covered", "grade")
-	for _, name := range []workload.Name{workload.Nginx, workload.Python} {
+	for _, name := range []workload.Name{workload.Nginx, workload.Python, workload.Node, workload.JDK} {
 		if err := b.ranges(ctx, name); err != nil {
 			return fmt.Errorf("%s: %w", name, err)
 		}
@@ -54,9 +56,13 @@ func (b *bench) ranges(ctx context.Context, name workload.Name) (err error) {
 	if err := unpackLayers(ctx, img, root); err != nil {
 		return err
 	}
-	record := append([]string{
-		b.bin + "optimizer", "record", "--quiet", "--server-path", b.bin + "optimizer-server", "--root", root, "-o", list, "--timeout", startLimit + "s", "--",
-	}, img.Command()...)
+	record := []string{
+		b.bin + "optimizer", "record", "--quiet", "--server-path", b.bin + "optimizer-server", "--root", root, "-o", list, "--timeout", startLimit + "s",
+	}
+	for _, e := range img.Config.Config.Env {
+		record = append(record, "--env", e)
+	}
+	record = append(append(record, "--"), img.Command()...)
 	if _, err := timed(ctx, record); err != nil {
 		return err
 	}
@@ -68,7 +74,7 @@ func (b *bench) ranges(ctx context.Context, name workload.Name) (err error) {
 	if err := errors.Join(err, f.Close()); err != nil {
 		return err
 	}
-	truth, err := coldPages(ctx, dir, root, img.Command())
+	truth, err := coldPages(ctx, dir, root, img)
 	if err != nil {
 		return fmt.Errorf("cold start: %w", err)
 	}
@@ -101,9 +107,9 @@ func unpackLayers(ctx context.Context, img *workload.Image, root string) error {
 	return nil
 }
 
-// coldPages starts a command, which is killed when it does not end, on a private, cold copy of root and returns which pages the kernel had to
-// read for it.
-func coldPages(ctx context.Context, dir, root string, command []string) (pages map[string]extent, err error) {
+// coldPages starts the image's command, which is killed when it does not end, on a private, cold copy of its root and returns
+// which pages the kernel had to read for it.
+func coldPages(ctx context.Context, dir, root string, img *workload.Image) (pages map[string]extent, err error) {
 	image, lower := filepath.Join(dir, "erofs"), filepath.Join(dir, "cold")
 	if err := os.Mkdir(lower, 0o755); err != nil {
 		return nil, err
@@ -128,7 +134,8 @@ func coldPages(ctx context.Context, dir, root string, command []string) (pages m
 		mount -t tmpfs tmpfs "$0"; mkdir "$0/upper" "$0/work" "$0/merged"
 		mount -t overlay overlay -o "lowerdir=$1,upperdir=$0/upper,workdir=$0/work" "$0/merged"
 		mount -t proc proc "$0/merged/proc"; mount --rbind /dev "$0/merged/dev"
-		shift; timeout -s KILL ` + startLimit + ` chroot "$0/merged" "$@"; code=$?; [ $code = 0 ] || [ $code = 137 ]`, over, lower}, command...)...)
+		shift; timeout -s KILL ` + startLimit + ` chroot "$0/merged" "$@"; code=$?; [ $code = 0 ] || [ $code = 137 ]`, over, lower}, img.Command()...)...)
+	cmd.Env = img.Config.Config.Env // as recorded
 	if said, err := cmd.CombinedOutput(); err != nil {
 		return nil, fmt.Errorf("%w: %s", err, tail(said))
 	}
@@ -185,6 +192,7 @@ func cachedPages(name string) (extent, error) {
 func (b *bench) printRanges(name string, l *persist.List, truth map[string]extent, blob convert.Prefetch) {
 	page := int64(os.Getpagesize())
 	var whole, recorded, certain, needed, covered, chunks int64
+	found := make(map[string]int)
 	for p := range truth {
 		needed += int64(len(truth[p])) * page
 	}
@@ -207,10 +215,16 @@ func (b *bench) printRanges(name string, l *persist.List, truth map[string]exten
 		for p := range truth[a.Path] {
 			if upper[p] {
 				covered += page
+				found[a.Path]++
 			}
 			if inChunk[p*page/rangeChunk] {
 				chunks += page
 			}
+		}
+	}
+	for _, p := range slices.Sorted(maps.Keys(truth)) {
+		if n := len(truth[p]) - found[p]; n > 0 {
+			fmt.Fprintf(b.log, "bench: %s: %d of %d pages are not in the list: %s\n", name, n, len(truth[p]), p)
 		}
 	}
 	share := func(n int64) string { return fmt.Sprintf("%.2f %%", 100*float64(n)/float64(max(needed, 1))) }

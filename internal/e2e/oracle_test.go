@@ -72,13 +72,13 @@ func mergedRoot(t *testing.T, client *containerd.Client, img *workload.Image) st
 // straceRun runs the command in a root like the container's, with strace, and returns
 // which files of the image it touched and how. Wait waits for the end of the command,
 // whose root is at root, and may bring it about.
-func straceRun(t *testing.T, client *containerd.Client, img *workload.Image, argv []string, wait func(cmd *exec.Cmd, root string) error) touched {
+func straceRun(t *testing.T, client *containerd.Client, img *workload.Image, argv []string, wait func(cmd *exec.Cmd, root string) error) *straced {
 	t.Helper()
 	strace := testenv.Tool(t, "strace")
 	mounts := rootMounts(t, client, img, true)
 	pristine := mergedRoot(t, client, img)
 	root, log := t.TempDir(), filepath.Join(t.TempDir(), "strace")
-	var got touched
+	var got *straced
 	testenv.MountNamespace(t, func() error {
 		if err := mount.All(mounts, root); err != nil {
 			return fmt.Errorf("mount root: %w", err)
@@ -107,10 +107,10 @@ func straceRun(t *testing.T, client *containerd.Client, img *workload.Image, arg
 		got, err = straceLog(f, root)
 		return errors.Join(err, f.Close())
 	})
-	for path := range got {
+	for _, path := range got.paths() {
 		info, err := os.Lstat(filepath.Join(pristine, path))
 		if err != nil || !info.Mode().IsRegular() || shadowed(path) {
-			delete(got, path)
+			got.leaveOut(path)
 		}
 	}
 	return got
@@ -153,16 +153,17 @@ func shadowed(path string) bool {
 }
 
 // compareWithStrace holds the list to account: every file that strace saw opened is
-// there, none that was not, and what was read says so.
-func compareWithStrace(t *testing.T, list *persist.List, want touched) {
+// there, none that was not, what was read says so, and so does every page of what was read.
+func compareWithStrace(t *testing.T, list *persist.List, want *straced) {
 	t.Helper()
-	faults := straceFaults(list, want)
+	faults := append(straceFaults(list, want.touched), rangeFaults(list, want)...)
 	if len(faults) > 0 {
-		t.Errorf("list of %d files, strace %d, %d differences:\n%s", len(list.Accesses), len(want), len(faults),
+		t.Errorf("list of %d files, strace %d, %d differences:\n%s", len(list.Accesses), len(want.touched), len(faults),
 			strings.Join(faults[:min(len(faults), differencesShown)], "\n"))
 		return
 	}
-	t.Logf("list and strace agree on %d files", len(want))
+	t.Logf("list (grade %s) and strace agree on %d files, %d bytes read of %d of them, %d mapped", list.Grade, len(want.touched),
+		bytesOf(want.reads), len(want.reads), len(want.mapped))
 }
 
 // straceFaults returns one line for each way in which the list differs from want.

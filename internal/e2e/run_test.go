@@ -42,10 +42,12 @@ func TestEndToEnd(t *testing.T) {
 	})
 	t.Run("again", func(t *testing.T) { testAgain(t, u, static) })
 	t.Run("latency", func(t *testing.T) { testLatency(t, h, static, before) })
-	t.Run("python", func(t *testing.T) {
-		img := h.image(t, workload.Python)
-		testImage(t, u, img, img.Command(), h.runCommand)
-	})
+	for _, name := range []workload.Name{workload.Python, workload.Node, workload.JDK} {
+		t.Run(string(name), func(t *testing.T) {
+			img := h.image(t, name)
+			testImage(t, u, img, img.Command(), h.runCommand)
+		})
+	}
 	t.Run("nginx", func(t *testing.T) {
 		img := h.image(t, workload.Nginx)
 		testImage(t, u, img, img.Command(), h.runNginx)

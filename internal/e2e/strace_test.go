@@ -20,8 +20,9 @@ import (
 	"github.com/headstart-oci/headstart/pkg/trace"
 )
 
-// straceCalls are the system calls that decide what was touched and how.
-const straceCalls = "trace=open,openat,openat2,creat,execve,execveat,chroot,read,pread64,readv,preadv,preadv2,sendfile,copy_file_range,splice"
+// straceCalls are the system calls that decide what was touched and how, and which bytes.
+const straceCalls = "trace=open,openat,openat2,creat,execve,execveat,chroot,read,pread64,readv,preadv,preadv2,sendfile,copy_file_range,splice," +
+	"mmap,lseek,close,dup,dup2,dup3,fcntl,fork,vfork,clone,clone3"
 
 // touched is what strace says of each path that was opened below a root, with the
 // root's path removed; whatever the command did before it changed its root is left out.
@@ -30,10 +31,37 @@ type touched map[string]trace.How
 // straceLog turns the output of `strace -f -y -s 0` into what was touched below root.
 // Paths behind descriptors come from the kernel, so symbolic links are resolved; exec
 // arguments are resolved in root, and the interpreters that the kernel opens are added.
-func straceLog(r io.Reader, root string) (touched, error) {
-	got := touched{}
-	pending := map[string]string{} // call of a process that was cut by another's
+func straceLog(r io.Reader, root string) (*straced, error) {
+	calls, err := straceCallsOf(r)
+	if err != nil {
+		return nil, err
+	}
+	got := newStraced()
+	for _, c := range calls {
+		got.born(c.pid, c.name, c.args, c.result)
+	}
 	inside := false
+	for _, c := range calls {
+		if c.name == "chroot" {
+			inside = inside || strings.HasPrefix(c.result, "0")
+			continue
+		}
+		if !inside {
+			continue
+		}
+		if err := errors.Join(got.call(c.name, c.args, c.result, root), got.position(c.pid, c.name, c.args, c.result, root)); err != nil {
+			return nil, fmt.Errorf("strace of %s: %s(%s) = %s: %w", c.pid, c.name, c.args, c.result, err)
+		}
+	}
+	return got, nil
+}
+
+// straceCall is one call that ended.
+type straceCall struct{ pid, name, args, result string }
+
+// straceCallsOf returns the calls of a log in the order in which they ended.
+func straceCallsOf(r io.Reader) (calls []straceCall, err error) {
+	pending := map[string]string{} // call of a process that was cut by another's
 	scan := bufio.NewScanner(r)
 	scan.Buffer(nil, 1<<20)
 	for scan.Scan() {
@@ -54,19 +82,9 @@ func straceLog(r io.Reader, root string) (touched, error) {
 		if m == nil {
 			continue
 		}
-		name, args, result := m[1], m[2], m[3]
-		if name == "chroot" {
-			inside = inside || strings.HasPrefix(result, "0")
-			continue
-		}
-		if !inside {
-			continue
-		}
-		if err := got.call(name, args, result, root); err != nil {
-			return nil, fmt.Errorf("strace line %q: %w", scan.Text(), err)
-		}
+		calls = append(calls, straceCall{pid: pid, name: m[1], args: m[2], result: m[3]})
 	}
-	return got, scan.Err()
+	return calls, scan.Err()
 }
 
 var (
@@ -95,7 +113,8 @@ func (g touched) call(name, args, result, root string) error {
 			return errors.New("no path")
 		}
 		return g.exec(root, unescape(m[1]), 0)
-	default: // some way of reading; the source is the first descriptor but for sendfile
+	case "read", "pread64", "readv", "preadv", "preadv2", "sendfile", "copy_file_range", "splice":
+		// The source is the first descriptor but for sendfile.
 		if result == "" || result[0] < '1' || result[0] > '9' {
 			return nil // an error, "?" of a process that was killed, or the end of the file
 		}
@@ -257,7 +276,7 @@ func TestStraceLog(t *testing.T) {
 		"/script": all, "/interp": all, "/last": all,
 		"/a": trace.Opened, "/sp ace\n": trace.Opened | trace.Read, "/bé": trace.Opened | trace.Read,
 	}
-	if fmt.Sprint(got) != fmt.Sprint(want) {
-		t.Errorf("straceLog = %v, want %v", got, want)
+	if fmt.Sprint(got.touched) != fmt.Sprint(want) {
+		t.Errorf("straceLog = %v, want %v", got.touched, want)
 	}
 }

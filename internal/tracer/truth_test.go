@@ -48,7 +48,7 @@ func newColdBox(t *testing.T, setup string) *coldBox {
 			t.Fatal(err)
 		}
 	}
-	cmd := exec.Command("bash", "-euc", "mkdir -p dev; mknod -m 666 dev/null c 1 3; "+setup)
+	cmd := exec.Command("bash", "-euc", "mkdir -p dev; [ -e dev/null ] || mknod -m 666 dev/null c 1 3; "+setup)
 	cmd.Dir = dir + "/tree"
 	if out, err := cmd.CombinedOutput(); err != nil {
 		t.Fatalf("setup: %v\n%s", err, out)

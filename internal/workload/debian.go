@@ -81,28 +81,47 @@ type packages struct {
 	reference string
 	names     []string
 	entries   []entry
+	java      []string // names of entries to be replaced by what they compile to
 	command   []string
 }
 
-func debianPackages(name Name) packages {
-	if name == Nginx {
+func debianPackages(name Name) (packages, error) {
+	switch name {
+	case Nginx:
 		return packages{
 			reference: "docker.io/library/nginx:latest", names: []string{"nginx"},
 			entries: []entry{{name: "etc/nginx/headstart.conf", mode: 0o644, data: []byte(nginxConfig)}},
 			command: []string{"/usr/sbin/nginx", "-c", "/etc/nginx/headstart.conf"},
-		}
+		}, nil
+	case Node:
+		source, err := programs.ReadFile("programs/node/server.js")
+		return packages{
+			reference: "docker.io/headstart/node:1", names: []string{"nodejs", "node-serve-static", "node-finalhandler", "node-yargs"},
+			entries: []entry{{name: "app/server.js", mode: 0o644, data: source}},
+			command: []string{"/usr/bin/node", "/app/server.js"},
+		}, err
+	case JDK:
+		source, err := programs.ReadFile("programs/jdk/Server.java")
+		return packages{
+			reference: "docker.io/headstart/jdk:1", names: []string{"default-jre-headless"},
+			entries: []entry{{name: "app/Server.java", mode: 0o644, data: source}}, java: []string{"app/Server.java"},
+			command: []string{"/usr/bin/java", "-cp", "/app", "Server"},
+		}, err
 	}
 	return packages{
 		reference: "docker.io/headstart/python:1", names: []string{"python3-numpy", "python3-flask"},
 		entries: []entry{{name: "app/server.py", mode: 0o644, data: []byte(pythonServer)}},
 		command: []string{"/usr/bin/python3", "/app/server.py"},
-	}
+	}, nil
 }
 
 // debianRecipe is a minimal Debian as base layer, packages as the second and a
 // configuration as the third. The base is an image of its own that both share.
 func debianRecipe(ctx context.Context, name Name, o Options) (*recipe, error) {
-	p := debianPackages(name)
+	p, err := debianPackages(name)
+	if err != nil {
+		return nil, err
+	}
 	inputs := []string{"debian 4", strings.Join(p.names, " "), strings.Join(p.command, "\x00")}
 	for _, e := range p.entries {
 		inputs = append(inputs, e.name, string(e.data))
@@ -162,6 +181,9 @@ func buildDebian(ctx context.Context, w *layoutWriter, base *Image, p packages, 
 	if err := install(ctx, rel, root, p.names); err != nil {
 		return err
 	}
+	if p.entries, err = compileJava(ctx, root, p); err != nil {
+		return err
+	}
 	if err := w.copyLayers(base); err != nil {
 		return err
 	}
@@ -219,7 +241,7 @@ func hostMirror(ctx context.Context, id, codename string) (release, error) {
 	if id == "ubuntu" {
 		rel.components = "main,universe"
 	}
-	for _, tool := range []string{"debootstrap", "apt-get", "apt-config", "chroot"} {
+	for _, tool := range []string{"debootstrap", "apt-get", "apt-config", "chroot", "unshare"} {
 		if _, err := exec.LookPath(tool); err != nil {
 			return release{}, fmt.Errorf("%w: %w", ErrUnavailable, err)
 		}
@@ -281,15 +303,64 @@ func install(ctx context.Context, rel release, root string, names []string) erro
 		{"apt-get", "update", "-q"},
 		append([]string{"apt-get", "install", "-y", "-q", "--no-install-recommends"}, names...),
 	} {
-		cmd := exec.CommandContext(ctx, "chroot", append([]string{root}, args...)...)
-		cmd.Env = append(slices.DeleteFunc(os.Environ(), func(s string) bool { return strings.HasPrefix(s, "TMPDIR=") }),
-			"DEBIAN_FRONTEND=noninteractive", "LC_ALL=C", "PATH=/usr/sbin:/usr/bin:/sbin:/bin")
-		killGroup(cmd)
-		if err := run(cmd); err != nil {
+		if err := run(within(ctx, root, args...)); err != nil {
 			return fmt.Errorf("%w: %s: %w", ErrUnavailable, strings.Join(args[:2], " "), err)
 		}
 	}
 	return errors.Join(os.Remove(policy), os.Remove(conf))
+}
+
+// within returns a command that runs in the root, in mount and process namespaces of its own: it finds a
+// /proc, which Java's packages ask for, and nothing of it is left when it ends.
+func within(ctx context.Context, root string, args ...string) *exec.Cmd {
+	own := []string{"--mount", "--pid", "--fork", "--kill-child", "--mount-proc=" + filepath.Join(root, "proc"), "chroot", root}
+	cmd := exec.CommandContext(ctx, "unshare", append(own, args...)...)
+	cmd.Env = append(slices.DeleteFunc(os.Environ(), func(s string) bool { return strings.HasPrefix(s, "TMPDIR=") }),
+		"DEBIAN_FRONTEND=noninteractive", "LC_ALL=C", "PATH=/usr/sbin:/usr/bin:/sbin:/bin")
+	killGroup(cmd)
+	return cmd
+}
+
+// compileJava returns p's entries with class files in place of the Java sources. The compiler is a module
+// that Debian's runtime has too.
+func compileJava(ctx context.Context, root string, p packages) ([]entry, error) {
+	if len(p.java) == 0 {
+		return p.entries, nil
+	}
+	const work = "/tmp/java" // what is in /tmp is left out of images
+	args := []string{"/usr/bin/java", "-m", "jdk.compiler/com.sun.tools.javac.Main", "-d", work}
+	if err := os.Mkdir(filepath.Join(root, work), 0o755); err != nil {
+		return nil, err
+	}
+	var entries []entry
+	dir := ""
+	for _, e := range p.entries {
+		if !slices.Contains(p.java, e.name) {
+			entries = append(entries, e)
+			continue
+		}
+		dir = filepath.Dir(e.name)
+		source := filepath.Join(work, filepath.Base(e.name))
+		if err := os.WriteFile(filepath.Join(root, source), e.data, 0o644); err != nil {
+			return nil, err
+		}
+		args = append(args, source)
+	}
+	if err := run(within(ctx, root, args...)); err != nil {
+		return nil, fmt.Errorf("compile %s: %w", strings.Join(p.java, ", "), err)
+	}
+	classes, err := filepath.Glob(filepath.Join(root, work, "*.class"))
+	if err != nil {
+		return nil, err
+	}
+	for _, c := range classes {
+		data, err := os.ReadFile(c)
+		if err != nil {
+			return nil, err
+		}
+		entries = append(entries, entry{name: filepath.Join(dir, filepath.Base(c)), mode: 0o644, data: data})
+	}
+	return entries, nil
 }
 
 // devices makes the devices that package scripts use; images leave /dev out.

@@ -1,6 +1,6 @@
 // Package workload makes real container images to run: a static program, a burst of
-// 60,000 small files, the Go toolchain, Debian's python3 with numpy and flask, and nginx.
-// Tests, the demo and the benchmarks share them.
+// 60,000 small files, the Go toolchain, and Debian's python3 with numpy and flask, nginx, node with some
+// packages, and Java. Tests, the demo and the benchmarks share them.
 //
 // An image is an OCI layout in a cache directory outside the source tree, named after
 // what it is made of (its recipe): a recipe that changes gives a new directory. Images
@@ -46,6 +46,10 @@ const (
 	Python Name = "python"
 	// Nginx is Debian with nginx.
 	Nginx Name = "nginx"
+	// Node is Debian with node, some packages and a small server.
+	Node Name = "node"
+	// JDK is Debian with a headless Java runtime and a small server, compiled.
+	JDK Name = "jdk"
 )
 
 // BurstFiles is the number of small files in the [Burst] image.
@@ -67,7 +71,7 @@ type Options struct {
 }
 
 // Names returns all names in the order in which a reader would try them.
-func Names() []Name { return []Name{Static, Burst, GoTool, Python, Nginx} }
+func Names() []Name { return []Name{Static, Burst, GoTool, Python, Nginx, Node, JDK} }
 
 // recipe says what an image is made of and how.
 type recipe struct {
@@ -126,7 +130,7 @@ func recipeOf(ctx context.Context, name Name, o Options) (*recipe, error) {
 		return burstRecipe(ctx)
 	case GoTool:
 		return goToolRecipe(ctx)
-	case Python, Nginx:
+	case Python, Nginx, Node, JDK:
 		return debianRecipe(ctx, name, o)
 	}
 	return nil, fmt.Errorf("unknown workload %q, want one of %v", name, Names())

@@ -211,6 +211,8 @@ func TestRealImages(t *testing.T) {
 		workload.GoTool: "usr/local/go/src/net/http/server.go",
 		workload.Python: "app/server.py",
 		workload.Nginx:  "usr/sbin/nginx",
+		workload.Node:   "usr/share/nodejs/serve-static/package.json",
+		workload.JDK:    "app/Server.class",
 	} {
 		t.Run(string(name), func(t *testing.T) {
 			img := build(t, name, workload.Options{Log: os.Stderr})
