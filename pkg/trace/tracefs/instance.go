@@ -27,7 +27,8 @@ const minRing = 128 << 10
 type Options struct {
 	// Events are what to record; 0: what [FS.Probe] chooses.
 	Events Set
-	// Ring is the size of all ring buffers together, in bytes, at least 0; 0: DefaultRing.
+	// Ring is the size of all ring buffers together, in bytes, at least 0; 0: DefaultRing. Each CPU gets
+	// 128 KiB at least, so that there is more of it where there are many.
 	// It is divided by the CPUs; each gets at least 128 KiB.
 	Ring int64
 }
@@ -74,6 +75,7 @@ type Instance struct {
 	dir  dir
 	fs   *FS // nil: somebody else removes it
 	spec Spec
+	size int64 // of all rings together, in bytes; 0: somebody else knows
 }
 
 // counter tells the instances of this process apart.
@@ -183,10 +185,12 @@ func (i *Instance) prepare(ring int64) error {
 	if err != nil {
 		return err
 	}
-	each := max(ring/int64(min(online(), len(cpus))), minRing)
+	n := int64(min(online(), len(cpus)))
+	each := max(ring/n, minRing)
 	if err := i.dir.write("buffer_size_kb", strconv.FormatInt(each>>10, 10)); err != nil {
 		return fmt.Errorf("ring of %d bytes for each of %d CPUs: %w", each, len(cpus), err)
 	}
+	i.size = n * each
 	return nil
 }
 

@@ -30,7 +30,8 @@ type PoolOptions struct {
 	Instance Options
 	// Budget is the size of all ring buffers of all instances together, in bytes, at least 0;
 	// 0: DefaultBudget. While it lasts an instance gets Instance.Ring, then what is left when
-	// 512 KiB are kept for every further one, and at least that.
+	// 512 KiB are kept for every further one, and at least that, or 128 KiB for each
+	// CPU where that is more. Once it is used up one is kept ready, and others are made for who asks.
 	Budget int64
 	// Ready is how many instances are kept waiting, at least 0; 0: DefaultReady. When that was
 	// too few there are up to a quarter of Max for some minutes.
@@ -177,16 +178,17 @@ func (p *Pool) create() (*Instance, error) {
 	o := p.o.Instance
 	o.Ring = p.share()
 	p.count++
-	p.spent += o.Ring
+	p.spent += o.Ring // until it is known
 	p.mu.Unlock()
 	i, err := p.fs.Create(o)
 	p.mu.Lock()
+	p.spent -= o.Ring
 	if err != nil {
 		p.count--
-		p.spent -= o.Ring
 		return nil, err
 	}
-	p.rings[i] = o.Ring
+	p.rings[i] = i.size
+	p.spent += i.size
 	return i, nil
 }
 
@@ -315,7 +317,7 @@ func (p *Pool) step() bool {
 		p.broken = append(p.broken, p.ready[0])
 		p.ready = p.ready[1:]
 		return true
-	case len(p.ready) < p.want && p.count < p.o.Max && p.failed == nil:
+	case len(p.ready) < p.want && p.count < p.o.Max && p.failed == nil && (p.spent < p.o.Budget || len(p.ready) == 0):
 		i, err := p.create()
 		if p.failed = err; err != nil {
 			p.o.Log(err)
