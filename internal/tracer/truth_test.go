@@ -306,22 +306,8 @@ func TestRangesOfCalls(t *testing.T) {
 
 // TestRangesOfCopy is the same for copy_file_range, which copies within a filesystem only.
 func TestRangesOfCopy(t *testing.T) {
-	needKernel(t)
-	dir := t.TempDir()
-	b := &box{lower: dir + "/lower", upper: dir + "/upper", merged: dir + "/merged"}
-	for _, d := range []string{b.lower, b.upper, b.merged, dir + "/work"} {
-		if err := os.Mkdir(d, 0o755); err != nil {
-			t.Fatal(err)
-		}
-	}
-	if out, err := exec.Command("bash", "-euc", fmt.Sprintf("cd %s; cp %s program; head -c 1000000 /dev/urandom > f", b.lower, workload(t))).CombinedOutput(); err != nil {
-		t.Fatalf("setup: %v\n%s", err, out)
-	}
-	mount(t, "overlay", b.merged, "overlay", fmt.Sprintf("lowerdir=%s,upperdir=%s,workdir=%s/work", b.lower, b.upper, dir))
+	b := newDiskBox(t, "head -c 1000000 /dev/urandom > f")
 	r := b.record(t, pivot, "/program", "ranges", "copy:/f:4095:2", "copy:/f:200000:70000")
-	if strings.HasPrefix(r.Grade, trace.GradeFile) {
-		t.Skipf("the tests' directory is on a filesystem without page events (grade %s)", r.Grade)
-	}
 	want := pageSet{0: true, 1: true}
 	for p := int64(200_000) / int64(os.Getpagesize()); p <= 269_999/int64(os.Getpagesize()); p++ {
 		want[p] = true
