@@ -159,21 +159,33 @@ func (s *PageSet) First() (time.Duration, bool) {
 // touched within [MergeWindow] and are equally certain are one range, whose time is the earliest of
 // its pages. The slice is the caller's. A pageSize below 1 counts as 1.
 func (s *PageSet) Ranges(size int64, pageSize int) []Range {
-	page := int64(max(pageSize, 1))
 	out := make([]Range, 0, len(s.spans))
 	for _, h := range s.spans {
-		if size <= 0 || int64(h.first) > (size-1)/page {
+		r, ok := PageRange(h.first, h.last, size, pageSize)
+		if !ok {
 			break
 		}
-		r := Range{Offset: int64(h.first) * page, Length: size, Elapsed: h.at, Certain: h.certain}
-		if int64(h.last) < (size-1)/page {
-			r.Length = (int64(h.last) + 1) * page
-		}
-		r.Length -= r.Offset
+		r.Elapsed, r.Certain = h.at, h.certain
 		out = append(out, r)
 	}
 	slices.SortStableFunc(out, func(a, b Range) int { return cmp.Compare(a.Elapsed, b.Elapsed) })
 	return out
+}
+
+// PageRange returns the bytes of the pages first to last, inclusive, of a file of size bytes whose
+// pages are pageSize bytes, as far as they are inside the file; false when none is. It knows
+// no time and is not certain. A pageSize below 1 counts as 1.
+func PageRange(first, last uint32, size int64, pageSize int) (Range, bool) {
+	page := int64(max(pageSize, 1))
+	if size <= 0 || first > last || int64(first) > (size-1)/page {
+		return Range{}, false
+	}
+	r := Range{Offset: int64(first) * page, Length: size}
+	if int64(last) < (size-1)/page {
+		r.Length = (int64(last) + 1) * page
+	}
+	r.Length -= r.Offset
+	return r, true
 }
 
 // Rest returns what ranges leave out of a file of size bytes, by offset, each at time at and not

@@ -13,20 +13,26 @@ import (
 // path, ordered by first touch, with every way of touching merged. The zero value is
 // ready. A Recorder is not safe for concurrent use.
 type Recorder struct {
-	touches   []touch
-	byPath    map[string]int
-	byID      map[uint32]int
+	touches   []*[touchBlock]touch // they never move: see touch
+	n         int
+	paths     paths
+	ids       ids
 	processes []Process
 	losses    []Loss
 	skipped   int64
 	events    int64
 }
 
+// touchBlock is how many touches are allocated at once.
+const touchBlock = 256
+
 type touch struct {
 	id    uint32
 	found bool // see [Recorder.Found]
 	Access
 }
+
+func (r *Recorder) touch(i int) *touch { return &r.touches[i/touchBlock][i%touchBlock] }
 
 // Touch records the first touch of a file. Tracers number the files they meet: of two
 // touches, the one with the lower id came first. A second touch of a path adds its ways
@@ -44,30 +50,31 @@ func (r *Recorder) add(n touch) error {
 	if err := checkPath(n.Path); err != nil {
 		return err
 	}
-	if r.byPath == nil {
-		r.byPath, r.byID = make(map[string]int), make(map[uint32]int)
-	}
-	i, ok := r.byPath[n.Path]
+	i, ok := r.paths.find(r, n.Path)
 	if !ok {
-		r.byPath[n.Path], r.byID[n.id] = len(r.touches), len(r.touches)
-		r.touches = append(r.touches, n)
+		if r.n%touchBlock == 0 {
+			r.touches = append(r.touches, new([touchBlock]touch))
+		}
+		*r.touch(r.n) = n
+		r.paths.add(r, r.n)
+		r.ids.set(n.id, r.n)
+		r.n++
 		return nil
 	}
-	r.byID[n.id] = i
-	have := r.touches[i]
+	r.ids.set(n.id, i)
+	have := r.touch(i)
 	how, ranges := have.How|n.How, have.Ranges
 	earlier := n.id < have.id
 	if n.found != have.found {
 		earlier = have.found // what saw the file itself knows more than what found its pages
 	}
 	if earlier {
-		have = n
+		*have = n
 	}
 	if ranges == nil {
 		ranges = n.Ranges
 	}
 	have.How, have.Ranges = how, ranges
-	r.touches[i] = have
 	return nil
 }
 
@@ -85,38 +92,39 @@ func (r *Recorder) Rename(id uint32, to string) error {
 	if err := checkPath(to); err != nil {
 		return err
 	}
-	i, ok := r.byID[id]
-	if !ok || r.touches[i].Path == to {
+	i, ok := r.ids.get(id)
+	if !ok || r.touch(i).Path == to {
 		return nil
 	}
-	moved := r.touches[i]
-	delete(r.byPath, moved.Path)
-	moved.Path = to
-	j, taken := r.byPath[to]
+	j, taken := r.paths.find(r, to)
 	if !taken {
-		r.touches[i], r.byPath[to] = moved, i
+		r.paths.remove(r, i)
+		r.touch(i).Path = to
+		r.paths.add(r, i)
 		return nil
 	}
-	r.touches[i].Path = "" // left out of the trace
-	for other, at := range r.byID {
-		if at == i {
-			r.byID[other] = j
-		}
-	}
+	moved := *r.touch(i)
+	moved.Path = to
+	r.paths.remove(r, i)
+	r.touch(i).Path = "" // left out of the trace
+	r.ids.replace(i, j)
 	return r.add(moved)
 }
 
 // Ranges adds the ranges that were touched of the file that was recorded under id, disjoint from
-// those it has and in order of first touch. None at all says that no byte of it was touched. An id
-// that was never recorded is ignored.
+// those it has and in order of first touch; they become the Recorder's. None at all says that no
+// byte of it was touched. An id that was never recorded is ignored.
 func (r *Recorder) Ranges(id uint32, ranges []Range) {
-	i, ok := r.byID[id]
+	i, ok := r.ids.get(id)
 	if !ok {
 		return
 	}
-	a := &r.touches[i].Access
+	a := &r.touch(i).Access
 	if a.Ranges == nil {
-		a.Ranges = make([]Range, 0, len(ranges))
+		if a.Ranges = ranges; ranges == nil {
+			a.Ranges = []Range{}
+		}
+		return
 	}
 	a.Ranges = append(a.Ranges, ranges...)
 }
@@ -127,8 +135,8 @@ func (r *Recorder) Process(p Process) { r.processes = append(r.processes, p) }
 // Merge adds ways of touching to the file that was recorded under id. An id that was
 // never recorded is ignored: its file was left out.
 func (r *Recorder) Merge(id uint32, how How) {
-	if i, ok := r.byID[id]; ok {
-		r.touches[i].How |= how
+	if i, ok := r.ids.get(id); ok {
+		r.touch(i).How |= how
 	}
 }
 
@@ -160,35 +168,58 @@ func (r *Recorder) Skip(n int64) { r.skipped += n }
 func (r *Recorder) Saw(n int64) { r.events += n }
 
 // Len returns how many files were recorded so far.
-func (r *Recorder) Len() int { return len(r.touches) }
+func (r *Recorder) Len() int { return r.n }
 
 // Trace returns what was recorded so far. The Trace is the caller's; recording may go on.
 // Where engines disagree about a time, the one that says earlier is right: a tracer may hear of a
 // touch late, but not early. The order of ids stands above both.
 func (r *Recorder) Trace() Trace {
 	t := Trace{Processes: slices.Clone(r.processes), Losses: slices.Clone(r.losses), Skipped: r.skipped, Events: r.events}
-	order := make([]touch, 0, len(r.touches))
-	for _, n := range r.touches {
+	// By id; the times are those of the accesses, put right.
+	type entry struct {
+		at time.Duration
+		*touch
+	}
+	order := make([]entry, 0, r.n)
+	ranges := 0
+	for i := range r.n {
+		n := r.touch(i)
 		if n.Path == "" {
 			continue
 		}
+		at := n.Elapsed
 		for _, g := range n.Ranges {
-			n.Elapsed = min(n.Elapsed, g.Elapsed)
+			at = min(at, g.Elapsed)
 		}
-		order = append(order, n)
+		ranges += len(n.Ranges)
+		order = append(order, entry{at, n})
 	}
-	slices.SortFunc(order, func(a, b touch) int { return cmp.Compare(a.id, b.id) })
+	slices.SortFunc(order, func(a, b entry) int { return cmp.Compare(a.id, b.id) })
 	latest := time.Duration(math.MaxInt64)
 	for i := len(order) - 1; i >= 0; i-- {
 		if !order[i].found {
-			latest = min(latest, order[i].Elapsed)
-			order[i].Elapsed = latest
+			latest = min(latest, order[i].at)
+			order[i].at = latest
 		}
 	}
-	slices.SortStableFunc(order, func(a, b touch) int { return cmp.Compare(a.Elapsed, b.Elapsed) })
-	for _, n := range order {
-		n.Ranges = slices.Clone(n.Ranges)
-		t.Accesses = append(t.Accesses, n.Access)
+	byTime := func(a, b entry) int { return cmp.Compare(a.at, b.at) }
+	if !slices.IsSortedFunc(order, byTime) {
+		slices.SortStableFunc(order, byTime)
+	}
+	if len(order) == 0 {
+		return t
+	}
+	t.Accesses = make([]Access, len(order))
+	all := make([]Range, 0, ranges)
+	for i, n := range order {
+		a := n.Access
+		a.Elapsed = n.at
+		if a.Ranges != nil {
+			from := len(all)
+			all = append(all, a.Ranges...)
+			a.Ranges = all[from:len(all):len(all)]
+		}
+		t.Accesses[i] = a
 	}
 	return t
 }

@@ -118,8 +118,21 @@ type End struct {
 
 // Append returns b with f appended as it is written.
 func Append(b []byte, f Frame) []byte {
-	start := len(b)
-	b = f.append(append(b, 0, 0, 0, 0))
+	return finish(f.append(append(b, 0, 0, 0, 0)), len(b))
+}
+
+// AppendTouch is [Append] of a [Touch], without the allocation that an interface takes.
+func AppendTouch(b []byte, id uint32, a *trace.Access) []byte {
+	return finish(putAccess(append(b, 0, 0, 0, 0, kindTouch), id, a), len(b))
+}
+
+// AppendRanges is [Append] of [Ranges] likewise; ranges stay the caller's.
+func AppendRanges(b []byte, id uint32, ranges []trace.Range) []byte {
+	return finish(putRanges(append(b, 0, 0, 0, 0, kindRanges), id, ranges), len(b))
+}
+
+// finish fills in the length of the frame that starts at start and ends with b.
+func finish(b []byte, start int) []byte {
 	binary.LittleEndian.PutUint32(b[start:], frameLen(b, start))
 	return b
 }
@@ -158,9 +171,11 @@ func (f Rename) append(b []byte) []byte {
 	return append(binary.LittleEndian.AppendUint32(append(b, kindRename), f.ID), f.Path...)
 }
 
-func (f Ranges) append(b []byte) []byte {
-	b = binary.LittleEndian.AppendUint32(append(b, kindRanges), f.ID)
-	for _, r := range f.Ranges {
+func (f Ranges) append(b []byte) []byte { return putRanges(append(b, kindRanges), f.ID, f.Ranges) }
+
+func putRanges(b []byte, id uint32, ranges []trace.Range) []byte {
+	b = binary.LittleEndian.AppendUint32(b, id)
+	for _, r := range ranges {
 		b = append(put64(put64(put64(b, r.Offset), r.Length), int64(r.Elapsed)), 0)
 		if r.Certain {
 			b[len(b)-1] = 1
@@ -206,6 +221,7 @@ type Reader struct {
 	begun  bool
 	header [4]byte
 	buf    []byte
+	last   string // command of the last access: mostly also that of the next
 }
 
 // NewReader returns a Reader; r should be buffered.
@@ -243,12 +259,12 @@ func (r *Reader) Next() (Frame, error) {
 		}
 		return nil, err
 	}
-	return decode(b)
+	return decode(b, &r.last)
 }
 
-// decode returns the frame in b, which is not empty.
-func decode(b []byte) (Frame, error) {
-	c := cursor{b: b[1:]}
+// decode returns the frame in b, which is not empty. last is as in Reader.
+func decode(b []byte, last *string) (Frame, error) {
+	c := cursor{b: b[1:], last: last}
 	var f Frame
 	switch b[0] {
 	case kindReady:
@@ -284,6 +300,7 @@ func decode(b []byte) (Frame, error) {
 type cursor struct {
 	b     []byte
 	short bool
+	last  *string // see Reader
 }
 
 func (c *cursor) take(n int) []byte {
@@ -310,8 +327,16 @@ func (c *cursor) int32() int32 { return int32(c.uint32()) } //nolint:gosec // th
 func (c *cursor) access() trace.Access {
 	return trace.Access{
 		How: trace.How(c.byte()), Size: c.int64(), Elapsed: time.Duration(c.int64()),
-		PID: c.int32(), Command: c.string(), Path: c.rest(),
+		PID: c.int32(), Command: c.command(), Path: c.rest(),
 	}
+}
+
+func (c *cursor) command() string {
+	b := c.take(int(c.byte()))
+	if string(b) != *c.last {
+		*c.last = string(b)
+	}
+	return *c.last
 }
 
 // ranges takes ranges to the frame's end; a certainty that is neither 0 nor 1 spoils the frame.
