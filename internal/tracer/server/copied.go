@@ -96,11 +96,10 @@ func (t *target) copiedFrom(p string) (uint64, bool) {
 
 // whole notes that all of a file was read at a time; its size is not known yet. It is for use after stop.
 func (l *pageLog) whole(id inode, at time.Duration) {
-	f := l.files[id]
+	f := l.files.find(id)
 	if f == nil {
-		f = &pageFile{how: trace.Opened}
-		l.files[id] = f
+		f = l.files.add(pageFile{inode: id, how: trace.Opened})
 	}
 	f.how |= trace.Read
-	f.set.Add(0, math.MaxUint32, at, true)
+	l.files.touch(f, 0, math.MaxUint32, at, true)
 }

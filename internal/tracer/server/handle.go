@@ -50,7 +50,7 @@ func (s *session) handle(e *fanotify.Event) {
 	}
 	if s.lean != nil && st.Nlink == 1 && mountOf(&st) == s.t.stat.Mnt_id {
 		if ino, ok := s.lean.of(&st); ok {
-			s.handleLean(e, fd, ino)
+			s.handleLean(e, fd, ino, &st)
 			return
 		}
 	}
@@ -101,7 +101,7 @@ func (s *session) unresolved(detail string) {
 
 // again handles an event of a file that is known.
 func (s *session) again(i uint32, fd int, how trace.How, links uint32) {
-	e := &s.entries[i]
+	e := s.entries.at(i)
 	if e.how|how != e.how {
 		e.how |= how
 		e.hot = 0
@@ -130,10 +130,18 @@ func (s *session) again(i uint32, fd int, how trace.How, links uint32) {
 	}
 }
 
+// full reports whether no further file can be held, which is a loss then.
+func (s *session) full() bool {
+	if int(s.entries.n) < s.c.MaxFiles {
+		return false
+	}
+	s.losses.Lose(trace.Loss{Reason: "limit", Count: -1, Detail: fmt.Sprintf("more than %d files were touched", s.c.MaxFiles)})
+	return true
+}
+
 // first handles the first event of a file, which is regular.
 func (s *session) first(f file, fd int, raw string, how trace.How, pid int32, st *unix.Statx_t) {
-	if len(s.entries) >= s.c.MaxFiles {
-		s.losses.Lose(trace.Loss{Reason: "limit", Count: -1, Detail: fmt.Sprintf("more than %d files were touched", s.c.MaxFiles)})
+	if s.full() {
 		return
 	}
 	e := entry{ino: f.ino, id: s.nextID, how: how}
@@ -154,8 +162,7 @@ func (s *session) first(f file, fd int, raw string, how trace.How, pid int32, st
 	if e.state == left {
 		s.skipped++
 	}
-	s.known[f] = s.entryIndex()
-	s.entries = append(s.entries, e)
+	s.known[f] = s.entries.add(e)
 }
 
 // name finds the path of a file's first touch and sends it, or keeps it for the end.
@@ -169,7 +176,7 @@ func (s *session) name(e *entry, a trace.Access, raw string, st *unix.Statx_t, w
 		if a.How&trace.Executed != 0 {
 			s.comms.executes(a.PID, p)
 		}
-		s.noted(s.entryIndex(), p)
+		s.noted(s.entries.n, p)
 		s.out.send(stream.Touch{ID: e.id, Access: a})
 	case !s.t.whole():
 		e.state = left // a file of the same mount that lies outside the root
@@ -178,15 +185,10 @@ func (s *session) name(e *entry, a trace.Access, raw string, st *unix.Statx_t, w
 		s.out.send(stream.Pending{})
 		i := inodeOf(st)
 		s.pending[i] = append(s.pending[i], pending{
-			entry: s.entryIndex(), access: a,
+			entry: s.entries.n, access: a,
 			image: whence == image, gone: strings.HasSuffix(raw, deletedSuffix),
 		})
 	}
-}
-
-// entryIndex is the index of the entry that is added next; Config bounds it.
-func (s *session) entryIndex() uint32 {
-	return uint32(len(s.entries)) //nolint:gosec // at most Config.MaxFiles, which fits
 }
 
 // noMount is the mount id of a file whose mount is unknown, before Linux 5.8.

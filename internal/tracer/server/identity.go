@@ -3,7 +3,6 @@ package server
 import (
 	"errors"
 	"fmt"
-	"os"
 	"path"
 	"strings"
 	"time"
@@ -20,11 +19,12 @@ type identity struct {
 	s       *session
 	left    map[uint64]struct{} // numbers of inodes that the run made
 	renamed map[uint64][]uint32 // entries that are not where they were in the image, by inode number
-	wanted  map[inode]*pageFile // inodes with pages whose path is not known
+	wanted  int                 // inodes with pages whose path is not known
 	sure    bool                // every range so far is certain
 	whole   bool                // some file counts as a whole
 	ranges  bool                // some file has ranges, be they none
 	bound   time.Time           // when to give up the search
+	scratch []trace.Range       // what put works with
 }
 
 // resolvePages gives the accesses their ranges, and the files that only page events show
@@ -32,24 +32,22 @@ type identity struct {
 func (s *session) resolvePages() {
 	d := &identity{
 		s: s, left: make(map[uint64]struct{}),
-		renamed: make(map[uint64][]uint32), wanted: s.pages.files, sure: true, bound: time.Now().Add(walkTime),
+		renamed: make(map[uint64][]uint32), sure: true, bound: time.Now().Add(walkTime),
 	}
 	d.copied()
-	for i := range s.entries {
-		d.entry(uint32(i))
+	d.wanted = s.pages.files.len()
+	for i := range s.entries.n {
+		d.entry(i)
 	}
 	if s.lean != nil {
 		s.nameRest(d.send)
 	}
-	for id, f := range d.wanted {
-		if f.sent {
-			delete(d.wanted, id)
-		}
-	}
 	err := d.search()
-	for id := range d.wanted {
-		_, known := d.left[id.ino]
+	for i := range s.pages.files.all.n {
+		f := s.pages.files.all.at(i)
+		_, known := d.left[f.ino]
 		switch {
+		case f.flags&pageSent != 0:
 		case known: // it was counted already
 		case err != nil:
 			s.unresolved(fmt.Sprintf("no path of the image was found for pages that were touched (search ended early: %v)", err))
@@ -57,7 +55,7 @@ func (s *session) resolvePages() {
 			s.skipped++
 		}
 	}
-	s.skipped += int64(len(s.pages.others))
+	s.skipped += int64(s.pages.others.len())
 	s.grade = d.grade()
 }
 
@@ -74,7 +72,7 @@ func (d *identity) grade() string {
 
 // entry looks for a file that fanotify named in the layers and sends its ranges.
 func (d *identity) entry(i uint32) {
-	e := &d.s.entries[i]
+	e := d.s.entries.at(i)
 	switch {
 	case e.state == left:
 		d.left[e.ino] = struct{}{}
@@ -93,23 +91,23 @@ func (d *identity) entry(i uint32) {
 		d.whole = true
 		return
 	}
-	d.send(i, l, p, &st)
+	d.send(i, l, p, st.Ino, st.Size)
 }
 
-// send sends what is known of the pages of an entry that is file st of a layer, at path p.
-func (d *identity) send(i uint32, l *layer, p string, st *unix.Stat_t) {
+// send sends what is known of the pages of an entry that is the file of a layer at path p.
+func (d *identity) send(i uint32, l *layer, p string, ino uint64, size int64) {
 	var none pageFile
-	e, id := &d.s.entries[i], inode{l.dev, st.Ino}
+	e, id := d.s.entries.at(i), inode{l.dev, ino}
 	if !l.visible() {
 		d.whole = true
 		return
 	}
-	f := d.s.pages.files[id]
+	f := d.s.pages.files.find(id)
 	switch {
-	case f != nil && f.sent:
+	case f != nil && f.flags&pageSent != 0:
 		f = &none // another name of the same inode
 	case f != nil:
-		f.sent = true
+		d.take(f)
 	default:
 		// Bytes that came past the page cache, by direct I/O, leave no page event.
 		unseen := e.how&trace.Read != 0 && !d.s.t.changed(p)
@@ -123,7 +121,15 @@ func (d *identity) send(i uint32, l *layer, p string, st *unix.Stat_t) {
 		e.how |= trace.Read
 		d.s.out.send(stream.Merge{ID: e.id, How: e.how})
 	}
-	d.put(e.id, f, l, p, st.Size)
+	d.put(e.id, f, l, p, size)
+}
+
+// take notes that a file's path is known.
+func (d *identity) take(f *pageFile) {
+	if f.flags&pageSent == 0 {
+		f.flags |= pageSent
+		d.wanted--
+	}
 }
 
 // put sends the ranges of the file of size bytes that is at path p of a layer.
@@ -132,8 +138,9 @@ func (d *identity) put(id uint32, f *pageFile, l *layer, p string, size int64) {
 		d.whole = true
 		return
 	}
-	ranges := f.set.Ranges(size, os.Getpagesize())
-	if !d.s.pages.exact() && f.set.Len() > 0 {
+	d.scratch = d.s.pages.files.ranges(d.scratch[:0], f, size)
+	ranges := d.scratch
+	if !d.s.pages.exact() && f.touched() {
 		last := time.Duration(0)
 		for _, r := range ranges {
 			last = max(last, r.Elapsed)
@@ -146,7 +153,7 @@ func (d *identity) put(id uint32, f *pageFile, l *layer, p string, size int64) {
 	d.ranges = true
 	for {
 		n := min(len(ranges), stream.MaxRanges)
-		d.s.out.send(stream.Ranges{ID: id, Ranges: ranges[:n]})
+		d.s.out.ranges(id, ranges[:n])
 		if ranges = ranges[n:]; len(ranges) == 0 {
 			break
 		}
@@ -171,12 +178,12 @@ func (d *identity) search() error {
 	return nil
 }
 
-func (d *identity) missing() bool { return len(d.wanted) > 0 || len(d.renamed) > 0 }
+func (d *identity) missing() bool { return d.wanted > 0 || len(d.renamed) > 0 }
 
 // maybe returns what tells a walk of l which inode numbers are worth a look.
 func (d *identity) maybe(l *layer) func(ino uint64) bool {
 	return func(ino uint64) bool {
-		if _, ok := d.wanted[inode{l.dev, ino}]; ok {
+		if f := d.s.pages.files.find(inode{l.dev, ino}); f != nil && f.flags&pageSent == 0 {
 			return true
 		}
 		_, ok := d.renamed[ino]
@@ -191,27 +198,27 @@ func (d *identity) found(i int, p string) {
 	if unix.Fstatat(l.fd, p[1:], &st, unix.AT_SYMLINK_NOFOLLOW) != nil || st.Mode&unix.S_IFMT != unix.S_IFREG || d.s.t.shadowed(i, p) {
 		return
 	}
-	id := inode{l.dev, st.Ino}
+	f := d.s.pages.files.find(inode{l.dev, st.Ino})
 	for _, e := range d.renamed[st.Ino] {
-		d.s.out.send(stream.Rename{ID: d.s.entries[e].id, Path: p})
-		d.send(e, l, p, &st)
+		d.s.out.send(stream.Rename{ID: d.s.entries.at(e).id, Path: p})
+		d.send(e, l, p, st.Ino, st.Size)
 	}
 	if _, ok := d.renamed[st.Ino]; ok {
 		delete(d.renamed, st.Ino)
-		delete(d.wanted, id)
+		if f != nil {
+			d.take(f)
+		}
 		return
 	}
-	f, ok := d.wanted[id]
-	if !ok {
+	if f == nil || f.flags&pageSent != 0 {
 		return
 	}
-	delete(d.wanted, id)
+	d.take(f)
 	if !d.s.t.overlay() && d.s.t.younger(l.fd, p, d.s.armed) {
 		d.s.skipped++
 		return
 	}
-	first, _ := f.set.First()
-	a := trace.Access{Path: p, How: f.how, Size: st.Size, Elapsed: first, PID: f.pid, Command: d.s.comms.called(f.comm)}
+	a := trace.Access{Path: p, How: f.how, Size: st.Size, Elapsed: d.s.pages.files.first(f), PID: f.pid, Command: d.s.comms.called(f.comm)}
 	d.s.out.send(stream.Found{ID: d.s.nextID, Access: a})
 	d.put(d.s.nextID, f, l, p, st.Size)
 	d.s.nextID++

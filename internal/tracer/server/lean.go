@@ -8,7 +8,6 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/headstart-oci/headstart/internal/tracer/stream"
 	"github.com/headstart-oci/headstart/pkg/fanotify"
 	"github.com/headstart-oci/headstart/pkg/trace"
 )
@@ -29,8 +28,8 @@ const (
 // lean is what is kept of files that are known by their inode numbers.
 type lean struct {
 	numbering
-	byNumber map[uint64]uint32 // firsts, by inode number
-	firsts   []first
+	byNumber index // firsts, by inode number
+	firsts   blocks[first]
 	unnamed  int  // entries without a path
 	fresh    bool // a file was touched for the first time
 	quiet    int  // milliseconds until the next look-up
@@ -38,16 +37,23 @@ type lean struct {
 
 // first is what is known of a first touch, as long as its file has no name.
 type first struct {
-	entry uint32
-	at    time.Duration
-	pid   int32
-	comm  uint16 // see comms.number
+	ino     uint64 // in its layer
+	size    int64
+	at      time.Duration
+	entry   uint32
+	pid     int32
+	comm    uint16 // see comms.number
+	settled bool   // nobody changed the file shortly before, so that its size is that in its layer
 }
+
+// settling is how long before the run the last change of a file was that counts as none of the run's: far
+// more than the grain of the clock by which the kernel dates changes.
+const settling = time.Second
 
 // numbersDo reports whether the inode numbers that the root shows may tell which file of the image is
 // meant: that takes an overlay whose layers are on one filesystem, which page events cover.
 func (t *target) numbersDo() bool {
-	if !t.overlay() || len(t.layers) == 0 || t.upper < 0 {
+	if !t.overlay() || len(t.layers) == 0 {
 		return false
 	}
 	for i := range t.layers {
@@ -109,18 +115,15 @@ func (n numbering) of(st *unix.Statx_t) (uint64, bool) {
 }
 
 func newLean(n numbering) *lean {
-	return &lean{
-		numbering: n,
-		byNumber:  make(map[uint64]uint32), quiet: quietTime,
-	}
+	return &lean{numbering: n, quiet: quietTime}
 }
 
 // handleLean digests an event of the regular file fd that has one name and a number in the layers.
-func (s *session) handleLean(e *fanotify.Event, fd int, ino uint64) {
+func (s *session) handleLean(e *fanotify.Event, fd int, ino uint64, st *unix.Statx_t) {
 	how := ways(e.Mask)
-	n, known := s.lean.byNumber[ino]
-	if !known {
-		s.firstLean(ino, how, e.PID)
+	f := s.firstOf(ino)
+	if f == nil {
+		s.firstLean(ino, how, e.PID, st)
 		if how&trace.Executed != 0 {
 			s.comms.executes(e.PID, strings.TrimSuffix(s.names.raw(fd), deletedSuffix))
 		}
@@ -129,36 +132,55 @@ func (s *session) handleLean(e *fanotify.Event, fd int, ino uint64) {
 	if how&trace.Executed != 0 {
 		s.comms.changes(e.PID)
 	}
-	i := s.lean.firsts[n].entry
-	if s.entries[i].state == waiting && s.entries[i].how|how != s.entries[i].how {
-		s.entries[i].how |= how
+	if have := s.entries.at(f.entry); have.state == waiting && have.how|how != have.how {
+		have.how |= how
 		return
 	}
-	s.again(i, fd, how, 1)
+	s.again(f.entry, fd, how, 1)
 }
 
-func (s *session) firstLean(ino uint64, how trace.How, pid int32) {
-	if len(s.entries) >= s.c.MaxFiles {
-		s.losses.Lose(trace.Loss{Reason: "limit", Count: -1, Detail: fmt.Sprintf("more than %d files were touched", s.c.MaxFiles)})
+// firstOf returns the first touch of the file with a number, nil when there was none.
+func (s *session) firstOf(ino uint64) *first {
+	l := s.lean
+	n, ok := l.byNumber.find(ino, func(n uint32) bool { return l.firsts.at(n).ino == ino })
+	if !ok {
+		return nil
+	}
+	return l.firsts.at(n)
+}
+
+func (s *session) firstLean(ino uint64, how trace.How, pid int32, st *unix.Statx_t) {
+	if s.full() {
 		return
 	}
 	l := s.lean
-	i := s.entryIndex()
-	l.byNumber[ino] = uint32(len(l.firsts)) //nolint:gosec // at most Config.MaxFiles, which fits
-	l.firsts = append(l.firsts, first{entry: i, at: s.since(), pid: pid, comm: s.comms.number(s.comms.of(pid, how&trace.Executed != 0))})
-	s.entries = append(s.entries, entry{ino: ino, id: s.nextID, how: how, state: waiting})
+	i := s.entries.add(entry{ino: ino, id: s.nextID, how: how, state: waiting})
+	n := l.firsts.add(first{
+		ino: ino, size: size(st), at: s.since(), entry: i, pid: pid, comm: s.comms.number(s.comms.of(pid, how&trace.Executed != 0)),
+		// Changing a file makes a copy of it, whose change is dated then.
+		settled: time.Unix(st.Ctime.Sec, int64(st.Ctime.Nsec)).Before(s.armed.Add(-settling)),
+	})
+	l.byNumber.add(n, func(n uint32) uint64 { return l.firsts.at(n).ino })
 	s.nextID++
 	l.unnamed++
 	l.fresh = true
 }
 
-// nameEntries looks for the paths of the files that were touched, and calls found for each, which is file
-// st of a layer, once it was sent.
-func (s *session) nameEntries(found func(i uint32, l *layer, p string, st *unix.Stat_t)) error {
+// foundEntry handles entry i, which is the file at path p of a layer, with its number and size there.
+type foundEntry func(i uint32, l *layer, p string, ino uint64, size int64)
+
+// nameEntries looks for the paths of the files that were touched, and calls found for each once it
+// was sent.
+func (s *session) nameEntries(found foundEntry) error {
 	bound := time.Now().Add(walkTime)
 	for i := range s.t.layers {
-		w := walk{view: s.t.layers[i].fd, deadline: bound, buf: make([]byte, 64<<10), wanted: s.waits}
-		w.found = func(p string, id inode) { s.named(i, w.dirfd, p, id.ino, found) }
+		var f *first
+		w := walk{view: s.t.layers[i].fd, deadline: bound, buf: make([]byte, 64<<10)}
+		w.wanted = func(ino uint64) bool {
+			f = s.firstOf(ino)
+			return f != nil && s.entries.at(f.entry).state == waiting
+		}
+		w.found = func(p string, _ inode) { s.named(i, w.dirfd, p, f, found) } // of what was wanted last
 		if err := w.run(func() bool { return s.lean.unnamed > 0 }); err != nil {
 			return err
 		}
@@ -166,37 +188,36 @@ func (s *session) nameEntries(found func(i uint32, l *layer, p string, st *unix.
 	return nil
 }
 
-// waits reports whether a number is that of a file that has no path yet.
-func (s *session) waits(ino uint64) bool {
-	n, ok := s.lean.byNumber[ino]
-	return ok && s.entries[s.lean.firsts[n].entry].state == waiting
-}
-
 // named handles a path of layer j, in the open directory dir, that is perhaps the one of a file that
 // was touched.
-func (s *session) named(j, dir int, p string, ino uint64, found func(i uint32, l *layer, p string, st *unix.Stat_t)) {
-	var st unix.Stat_t
-	if unix.Fstatat(dir, path.Base(p), &st, unix.AT_SYMLINK_NOFOLLOW) != nil || st.Ino != ino || s.t.shadowed(j, p) {
+func (s *session) named(j, dir int, p string, f *first, found foundEntry) {
+	size := f.size
+	if !f.settled {
+		var st unix.Stat_t
+		if unix.Fstatat(dir, path.Base(p), &st, unix.AT_SYMLINK_NOFOLLOW) != nil || st.Ino != f.ino {
+			return
+		}
+		size = st.Size
+	}
+	if s.t.shadowed(j, p) {
 		return
 	}
-	l := s.lean
-	f := l.firsts[l.byNumber[ino]]
-	e := &s.entries[f.entry]
+	e := s.entries.at(f.entry)
 	e.state = listed
-	l.unnamed--
-	a := trace.Access{Path: p, How: e.how, Size: st.Size, Elapsed: f.at, PID: f.pid, Command: s.comms.called(f.comm)}
-	s.out.send(stream.Touch{ID: e.id, Access: a})
-	found(f.entry, &s.t.layers[j], p, &st)
+	s.lean.unnamed--
+	a := trace.Access{Path: p, How: e.how, Size: size, Elapsed: f.at, PID: f.pid, Command: s.comms.called(f.comm)}
+	s.out.touch(e.id, &a)
+	found(f.entry, &s.t.layers[j], p, f.ino, size)
 	if s.out.full() {
 		s.out.flush()
 	}
 }
 
 // nameRest looks for what is missing still, at the end. What no layer has the run made.
-func (s *session) nameRest(found func(i uint32, l *layer, p string, st *unix.Stat_t)) {
+func (s *session) nameRest(found foundEntry) {
 	err := s.nameEntries(found)
-	for _, f := range s.lean.firsts {
-		if e := &s.entries[f.entry]; e.state == waiting {
+	for n := range s.lean.firsts.n {
+		if e := s.entries.at(s.lean.firsts.at(n).entry); e.state == waiting {
 			e.state = left
 			if err != nil {
 				s.unresolved(fmt.Sprintf("no path was found for a file that was touched (search ended early: %v)", err))

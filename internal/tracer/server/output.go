@@ -9,11 +9,17 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/headstart-oci/headstart/internal/tracer/stream"
+	"github.com/headstart-oci/headstart/pkg/trace"
 )
 
 const (
 	// flushAt is how many bytes are gathered before they are written while events keep coming.
 	flushAt = 32 << 10
+	// gather is how many bytes may wait for the reader once nothing else is to be done.
+	gather = 8 * flushAt
+	// hurry is how long such bytes wait before they are kept in memory instead: the container is
+	// not to be held for a parent that hangs.
+	hurry = time.Second
 	// patience is how long the last bytes may take to be read; a parent that hangs is
 	// left behind then.
 	patience = 30 * time.Second
@@ -27,6 +33,7 @@ type output struct {
 	block bool // the descriptor is no pipe or socket, so writing may wait
 	buf   []byte
 	off   int
+	idle  bool  // nothing else is to be done: see gather
 	err   error // the first error of writing; everything after it is dropped
 }
 
@@ -49,6 +56,20 @@ func (o *output) send(f stream.Frame) {
 	}
 }
 
+// touch is send of a [stream.Touch], of which there may be very many.
+func (o *output) touch(id uint32, a *trace.Access) {
+	if o.err == nil {
+		o.buf = stream.AppendTouch(o.buf, id, a)
+	}
+}
+
+// ranges is send of a [stream.Ranges]; ranges stay the caller's.
+func (o *output) ranges(id uint32, ranges []trace.Range) {
+	if o.err == nil {
+		o.buf = stream.AppendRanges(o.buf, id, ranges)
+	}
+}
+
 // waiting reports whether there is something to write.
 func (o *output) waiting() bool { return o.err == nil && o.off < len(o.buf) }
 
@@ -63,6 +84,9 @@ func (o *output) flush() {
 		case errors.Is(err, unix.EINTR):
 			continue
 		case errors.Is(err, unix.EAGAIN):
+			if o.idle && len(o.buf)-o.off > gather && o.ready(hurry) {
+				continue
+			}
 			o.compact()
 			return
 		case err != nil:
@@ -74,9 +98,17 @@ func (o *output) flush() {
 	o.compact()
 }
 
+// ready waits until the reader takes something; once it does not for so long, o no longer waits.
+func (o *output) ready(long time.Duration) bool {
+	fds := []unix.PollFd{{Fd: pollFD(o.fd), Events: unix.POLLOUT}}
+	n, err := unix.Poll(fds, int(long.Milliseconds()))
+	o.idle = n > 0 || errors.Is(err, unix.EINTR)
+	return o.idle
+}
+
 // compact moves what is left to the front once it is less than what was written.
 func (o *output) compact() {
-	if o.off == len(o.buf) && cap(o.buf) > 8*flushAt {
+	if o.off == len(o.buf) && cap(o.buf) > 2*gather {
 		o.buf, o.off = nil, 0
 		return
 	}

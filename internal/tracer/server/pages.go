@@ -37,20 +37,11 @@ type pageLog struct {
 
 	done    chan struct{}
 	err     error // of reading; nil at the regular end
-	files   map[inode]*pageFile
-	others  map[inode]struct{} // on other filesystems: volumes and the like
-	threads map[int32]int32    // thread to process
+	files   pageFiles
+	others  pageFiles       // on other filesystems: volumes and the like
+	threads map[int32]int32 // thread to process
 	events  int64
 	full    bool // more files than max were touched
-}
-
-// pageFile is what is known of one inode.
-type pageFile struct {
-	set  trace.PageSet
-	pid  int32  // of the first touch
-	comm uint16 // its name, see comms.number
-	how  trace.How
-	sent bool // it has a path
 }
 
 // newPageLog returns a log of an instance that is handed over; the instance stays its
@@ -71,8 +62,7 @@ func newPageLog(p Pages, t *target, c *comms, maxFiles int) (*pageLog, error) {
 	}
 	return &pageLog{
 		widener: w, spec: p.Spec, instance: in, reader: r, t: t, comms: c, max: maxFiles,
-		done: make(chan struct{}), files: make(map[inode]*pageFile),
-		others: make(map[inode]struct{}), threads: make(map[int32]int32),
+		done: make(chan struct{}), threads: make(map[int32]int32),
 	}, nil
 }
 
@@ -159,26 +149,25 @@ func (l *pageLog) fold(e *tracefs.Event) {
 		return
 	}
 	id := inode{unix.Mkdev(e.Major(), e.Minor()), e.Inode}
-	f := l.files[id]
+	f := l.files.find(id)
 	if f == nil {
 		if _, out := l.outside[id]; out || !l.devices[id.dev] {
-			if len(l.others) < l.max {
-				l.others[id] = struct{}{}
+			if l.others.len() < l.max && l.others.find(id) == nil {
+				l.others.add(pageFile{inode: id})
 			}
 			return
 		}
-		if len(l.files) >= l.max {
+		if l.files.len() >= l.max {
 			l.full = true
 			return
 		}
-		f = &pageFile{pid: l.process(e.PID), how: trace.Opened}
-		f.comm = l.comms.number(l.comms.of(f.pid, false))
-		l.files[id] = f
+		pid := l.process(e.PID)
+		f = l.files.add(pageFile{inode: id, pid: pid, how: trace.Opened, comm: l.comms.number(l.comms.of(pid, false))})
 	}
 	if e.Kind == tracefs.Read {
 		f.how |= trace.Read
 	}
-	f.set.Add(e.First, e.Last, at, l.exact() && (e.Kind == tracefs.Read || e.Kind == tracefs.Fault))
+	l.files.touch(f, e.First, e.Last, at, l.exact() && (e.Kind == tracefs.Read || e.Kind == tracefs.Fault))
 }
 
 // process returns the process of a thread, or the thread's own number when it is gone.
@@ -230,16 +219,19 @@ func (l *pageLog) close() error {
 // is the file, below the directory dir. It reports whether f has all that may have been
 // touched then.
 func (l *pageLog) widen(f *pageFile, dir int, name string, size int64) bool {
+	huge := size >= tracefs.HugeSize
+	if f.sure() && !huge {
+		return true
+	}
 	var spans []tracefs.Span
 	var at []time.Duration
 	page := os.Getpagesize()
-	for _, r := range f.set.Ranges(size, page) {
+	for _, r := range l.files.ranges(nil, f, size) {
 		if !r.Certain {
 			spans = append(spans, tracefs.Span{First: uint64(r.Offset) / uint64(page), Last: uint64(r.Offset+r.Length-1) / uint64(page)}) //nolint:gosec // positive
 			at = append(at, r.Elapsed)
 		}
 	}
-	huge := size >= tracefs.HugeSize
 	if len(spans) == 0 && !huge {
 		return true
 	}
@@ -255,7 +247,7 @@ func (l *pageLog) widen(f *pageFile, dir int, name string, size int64) bool {
 	if huge && err == nil {
 		var more []tracefs.Span
 		more, err = l.widener.Huge(file) // in no event, if they were mapped
-		first, _ := f.set.First()
+		first := l.files.first(f)
 		for _, s := range more {
 			wide, at = append(wide, s), append(at, first)
 		}
@@ -264,7 +256,7 @@ func (l *pageLog) widen(f *pageFile, dir int, name string, size int64) bool {
 		return false
 	}
 	for i, s := range wide {
-		f.set.Add(s.First, s.Last, at[i], false)
+		l.files.touch(f, s.First, s.Last, at[i], false)
 	}
 	return true
 }

@@ -47,7 +47,7 @@ type session struct {
 	events  []fanotify.Event // the batch being handled
 	seed    maphash.Seed
 	known   map[file]uint32 // index into entries
-	entries []entry
+	entries blocks[entry]
 	paths   []string // by entry, of those that have one
 	pending map[inode][]pending
 	losses  trace.Recorder // only its losses are used
@@ -55,6 +55,7 @@ type session struct {
 	seen    int64
 	skipped int64
 	cool    bool // ignore marks work
+	pace    pace
 	reason  string
 }
 
@@ -134,8 +135,8 @@ func (s *session) loop(ctx context.Context, stdin *os.File) error {
 	if isStream(stdin) {
 		in = int(stdin.Fd())
 	}
-	restore := yieldCPU()
-	defer restore()
+	s.pace.keep(0)
+	defer s.pace.end()
 	for s.reason == "" {
 		s.out.flush()
 		if s.out.err != nil {
@@ -148,17 +149,47 @@ func (s *session) loop(ctx context.Context, stdin *os.File) error {
 		if err := s.drain(burst); err != nil {
 			return err
 		}
-		if n := s.seen - before; s.reason == "" && n > 0 && n < burst {
-			s.rest(wake, in)
+		n := s.seen - before
+		s.pace.keep(n)
+		if s.reason == "" && n > 0 && n < burst {
+			s.rest(n, wake, in)
 		}
 	}
-	restore()
+	s.pace.end()
 	return s.finish()
 }
 
 // workNice is the nice value of the thread that handles events while the workload runs: the
 // kernel's queue holds them as long as the machine has better things to do.
 const workNice = 10
+
+// crowd is how many events in the kernel's queue are many. It compares each event with up to 128 of those
+// that wait, one in 128 of them, to merge equal ones, and the workload pays for that: fs/notify/fanotify/fanotify.c
+// fanotify_merge.
+const crowd = 1024
+
+// pace is the priority of the calling thread, which must be locked: low, but while events crowd.
+type pace struct {
+	yields func() // puts the priority back; nil: it is as it was
+}
+
+// keep sets the priority after a look at the queue that found n events.
+func (p *pace) keep(n int64) {
+	switch {
+	case n >= crowd:
+		p.end()
+	case n < crowd/4 && p.yields == nil:
+		p.yields = yieldCPU()
+	}
+}
+
+// end puts the priority back.
+func (p *pace) end() {
+	if p.yields != nil {
+		p.yields()
+		p.yields = nil
+	}
+}
 
 // yieldCPU lowers the priority of the calling thread, which must be locked, and returns what puts it
 // back. Without the privilege to do that the thread keeps the lower one.
@@ -211,8 +242,9 @@ func (s *session) wait(wake, in int) error {
 	return nil
 }
 
-// rest lets events gather for restTime, unless something else happens, which wait sees then.
-func (s *session) rest(wake, in int) {
+// rest lets events gather for restTime after n of them, less when they crowd, unless something else happens, which
+// wait sees then.
+func (s *session) rest(n int64, wake, in int) {
 	fds := []unix.PollFd{
 		{Fd: pollFD(s.t.pidfd), Events: unix.POLLIN},
 		{Fd: pollFD(wake), Events: unix.POLLIN},
@@ -222,6 +254,7 @@ func (s *session) rest(wake, in int) {
 	if s.lean != nil {
 		long = leanRest
 	}
+	long = max(1, long*crowd/4/max(int(n), crowd/4))
 	_, _ = unix.Poll(fds, long) // cut short by a signal it is a shorter rest
 }
 
@@ -236,7 +269,7 @@ func (s *session) patience() int {
 // quiet uses the time in which nothing happens.
 func (s *session) quiet() {
 	s.lean.quiet = min(s.lean.quiet*2, int(time.Hour/time.Millisecond))
-	_ = s.nameEntries(func(i uint32, _ *layer, p string, _ *unix.Stat_t) { s.noted(i, p) }) // the rest has time till the end
+	_ = s.nameEntries(func(i uint32, _ *layer, p string, _ uint64, _ int64) { s.noted(i, p) }) // the rest has time till the end
 }
 
 // atEnd reads from the parent's pipe, which carries nothing, and reports its end.
@@ -275,7 +308,9 @@ func (s *session) drain(limit int) error {
 			s.lean.fresh = false
 			s.out.send(stream.Pending{})
 		}
-		n += got
+		if n += got; n >= crowd {
+			s.pace.end()
+		}
 		if s.out.full() {
 			s.out.flush()
 		}
@@ -293,6 +328,7 @@ func (s *session) finish() error {
 	if err := s.drain(0); err != nil {
 		return err
 	}
+	s.out.idle = true
 	s.resolvePending()
 	if s.pages != nil {
 		for _, l := range s.pages.stop() {

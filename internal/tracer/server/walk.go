@@ -67,7 +67,7 @@ func (s *session) found(p string, i inode) {
 			s.skipped++
 			continue
 		}
-		e := &s.entries[w.entry]
+		e := s.entries.at(w.entry)
 		w.access.Path, w.access.How = p, e.how
 		s.noted(w.entry, p)
 		e.state = listed
@@ -90,17 +90,17 @@ type walk struct {
 
 var errWalkBound = errors.New("too much to search")
 
-// run visits directories breadth first while more says so.
-func (w *walk) run(more func() bool) error {
+// run visits directories breadth first while further says so.
+func (w *walk) run(further func() bool) error {
 	dirs := []string{"/"}
-	for len(dirs) > 0 && more() {
+	for len(dirs) > 0 && further() {
 		dir := dirs[0]
 		dirs = dirs[1:]
-		below, err := w.dir(dir)
+		more, err := w.dir(dir)
 		if err != nil {
 			return err
 		}
-		dirs = append(dirs, below...)
+		dirs = append(dirs, more...)
 	}
 	return nil
 }
@@ -116,7 +116,7 @@ func (w *walk) dir(dir string) ([]string, error) {
 	if err != nil {
 		return nil, nil //nolint:nilerr // as said above
 	}
-	var below []string
+	var dirs []string
 	for {
 		n, err := unix.ReadDirent(fd, w.buf)
 		if err != nil || n == 0 {
@@ -126,7 +126,7 @@ func (w *walk) dir(dir string) ([]string, error) {
 			var e dirent
 			e, b = nextDirent(b)
 			if w.visit(fd, dir, e) {
-				below = append(below, path.Join(dir, e.name))
+				dirs = append(dirs, below(dir, e.name))
 			}
 			w.entries++
 		}
@@ -134,7 +134,15 @@ func (w *walk) dir(dir string) ([]string, error) {
 			return nil, errors.Join(errWalkBound, unix.Close(fd))
 		}
 	}
-	return below, unix.Close(fd)
+	return dirs, unix.Close(fd)
+}
+
+// below returns the path of an entry of a directory.
+func below(dir, name string) string {
+	if dir == "/" {
+		return dir + name
+	}
+	return dir + "/" + name
 }
 
 // visit looks at one entry of the open directory and reports whether it is one itself.
@@ -145,7 +153,7 @@ func (w *walk) visit(fd int, dir string, e dirent) bool {
 	}
 	if w.wanted != nil && e.kind == unix.DT_REG {
 		if w.wanted(e.ino) {
-			w.found(path.Join(dir, e.name), inode{ino: e.ino})
+			w.found(below(dir, e.name), inode{ino: e.ino})
 		}
 		return false
 	}
@@ -157,7 +165,7 @@ func (w *walk) visit(fd int, dir string, e dirent) bool {
 		return false
 	}
 	if st.Mode&unix.S_IFMT == unix.S_IFREG && (w.wanted == nil || w.wanted(st.Ino)) {
-		w.found(path.Join(dir, e.name), inode{st.Dev, st.Ino})
+		w.found(below(dir, e.name), inode{st.Dev, st.Ino})
 	}
 	return st.Mode&unix.S_IFMT == unix.S_IFDIR
 }
