@@ -49,6 +49,7 @@ type recordOptions struct {
 	idle       time.Duration
 	untilLog   *regexp.Regexp
 	said       chan struct{} // closed when a line matched untilLog
+	pages      recordPages
 	serverPath string
 
 	output    string
@@ -285,11 +286,12 @@ func parseUser(s string) (uid, gid int, err error) {
 	return uid, gid, nil
 }
 
-func (o *recordOptions) run(ctx context.Context) error {
+func (o *recordOptions) run(ctx context.Context) (err error) {
 	server, err := o.server()
 	if err != nil {
 		return err
 	}
+	defer func() { err = errors.Join(err, o.pages.close()) }()
 	l := &persist.List{Reference: o.reference, Digest: o.digest, Engine: "fanotify", Grade: "file"}
 	switch {
 	case o.image != "":
@@ -308,6 +310,7 @@ func (o *recordOptions) run(ctx context.Context) error {
 // runInRoot runs the command and records it from its first instruction.
 func (o *recordOptions) runInRoot(ctx context.Context, server string, l *persist.List) error {
 	l.Command, l.Container, l.Platform = o.command, "root-"+strconv.FormatInt(time.Now().Unix(), 36), hostPlatform()
+	o.pages.open(o)
 	p, err := runroot.Start(ctx, o.streamed(runroot.Options{
 		Root: o.root, Args: o.command, Env: o.env, Dir: o.workDir, UID: o.uid, GID: o.gid,
 		InPlace: o.inPlace, Mounts: o.mounts, NoNetwork: o.net == "none",

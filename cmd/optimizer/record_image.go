@@ -35,6 +35,7 @@ func (o *recordOptions) runImage(ctx context.Context, server string, l *persist.
 		return fmt.Errorf("image %s: %w", o.image, err)
 	}
 	o.describe(l, root, run.Args)
+	o.pages.open(o)
 	p, err := runroot.Start(ctx, o.streamed(run))
 	if err != nil {
 		return err

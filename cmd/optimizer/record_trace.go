@@ -13,7 +13,6 @@ import (
 	"github.com/headstart-oci/headstart/internal/runroot"
 	"github.com/headstart-oci/headstart/internal/tracer"
 	"github.com/headstart-oci/headstart/pkg/persist"
-	"github.com/headstart-oci/headstart/pkg/trace/tracefs"
 )
 
 // endReady is the end of a recording at a line that --until-log asked for.
@@ -32,11 +31,11 @@ func (o *recordOptions) trace(ctx context.Context, server string, pid int, l *pe
 	if p != nil {
 		defer p.End(stopGrace)
 	}
-	pages, closePages := o.pages()
-	defer func() { err = errors.Join(err, closePages()) }()
+	o.pages.open(o)
+	defer o.pages.release()
 	// An interrupt ends the recording; it must not kill the tracer before it has sent everything.
 	sess, err := tracer.Start(context.WithoutCancel(ctx), tracer.Options{
-		Server: server, Pages: pages, PID: pid, Timeout: o.timeout, Idle: o.idle, Log: o.log(),
+		Server: server, Pages: o.pages.pool, PID: pid, Timeout: o.timeout, Idle: o.idle, Log: o.log(),
 	})
 	if err != nil {
 		return false, fmt.Errorf("start the tracer: %w", err)
@@ -69,27 +68,6 @@ func (o *recordOptions) trace(ctx context.Context, server string, pid int, l *pe
 		o.warn("the tracer: %v", res.Err)
 	}
 	return res.End != tracer.EndExit, nil
-}
-
-// pages makes what page events come from; without it, whole files are recorded.
-func (o *recordOptions) pages() (*tracefs.Pool, func() error) {
-	fs, err := tracefs.Open()
-	if err == nil {
-		if _, perr := fs.Probe(0); perr != nil {
-			err = errors.Join(perr, fs.Close())
-		}
-	}
-	if err != nil {
-		o.note("recording whole files, not ranges: %v", err)
-		return nil, func() error { return nil }
-	}
-	warn := func(err error) { o.warn("page events: %v", err) }
-	p, err := tracefs.NewPool(fs, tracefs.PoolOptions{Ready: 1, Max: 1, Log: warn})
-	if err != nil {
-		warn(err)
-		return nil, fs.Close
-	}
-	return p, func() error { return errors.Join(p.Close(), fs.Close()) }
 }
 
 // armed waits until the tracer is.
