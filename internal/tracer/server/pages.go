@@ -142,7 +142,13 @@ func (l *pageLog) fold(e *tracefs.Event) {
 	at := time.Duration(e.Time - l.start)
 	switch e.Kind {
 	case tracefs.Fork:
+		delete(l.threads, e.Other) // an older one of this number
 		l.comms.forked(e.Other, l.process(e.PID))
+		return
+	case tracefs.Exec: // a thread that did is its process' first, whatever it was before
+		if len(l.threads) < maxThreads {
+			l.threads[e.PID] = e.PID
+		}
 		return
 	case tracefs.Read, tracefs.Fault, tracefs.Around, tracefs.Insert:
 	default:
@@ -170,7 +176,7 @@ func (l *pageLog) fold(e *tracefs.Event) {
 	l.files.touch(f, e.First, e.Last, at, l.exact() && (e.Kind == tracefs.Read || e.Kind == tracefs.Fault))
 }
 
-// process returns the process of a thread, or the thread's own number when it is gone.
+// process returns the process of a thread, see comms.process.
 func (l *pageLog) process(thread int32) int32 {
 	if p, ok := l.threads[thread]; ok {
 		return p

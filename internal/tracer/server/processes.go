@@ -19,10 +19,19 @@ type relative struct {
 	seen   int // in what order processes were seen
 }
 
-// process returns the process that a thread belongs to, the thread itself when it is gone.
+// process returns the process that a thread belongs to. Of a thread that is gone, and that is not known
+// to have been a process, the one that made it is the best guess.
 func (c *comms) process(thread int32) int32 {
 	if p, ok := c.status(thread, "Tgid"); ok && p > 0 {
 		return p
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if _, ok := c.tree[thread]; ok || thread == c.first {
+		return thread
+	}
+	if maker, ok := c.born[thread]; ok {
+		return maker
 	}
 	return thread
 }
