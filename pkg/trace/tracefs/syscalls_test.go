@@ -84,7 +84,7 @@ func subject(t testing.TB, warm bool) (*os.File, uint64) {
 		if dir, err = os.MkdirTemp("/var/tmp", "headstart-"); err != nil {
 			t.Fatal(err)
 		}
-		t.Cleanup(func() { os.RemoveAll(dir) })
+		t.Cleanup(func() { _ = os.RemoveAll(dir) })
 		if onTmpfs(t, dir) {
 			testenv.Kernel(t, "page events of temporary files", errors.New("they are on tmpfs"))
 		}
