@@ -265,6 +265,7 @@ func parseMount(text string) (runroot.Mount, error) {
 	return m, nil
 }
 
+// parseUser parses UID or UID:GID; the group of a UID alone has the same number. "" is root.
 func parseUser(s string) (uid, gid int, err error) {
 	if s == "" {
 		return 0, 0, nil
@@ -273,17 +274,14 @@ func parseUser(s string) (uid, gid int, err error) {
 	if !ok {
 		g = u
 	}
-	for from, to := range map[string]*int{u: &uid, g: &gid} {
-		n, err := strconv.ParseUint(from, 10, 31)
-		if err != nil {
-			return 0, 0, fmt.Errorf("got %q, want UID or UID:GID in numbers", s)
+	user, err := strconv.ParseUint(u, 10, 31)
+	if err == nil {
+		var group uint64
+		if group, err = strconv.ParseUint(g, 10, 31); err == nil {
+			return int(user), int(group), nil
 		}
-		*to = int(n)
 	}
-	if u == g {
-		gid = uid
-	}
-	return uid, gid, nil
+	return 0, 0, fmt.Errorf("got %q, want UID or UID:GID in numbers", s)
 }
 
 func (o *recordOptions) run(ctx context.Context) (err error) {

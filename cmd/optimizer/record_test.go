@@ -99,6 +99,40 @@ func TestRecordRoot(t *testing.T) {
 	}
 }
 
+// A command in a directory has the user and group that were asked for.
+func TestRecordRootUser(t *testing.T) {
+	root := helloRoot(t)
+	server := testenv.Binary(t, "optimizer-server")
+	for user, want := range map[string][2]string{
+		"":          {"0", "0"},
+		"1000":      {"1000", "1000"},
+		"1000:1000": {"1000", "1000"},
+		"1000:1001": {"1000", "1001"},
+		"0:1000":    {"0", "1000"},
+		"1000:0":    {"1000", "0"},
+	} {
+		code, out, errs := invoke(t, "record", "--root", root, "--server-path", server, "-o", filepath.Join(t.TempDir(), "list"),
+			"--user", user, "--", "hello", "/proc/self/status")
+		if code != 0 {
+			t.Fatalf("--user %q: status %d, stderr %s", user, code, errs)
+		}
+		for i, key := range []string{"Uid:", "Gid:"} {
+			_, after, _ := strings.Cut(out, "\n"+key)
+			line, _, _ := strings.Cut(after, "\n")
+			// Real, effective, saved and filesystem id.
+			if got := strings.Fields(line); !slices.Equal(got, slices.Repeat([]string{want[i]}, 4)) {
+				t.Errorf("--user %q: %s %q, want all %s", user, key, got, want[i])
+			}
+		}
+	}
+	for _, user := range []string{"x", "1000:", ":1000", "-1", "1:2:3", "2147483648", "1 "} {
+		code, _, errs := invoke(t, "record", "--root", root, "--server-path", server, "-o", "-", "--user", user, "--", "hello")
+		if code != exitUsage || !strings.Contains(errs, "--user: got") {
+			t.Errorf("--user %q: status %d, stderr %s, want a usage error", user, code, errs)
+		}
+	}
+}
+
 func TestRecordToStdout(t *testing.T) {
 	root := helloRoot(t)
 	code, out, errs := invoke(t, "record", "-q", "--in-place", "--root", root, "--server-path", testenv.Binary(t, "optimizer-server"),
