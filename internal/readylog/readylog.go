@@ -17,35 +17,73 @@ import (
 	"io/fs"
 	"os"
 	"regexp"
+	"regexp/syntax"
 	"time"
 )
 
 // MaxLine is how many bytes of a line are looked at; the rest of a longer one is skipped.
-// containerd splits lines at 16 KiB (max_container_log_line_size), and kubelets read up to
-// that much at once.
-const MaxLine = 64 << 10
+// Together with [MaxProgram] it bounds the time that one line takes.
+const MaxLine = 4 << 10
 
-// MaxPattern bounds a pattern in bytes: patterns come from pods' annotations.
-const MaxPattern = 1 << 10
+// maxRaw is how many bytes of a log file's line are kept, with the CRI's fields. It is more than
+// containerd writes in one: it splits lines at 16 KiB (max_container_log_line_size).
+const maxRaw = 64 << 10
+
+// Bounds of a pattern: patterns come from pods' annotations.
+const (
+	// MaxPattern bounds its text in bytes.
+	MaxPattern = 1 << 10
+	// MaxProgram bounds the steps of its program, which may be many more than its bytes:
+	// "(a?){1000}" has 4,000. Any text of MaxPattern bytes without counted repetitions fits.
+	MaxProgram = 4 << 10
+)
 
 // poll is how often a file that has not grown is looked at. Log files grow on any filesystem, also
 // where inotify is silent, and a rotated one needs a look anyway.
 const poll = 50 * time.Millisecond
 
-// Compile compiles a pattern of at most [MaxPattern] bytes in the syntax of package regexp, whose
-// matching takes time linear in the line's length.
+// Compile compiles a pattern within [MaxPattern] and [MaxProgram] in the syntax of package regexp,
+// whose matching takes time linear in the line's length times the program's. Compile itself
+// may take a few tenths of a second: package regexp goes through each character of a range whose
+// case is folded, as in (?i)[B-\x{1E940}].
 func Compile(pattern string) (*regexp.Regexp, error) {
 	if len(pattern) > MaxPattern {
 		return nil, fmt.Errorf("pattern of %d bytes, want at most %d", len(pattern), MaxPattern)
 	}
+	parsed, err := syntax.Parse(pattern, syntax.Perl)
+	if err != nil {
+		return nil, err
+	}
+	if n := steps(parsed); n > MaxProgram {
+		return nil, fmt.Errorf("pattern of about %d steps once its repetitions are written out, want at most %d", n, MaxProgram)
+	}
 	return regexp.Compile(pattern)
+}
+
+// steps estimates how many instructions the program of re has; it cannot overflow, as
+// package syntax bounds the product of nested counts to 1000, and their depth.
+func steps(re *syntax.Regexp) int {
+	n := 1
+	switch re.Op {
+	case syntax.OpLiteral:
+		n = len(re.Rune)
+	case syntax.OpCapture, syntax.OpStar:
+		n = 2 // its begin and its end; a star of what may be empty is (x+)?
+	}
+	for _, sub := range re.Sub {
+		n += steps(sub)
+	}
+	if re.Op == syntax.OpRepeat {
+		n *= max(re.Max, re.Min+1) // Max is -1 where there is none
+	}
+	return n
 }
 
 // Wait reads the CRI log file at path from its beginning until a line matches re, and returns
 // that line's text without its newline. It returns ctx.Err() when ctx ends first, and an error when
 // the file cannot be read, which one that is not there is not.
 func Wait(ctx context.Context, path string, re *regexp.Regexp) (string, error) {
-	f := follower{path: path, lines: criLines{re: re}}
+	f := follower{path: path, lines: criLines{re: re, raw: splitter{max: maxRaw}}}
 	defer f.close()
 	tick := time.NewTicker(poll)
 	defer tick.Stop()
@@ -133,7 +171,7 @@ func (f *follower) replaced() (bool, error) {
 }
 
 func (f *follower) drain(ctx context.Context) (string, bool, error) {
-	buf := make([]byte, 32<<10)
+	buf := make([]byte, MaxLine) // ctx is looked at between them
 	for ctx.Err() == nil {
 		n, err := f.file.Read(buf)
 		f.read += int64(n)
@@ -150,8 +188,11 @@ func (f *follower) drain(ctx context.Context) (string, bool, error) {
 	return "", false, nil
 }
 
-// splitter cuts bytes into lines of at most MaxLine bytes.
-type splitter struct{ line []byte }
+// splitter cuts bytes into lines of at most max bytes.
+type splitter struct {
+	max  int
+	line []byte
+}
 
 // write calls each with every line that b completes, without its newline, until it returns true.
 func (s *splitter) write(b []byte, each func(line []byte) bool) bool {
@@ -161,7 +202,7 @@ func (s *splitter) write(b []byte, each func(line []byte) bool) bool {
 		if i >= 0 {
 			part = b[:i]
 		}
-		s.line = append(s.line, part[:min(len(part), MaxLine-len(s.line))]...)
+		s.line = append(s.line, part[:min(len(part), s.max-len(s.line))]...)
 		if i < 0 {
 			return false
 		}

@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"regexp/syntax"
 	"strings"
 	"testing"
 	"time"
@@ -31,16 +32,19 @@ func write(t *testing.T, path, text string, flag int) {
 }
 
 func TestWaitForms(t *testing.T) {
-	long := strings.Repeat("x", readylog.MaxLine)
+	const part = 16 << 10 // containerd's
+	long := strings.Repeat("x", part)
 	for name, tc := range map[string]struct{ log, pattern, want string }{
-		"whole":            {stamp + "stdout F one\n" + stamp + "stderr F ready now\n", "^ready", "ready now"},
-		"parts":            {stamp + "stdout P rea\n" + stamp + "stderr F noise\n" + stamp + "stdout P dy \n" + stamp + "stdout F now\n", "^ready now$", "ready now"},
-		"tag with more":    {stamp + "stdout F:x ready\n", "ready", "ready"},
-		"empty text":       {stamp + "stdout F \n", "^$", ""},
-		"no text":          {stamp + "stdout F\n", "^$", ""},
-		"other lines":      {"garbage\n\n" + stamp + "stdlog F ready\n" + stamp + "stdout F ready 2\n", "ready", "ready 2"},
-		"after a long one": {stamp + "stdout F " + long + "ready\n" + stamp + "stdout F ready\n", "ready", "ready"},
-		"after long parts": {strings.Repeat(stamp+"stdout P "+long[:16<<10]+"\n", 9) + stamp + "stdout F ready\n" + stamp + "stdout F ready 3\n", "ready", "ready 3"},
+		"whole":             {stamp + "stdout F one\n" + stamp + "stderr F ready now\n", "^ready", "ready now"},
+		"parts":             {stamp + "stdout P rea\n" + stamp + "stderr F noise\n" + stamp + "stdout P dy \n" + stamp + "stdout F now\n", "^ready now$", "ready now"},
+		"tag with more":     {stamp + "stdout F:x ready\n", "ready", "ready"},
+		"empty text":        {stamp + "stdout F \n", "^$", ""},
+		"no text":           {stamp + "stdout F\n", "^$", ""},
+		"other lines":       {"garbage\n\n" + stamp + "stdlog F ready\n" + stamp + "stdout F ready 2\n", "ready", "ready 2"},
+		"after a long one":  {stamp + "stdout F " + long + "ready\n" + stamp + "stdout F ready\n", "ready", "ready"},
+		"within a long one": {stamp + "stdout F " + long[:readylog.MaxLine-6] + "ready" + long + "\n", "ready", long[:readylog.MaxLine-6] + "readyx"},
+		"behind a long one": {stamp + "stdout P " + long + "\n" + stamp + "stdout F ready\n" + stamp + "stdout F ready 4\n", "ready", "ready 4"},
+		"after long parts":  {strings.Repeat(stamp+"stdout P "+long+"\n", 9) + stamp + "stdout F ready\n" + stamp + "stdout F ready 3\n", "ready", "ready 3"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -109,12 +113,47 @@ func TestWaitEnds(t *testing.T) {
 }
 
 func TestCompile(t *testing.T) {
-	if _, err := readylog.Compile(strings.Repeat("x", readylog.MaxPattern+1)); err == nil {
-		t.Error("a pattern that is too long is taken")
+	for pattern, want := range map[string]string{
+		strings.Repeat("x", readylog.MaxPattern+1): "pattern of 1025 bytes",
+		"(":                                     "missing closing )",
+		strings.Repeat("(a?){1000}", 101) + "b": "pattern of about ",
+		strings.Repeat("(a?b?){1000}", 2):       "pattern of about ",
+		"(a{99,}b){9}(c{99,}){9}(d{99,}){9}(e{99,}){9}": "pattern of about ",
+		"(a{20}){30}{2}": "invalid nested repetition operator",
+	} {
+		if _, err := readylog.Compile(pattern); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("Compile(%.60q) = %v, want an error with %q", pattern, err, want)
+		}
 	}
-	if _, err := readylog.Compile("("); err == nil {
-		t.Error("a bad pattern is taken")
+	for _, pattern := range []string{
+		strings.Repeat("x", readylog.MaxPattern), strings.Repeat(`\w`, readylog.MaxPattern/2), strings.Repeat("x*", readylog.MaxPattern/2),
+		strings.Repeat("()", readylog.MaxPattern/2), strings.Repeat("a|", readylog.MaxPattern/2), strings.Repeat("(?:ab|c)?", readylog.MaxPattern/9),
+		"", `^\d{4}-\d{2}-\d{2}T[0-9:.]{8,35}Z? .{0,200}(ready|started) in \d{1,6} ?ms$`, "(((a{9}){9}b){1,})(x|y{70}){0,1}z{1000}",
+	} {
+		if _, err := readylog.Compile(pattern); err != nil {
+			t.Errorf("Compile(%.60q) = %v", pattern, err)
+		}
 	}
+}
+
+// The program of a pattern that is taken is bounded. Empty alternatives may take a little more than was
+// estimated.
+func FuzzCompile(f *testing.F) {
+	f.Add("(a?){700}b")
+	f.Add("(?i)((x{3,}){4}|[a-z]{0,7}?)*$")
+	f.Fuzz(func(t *testing.T, pattern string) {
+		if _, err := readylog.Compile(pattern); err != nil {
+			return
+		}
+		parsed, err := syntax.Parse(pattern, syntax.Perl)
+		if err != nil {
+			t.Fatal(err)
+		}
+		prog, err := syntax.Compile(parsed.Simplify())
+		if err != nil || len(prog.Inst) > 2*readylog.MaxProgram {
+			t.Errorf("%q: %v, or more than %d instructions: %d", pattern, err, 2*readylog.MaxProgram, len(prog.Inst))
+		}
+	})
 }
 
 func TestTee(t *testing.T) {

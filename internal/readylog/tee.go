@@ -21,7 +21,7 @@ type Tee struct {
 // matches re, after it was written. Found must not write to the Tee. A last line without a
 // newline is not looked at.
 func NewTee(to io.Writer, re *regexp.Regexp, found func(line string)) *Tee {
-	return &Tee{to: to, re: re, found: found}
+	return &Tee{to: to, re: re, found: found, lines: splitter{max: MaxLine}}
 }
 
 // Write implements io.Writer; the result is that of the writer behind. Safe for concurrent use if
