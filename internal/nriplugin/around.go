@@ -69,9 +69,12 @@ func (r *run) created(ctx context.Context) func() []trace.Access {
 
 // watchLog ends the recording at the line that says that the container is ready.
 func (r *run) watchLog(ctx context.Context, log *zap.Logger) {
-	select {
-	case <-r.released: // containerd may hold the container's state until then
-	case <-ctx.Done():
+	<-r.released // containerd may hold the container's state until then
+	ready, warns := r.until.pattern()
+	for _, warn := range warns {
+		ignored(log, r.name, warn)
+	}
+	if ready == nil || ctx.Err() != nil {
 		return
 	}
 	err := errors.New("the runtime's address is not known")
@@ -82,7 +85,7 @@ func (r *run) watchLog(ctx context.Context, log *zap.Logger) {
 		cancel()
 	}
 	if err == nil {
-		line, err = readylog.Wait(ctx, path, r.until.ready)
+		line, err = readylog.Wait(ctx, path, ready)
 	}
 	switch {
 	case err == nil:

@@ -15,6 +15,23 @@ type limits struct {
 	timeout time.Duration  // 0: none
 	idle    time.Duration  // 0: none
 	ready   *regexp.Regexp // nil: none
+	asked   []annotation   // for a pattern in place of ready, the one that wins first
+}
+
+// pattern returns what the container's log is watched for, nil for nothing, and remarks on annotations
+// that mean nothing. It is not for hooks: to compile a pattern may take longer than a start may wait.
+func (l *limits) pattern() (re *regexp.Regexp, warns []string) {
+	for _, a := range l.asked {
+		if a.value == "" {
+			return nil, warns
+		}
+		re, err := readylog.Compile(a.value)
+		if err == nil {
+			return re, warns
+		}
+		warns = append(warns, fmt.Sprintf("annotation %s: %v", a.key, err))
+	}
+	return l.ready, warns
 }
 
 // override is an [Override] ready for use.
@@ -97,17 +114,7 @@ func (s *selector) limitsOf(pod *api.PodSandbox, ctr *api.Container) (l limits, 
 			warns = append(warns, fmt.Sprintf("annotation %s: %v", a.key, err))
 		}
 	}
-	set(AnnotationReadyLog, func(v string) error {
-		re, err := readylog.Compile(v)
-		if err != nil {
-			return err
-		}
-		l.ready = re
-		if v == "" {
-			l.ready = nil
-		}
-		return nil
-	})
+	l.asked = annotated(pod, ctr, AnnotationReadyLog)
 	set(AnnotationTimeout, func(v string) error { return setLimit(&l.timeout, v, ParseTimeout) })
 	set(AnnotationIdleTimeout, func(v string) error { return setLimit(&l.idle, v, parseDuration) })
 	return l, warns

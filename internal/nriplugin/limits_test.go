@@ -69,11 +69,11 @@ func TestLimits(t *testing.T) {
 			}
 			w.session(0).end("stop", nil, "/x")
 			w.idle()
-			if got := w.lines("annotation ignored"); len(got) != tc.warnings {
-				t.Errorf("warnings %q, want %d", got, tc.warnings)
-			}
 			if err := w.close(); err != nil {
 				t.Error(err)
+			}
+			if got := w.lines("annotation ignored"); len(got) != tc.warnings {
+				t.Errorf("warnings %q, want %d", got, tc.warnings)
 			}
 		})
 	}
@@ -99,18 +99,23 @@ func TestOverridesRefused(t *testing.T) {
 func TestReadyLog(t *testing.T) {
 	log := filepath.Join(t.TempDir(), "0.log")
 	for name, tc := range map[string]struct {
+		pod  map[string]string
 		path func() (string, error)
 		want string // the reason of the stop
 		warn bool
 	}{
-		"found":   {func() (string, error) { return log, nil }, "ready", false},
-		"no path": {func() (string, error) { return "", errFake }, "stop", true},
-		"nobody":  {nil, "stop", true},
+		"found":   {nil, func() (string, error) { return log, nil }, "ready", false},
+		"asked":   {map[string]string{"headstart.dev/ready-log": "^ready"}, func() (string, error) { return log, nil }, "ready", false},
+		"no path": {nil, func() (string, error) { return "", errFake }, "stop", true},
+		"nobody":  {nil, nil, "stop", true},
 	} {
 		t.Run(name, func(t *testing.T) {
 			w := &world{t: t}
 			w.open(func(c *nriplugin.Config, o *nriplugin.Options) {
 				c.ReadyLog = "^ready"
+				if tc.pod != nil {
+					c.ReadyLog = "^never"
+				}
 				o.Open = func(nriplugin.Config) (*nriplugin.Backend, error) {
 					b := w.backend()
 					if tc.path != nil {
@@ -122,7 +127,9 @@ func TestReadyLog(t *testing.T) {
 			if err := os.WriteFile(log, []byte("t stdout F starting\n"), 0o600); err != nil {
 				t.Fatal(err)
 			}
-			w.startContainer("c")
+			if err := w.plugin.StartContainer(t.Context(), pod("default", tc.pod), container("c", nil)); err != nil {
+				t.Fatal(err)
+			}
 			s := w.session(0)
 			s.onStop = func(reason string) { s.end(reason, nil, "/x") }
 			if tc.warn {

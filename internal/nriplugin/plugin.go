@@ -309,7 +309,7 @@ func (p *Plugin) begin(pod *api.PodSandbox, ctr *api.Container) *run {
 		id, name := ctr.GetId(), ctr.GetName()
 		p.aside(func() {
 			for _, warn := range warns {
-				s.backend.Log.Warn("annotation ignored", zap.String("container", id), zap.String("name", name), zap.String("why", warn))
+				ignored(s.backend.Log.With(zap.String("container", id)), name, warn)
 			}
 			if reason != "" {
 				s.backend.Log.Info("not recorded", zap.String("container", id), zap.String("name", name), zap.String("why", reason))
@@ -336,6 +336,11 @@ func (p *Plugin) begin(pod *api.PodSandbox, ctr *api.Container) *run {
 	}
 	go r.main()
 	return r
+}
+
+// ignored says to a container's log that an annotation means nothing.
+func ignored(log *zap.Logger, name, why string) {
+	log.Warn("annotation ignored", zap.String("name", name), zap.String("why", why))
 }
 
 // forget removes r unless another run of the same container took its place.

@@ -159,7 +159,7 @@ func (r *run) main() {
 	r.attach(s)
 	resolved := r.resolve()
 	r.awaitReady(s)
-	if r.until.ready != nil {
+	if r.until.ready != nil || len(r.until.asked) > 0 {
 		r.plugin.work.Go(func() { r.watchLog(ctx, log) })
 	}
 	if !r.awaitEnd(s) {
