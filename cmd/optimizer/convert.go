@@ -286,6 +286,9 @@ func (o *convertOptions) describe(s convert.Summary) {
 	if s.Referenced > 0 {
 		o.note("%d layers of the source (%s) are referred to and must stay where the image is", s.Referenced, progress.Bytes(s.ReferencedSize))
 	}
+	if s.JoinedLayers > 0 {
+		o.note("the data of the %d smallest layers are in one blob: an image has room for %d", s.JoinedLayers, rafs.MaxBlobs)
+	}
 	if s.LayersReused > 0 {
 		o.note("%d layers were taken from the build cache as they were", s.LayersReused)
 	}

@@ -94,6 +94,7 @@ type Summary struct {
 	Existed        int           `json:"existed"`          // blobs that the target had, or took from another of its repositories
 	Mounted        int           `json:"mounted"`          // those of the latter kind
 	LayersReused   int           `json:"layers_reused"`    // layers that the build cache had
+	JoinedLayers   int           `json:"joined_layers"`    // layers that share a blob, because an image has room for 254
 	DictChunks     int           `json:"dict_chunks"`      // chunks of layers that the dictionary had
 	DictBlobs      int           `json:"dict_blobs"`       // its blobs that the image refers to
 	Files          int           `json:"files"`            // regular files of the image
@@ -338,6 +339,7 @@ func summarize(img remote.Image, res *builder.Result, files []builder.File, p re
 		Existed:        p.Existed + p.Mounted,
 		Mounted:        p.Mounted,
 		LayersReused:   res.Stats.LayersReused,
+		JoinedLayers:   res.Stats.JoinedLayers,
 		DictChunks:     res.Stats.DictChunks,
 		DictBlobs:      res.Stats.DictBlobs,
 		Files:          res.Stats.Files,

@@ -193,6 +193,7 @@ func (s *Summary) add(i Summary) {
 	s.Existed += i.Existed
 	s.Mounted += i.Mounted
 	s.LayersReused += i.LayersReused
+	s.JoinedLayers += i.JoinedLayers
 	s.DictChunks += i.DictChunks
 	s.DictBlobs += i.DictBlobs
 	s.Files += i.Files

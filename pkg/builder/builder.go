@@ -169,6 +169,7 @@ type Stats struct {
 	BootstrapBytes  int64 // bytes of the bare bootstrap
 	XattrsIgnored   int   // trusted.* and unknown namespaces, as containerd ignores them
 	BlobsDropped    int   // blobs made of layers that nothing refers to any more
+	JoinedLayers    int   // layers whose blobs were made one, because the format counts no more than rafs.MaxBlobs
 	LayersReused    int   // layers that were not read: their blob and record were there
 	DictChunks      int   // chunks of the layers that the dictionary has, each time counted
 	DictBlobs       int   // blobs of the dictionary that the image refers to

@@ -225,7 +225,7 @@ func (c *conversion) run(ctx context.Context, cfg sourceConfig) error {
 		return fmt.Errorf("prefetch blob: %w", err)
 	}
 	c.res.Stats.Prefetch = plan.stats
-	blobs, err := c.numberBlobs(final.files, records)
+	blobs, err := c.numberBlobs(ctx, final.files, records)
 	if err != nil {
 		return err
 	}

@@ -250,8 +250,8 @@ func (c *conversion) cachedTables(ctx context.Context) ([]tarFile, error) {
 	}
 	var out []tarFile
 	for i, f := range c.res.Blobs {
-		if f.SourceLayer < 0 {
-			continue
+		if f.SourceLayer < 0 || c.layers[f.SourceLayer].blob.layer == nil {
+			continue // a blob with its own table
 		}
 		file, err := c.cachedTable(ctx, c.layers[f.SourceLayer].blob, i)
 		if err != nil {

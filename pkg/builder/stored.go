@@ -166,8 +166,8 @@ func (c *conversion) blobAt(n uint16) *builtBlob {
 
 // numberBlobs makes the blob table: the blobs that files refer to, those of the layers first,
 // then those of the dictionary, the prefetch blob last, and points every chunk at its place.
-// Layers with the same blob share one entry.
-func (c *conversion) numberBlobs(files []*rafs.Inode, records map[rafs.Digest]rafs.Chunk) ([]rafs.Blob, error) {
+// Layers with the same blob share one entry, and where there are too many the smallest are made one.
+func (c *conversion) numberBlobs(ctx context.Context, files []*rafs.Inode, records map[rafs.Digest]rafs.Chunk) ([]rafs.Blob, error) {
 	prefetch, dictBlobs := c.prefetchNumber(), 0
 	if c.dict != nil {
 		dictBlobs = len(c.dict.Blobs)
@@ -181,6 +181,9 @@ func (c *conversion) numberBlobs(files []*rafs.Inode, records map[rafs.Digest]ra
 			}
 			used[f.Chunks[i].Blob] = true
 		}
+	}
+	if err := c.joinBlobs(ctx, files, used); err != nil {
+		return nil, fmt.Errorf("join the blobs of small layers: %w", err)
 	}
 	var blobs []rafs.Blob
 	index := make([]uint16, len(used))
@@ -220,7 +223,7 @@ func (c *conversion) numberBlobs(files []*rafs.Inode, records map[rafs.Digest]ra
 		add(prefetch, -1, c.prefetch)
 	}
 	if len(blobs) > rafs.MaxBlobs {
-		return nil, fmt.Errorf("%w: the image needs %d blobs, the format counts %d; squash layers", ErrUnsupported, len(blobs), rafs.MaxBlobs)
+		return nil, fmt.Errorf("%w: the image needs %d blobs, the format counts %d, and too few of them are of layers to make one of", ErrUnsupported, len(blobs), rafs.MaxBlobs)
 	}
 	for _, f := range files {
 		for i := range f.Chunks {
