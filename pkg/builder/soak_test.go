@@ -14,6 +14,7 @@ import (
 	"unicode/utf8"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/opencontainers/go-digest"
 	"golang.org/x/sys/unix"
 
 	"github.com/headstart-oci/headstart/internal/testenv"
@@ -93,6 +94,9 @@ func attack(t *testing.T, seed uint64) {
 	checkOCI(t, res)
 	img := built(t, res)
 	t.Run("convert", func(t *testing.T) { img.judgeRandom(t, g, r) })
+	if !g.lowerLinks { // no layer can say such links alone
+		t.Run("pack and merge", func(t *testing.T) { g.packed(t, o).judgeRandom(t, g, r) })
+	}
 	for i := range 2 {
 		l, whole := g.list(r)
 		text, form := g.write(t, r, l)
@@ -115,6 +119,28 @@ func attack(t *testing.T, seed uint64) {
 		})
 		img = out
 	}
+}
+
+// packed packs the layers and merges them.
+func (g *randomImage) packed(t *testing.T, o builder.Options) *loose {
+	t.Helper()
+	out := &loose{blobs: map[string]*counted{}}
+	var layers []builder.PackedLayer
+	for _, l := range g.layers {
+		var b bytes.Buffer
+		if _, err := builder.PackLayer(t.Context(), &b, bytes.NewReader(l), o); err != nil {
+			t.Fatal(err)
+		}
+		d := digest.FromBytes(b.Bytes())
+		out.blobs[d.Encoded()] = &counted{data: b.Bytes()}
+		layers = append(layers, builder.PackedLayer{Digest: d, Blob: bytes.NewReader(b.Bytes()), Size: int64(b.Len())})
+	}
+	var boot bytes.Buffer
+	if _, err := builder.MergeLayers(t.Context(), &boot, layers, builder.MergeOptions{Prefetch: []string{"/"}}); err != nil {
+		t.Fatal(err)
+	}
+	out.boot = boot.Bytes()
+	return out
 }
 
 // list returns a random list: files by any of their names, through symlinks, with and without ranges, repeated, missing,

@@ -141,10 +141,13 @@ func bootstrapOf(t testing.TB, cs content.Store, d ocispec.Descriptor) []byte {
 // converter, as nerdctl, ctr and acceleration-service call it, and judges what comes out.
 func TestContainerdConverter(t *testing.T) {
 	cs := newStore(t)
-	for name, docker := range map[string]bool{"oci": false, "docker": true} {
+	for name, test := range map[string]struct {
+		docker  bool
+		version string
+	}{"oci": {false, "6"}, "docker": {true, "6"}, "v5": {false, "5"}} {
 		t.Run(name, func(t *testing.T) {
-			source := putImage(t, cs, docker, "amd64", "arm64")
-			got, err := convertImage(t, cs, source, nydus.PackOption{}, nydus.MergeOption{OCI: true}, true)
+			source := putImage(t, cs, test.docker, "amd64", "arm64")
+			got, err := convertImage(t, cs, source, nydus.PackOption{FsVersion: test.version}, nydus.MergeOption{OCI: true}, true)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -171,6 +174,9 @@ func TestContainerdConverter(t *testing.T) {
 			}
 			if err := doc.Check(ids); err != nil {
 				t.Error(err)
+			}
+			if m.Annotations[builder.AnnotationFSVersion] != test.version || m.Layers[2].Annotations[builder.AnnotationFSVersion] != test.version {
+				t.Errorf("the image's version is %v and %v, want %s", m.Annotations, m.Layers[2].Annotations, test.version)
 			}
 			if len(doc.Config.History) != 3 || !cmp.Equal(doc.Config.Config.Entrypoint, []string{"/app/main"}) {
 				t.Errorf("config %s", config)
