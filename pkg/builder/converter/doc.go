@@ -14,6 +14,9 @@
 //		converter.ConvertHooks{PostConvertHook: nydus.ConvertHookFunc(nydus.MergeOption{})})
 //	desc, err := convert(ctx, contentStore, image)
 //
+// A builder whose sources are not to be touched can be built with a replace directive for
+// github.com/containerd/nydus-snapshotter: internal/buildkit does that with BuildKit.
+//
 // Blobs that the real nydus-image has packed can be merged and unpacked, and the other way round.
 // RAFS v5 and v6. Limits: neither encryption nor references to the original layers (OCIRef). Options
 // that only a program needs (BuilderPath, WorkDir, Stream) are accepted and have no effect.

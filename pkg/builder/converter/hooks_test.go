@@ -253,7 +253,7 @@ func TestBackend(t *testing.T) {
 
 // TestBuildKit makes the calls that BuildKit makes (moby/buildkit util/compression/nydus.go and
 // cache/compression_nydus.go): it packs a layer while it is being made, merges readers of its store
-// through a pipe into a gzip stream, and unpacks. Its module is no dependency: the sequence is what is tried.
+// through a pipe into a gzip stream, and unpacks. TestBuildKitModule has its own code do so.
 func TestBuildKit(t *testing.T) {
 	cs := newStore(t)
 	var descs []ocispec.Descriptor
