@@ -100,13 +100,13 @@ func Kernel(t testing.TB, feature string, probe error) {
 	}
 }
 
-// missing ends the test: skipped, or failed where variable is set to 1.
 // Missing skips the test, or fails it when REQUIRE_TOOLS=1, for something that is neither a tool nor a fixture.
 func Missing(t testing.TB, format string, args ...any) {
 	t.Helper()
 	missing(t, "REQUIRE_TOOLS", format, args...)
 }
 
+// missing ends the test: skipped, or failed where variable is set to 1.
 func missing(t testing.TB, variable, format string, args ...any) {
 	t.Helper()
 	text := fmt.Sprintf(format, args...)
