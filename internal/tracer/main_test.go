@@ -22,6 +22,14 @@ const (
 	envRoot    = "HEADSTART_TEST_ROOT"
 )
 
+// A container's first process executes its command with its first thread, as runc does; later the main
+// goroutine may be on another.
+func init() {
+	if os.Getenv(envRole) != "" {
+		runtime.LockOSThread()
+	}
+}
+
 func TestMain(m *testing.M) {
 	if role := os.Getenv(envRole); role != "" {
 		fmt.Fprintf(os.Stderr, "%s: %v\n", role, initProcess(role))
@@ -54,7 +62,6 @@ func enterPrivate() error {
 func initProcess(role string) error {
 	root := os.Getenv(envRoot)
 	has := func(word string) bool { return strings.Contains(role, word) }
-	runtime.LockOSThread() // until the command is executed
 	if has("unshare") {
 		if err := unix.Unshare(unix.CLONE_FS | unix.CLONE_NEWNS); err != nil {
 			return fmt.Errorf("unshare: %w", err)
