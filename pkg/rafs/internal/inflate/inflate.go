@@ -184,14 +184,16 @@ func (d *Decoder) fill() error {
 	return nil
 }
 
-// more brings at least 8 bytes into the buffer.
+// more brings at least 8 bytes into the buffer. The 8 before them stay: bits of them may be in hold, and
+// unhold gives them back.
 func (d *Decoder) more() error {
 	if d.overrun() {
 		return d.endErr()
 	}
-	copy(d.in[:], d.in[d.ip:d.n])
-	d.n, d.ip = d.n-d.ip, 0
-	for empty := 0; d.n < 8 && d.srcErr == nil; {
+	keep := min(d.ip, 8)
+	copy(d.in[:], d.in[d.ip-keep:d.n])
+	d.n, d.ip = d.n-d.ip+keep, keep
+	for empty := 0; d.n-d.ip < 8 && d.srcErr == nil; {
 		var n int
 		n, d.srcErr = d.src.Read(d.in[d.n:inSize])
 		d.n, d.fed = d.n+n, d.fed+int64(n)
@@ -201,7 +203,7 @@ func (d *Decoder) more() error {
 			d.srcErr = io.ErrNoProgress
 		}
 	}
-	for d.n < 8 {
+	for d.n-d.ip < 8 {
 		d.in[d.n] = 0
 		d.n++
 		d.pad++

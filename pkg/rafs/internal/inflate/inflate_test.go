@@ -64,6 +64,96 @@ func samples(tb testing.TB) map[string][2][]byte {
 	return list
 }
 
+// bufferBits is how many bits the decoder reads at once.
+const bufferBits = 8 * 32 << 10
+
+// bitString is deflate data written bit by bit, the lowest bit of a byte first.
+type bitString struct {
+	p []byte
+	n int // bits
+}
+
+func (b *bitString) put(v, bits int) {
+	for i := range bits {
+		if b.n%8 == 0 {
+			b.p = append(b.p, 0)
+		}
+		b.p[b.n/8] |= byte(v>>i&1) << (b.n % 8)
+		b.n++
+	}
+}
+
+// shortEnd is deflate data whose end of block takes one bit, with a stored block directly behind: so many
+// times the letter a, one bit each, and then stored. No encoder at hand makes codes as short as that.
+func shortEnd(letters int, stored []byte) (data, want []byte) {
+	var b bitString
+	b.put(0b10<<1, 3)     // codes of its own, not the last block
+	b.put((18-4)<<10, 14) // 257 lengths of literals, 1 of distances, 18 of code lengths
+	for _, symbol := range []int{16, 17, 18, 0, 8, 7, 9, 6, 10, 5, 11, 4, 12, 3, 13, 2, 14, 1} {
+		b.put(map[int]int{18: 1, 0: 2, 1: 2}[symbol], 3)
+	}
+	// The codes of code lengths: 0 for 18, 10 for 0, 11 for 1, from the highest bit on.
+	zeros := func(n int) { b.put((n-11)<<1, 8) }
+	zeros('a')
+	b.put(0b11, 2) // a has length 1
+	zeros(138)
+	zeros(256 - 'a' - 1 - 138)
+	b.put(0b11, 2) // and so has the end
+	b.put(0b01, 2) // no distance
+	for range letters {
+		b.put(0, 1)
+	}
+	b.put(1, 1)
+	b.put(1, 3) // the last block, stored
+	b.put(0, (8-b.n%8)%8)
+	b.put(len(stored), 16)
+	b.put(^len(stored), 16)
+	return append(b.p, stored...), append(bytes.Repeat([]byte("a"), letters), stored...)
+}
+
+// TestStoredBehindRefill has the decoder fill its buffer right before a stored block, when bytes that are
+// to be given back from the bit buffer are those before the fill.
+func TestStoredBehindRefill(t *testing.T) {
+	t.Parallel()
+	// With more than a buffer of data the fill is where the codes end within a word of the buffer's end.
+	stored := bytes.Repeat([]byte("stored "), 100)
+	for _, tt := range []struct {
+		name     string
+		reader   func(io.Reader) io.Reader
+		from, to int // letters
+	}{
+		{"whole", func(r io.Reader) io.Reader { return r }, bufferBits - 256, bufferBits - 128},
+		{"halves", iotest.HalfReader, bufferBits/2 - 256, bufferBits/2 - 128},
+		{"bytes", iotest.OneByteReader, 0, 200},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			for letters := tt.from; letters < tt.to; letters++ {
+				data, want := shortEnd(letters, stored)
+				if letters == tt.from {
+					if p, err := io.ReadAll(flate.NewReader(bytes.NewReader(data))); err != nil || !bytes.Equal(p, want) {
+						t.Fatalf("compress/flate reads the test's data as %d bytes, %v, want %d", len(p), err, len(want))
+					}
+				}
+				got, err := readBlocks(inflate.Resume(tt.reader(bytes.NewReader(data)), 0, 0, nil), len(want))
+				if err != nil || !bytes.Equal(got, want) {
+					t.Fatalf("%d letters: %d bytes, %v, want %d", letters, len(got), err, len(want))
+				}
+			}
+		})
+	}
+}
+
+// readBlocks reads up to the end of the member or limit.
+func readBlocks(d *inflate.Decoder, limit int) (got []byte, err error) {
+	for err == nil && len(got) < limit && d.Position().Member == 1 {
+		var p []byte
+		p, err = d.Next()
+		got = append(got, p...)
+	}
+	return got, err
+}
+
 func readAll(d *inflate.Decoder) ([]byte, error) {
 	var out []byte
 	for {
@@ -167,16 +257,23 @@ func FuzzInflate(f *testing.F) {
 		}
 	}
 	f.Add([]byte{0x03, 0x00})
+	// One for each way that the bits may lie in the last word before the stored block.
+	for letters := range 64 {
+		data, _ := shortEnd(letters, []byte("stored"))
+		f.Add(data)
+	}
+	data, _ := shortEnd(bufferBits-194, bytes.Repeat([]byte("stored "), 100))
+	f.Add(data)
 	f.Fuzz(func(t *testing.T, p []byte) {
 		const limit = 1 << 20
 		want, wantErr := io.ReadAll(io.LimitReader(flate.NewReader(bytes.NewReader(p)), limit))
 		d := inflate.Resume(bytes.NewReader(p), 0, 0, nil)
-		var got []byte
-		var err error
-		for err == nil && len(got) < limit && d.Position().Member == 1 {
-			var out []byte
-			out, err = d.Next()
-			got = append(got, out...)
+		got, err := readBlocks(d, limit)
+		for name, cut := range map[string]func(io.Reader) io.Reader{"bytes": iotest.OneByteReader, "halves": iotest.HalfReader} {
+			again, againErr := readBlocks(inflate.Resume(cut(bytes.NewReader(p)), 0, 0, nil), limit)
+			if !bytes.Equal(again, got) || (againErr == nil) != (err == nil) {
+				t.Fatalf("read in %s: %d bytes, %v; at once: %d bytes, %v", name, len(again), againErr, len(got), err)
+			}
 		}
 		if pos := d.Position(); pos.In > int64(len(p))+8 {
 			t.Errorf("position %+v of %d bytes", pos, len(p))
