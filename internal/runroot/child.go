@@ -78,11 +78,16 @@ func enterRoot(s spec) error {
 		return err
 	}
 	ours := s.Upper != "" || s.Layers != nil
-	if err := furnish(root, ours, s.NoNetwork); err != nil {
+	if ours {
+		if err := hostFiles(root); err != nil {
+			return err
+		}
+	}
+	mounts, err := takeMounts(s, root)
+	if err != nil {
 		return err
 	}
-	mounts, err := takeMounts(s)
-	if err != nil {
+	if err := furnish(root, ours, s.NoNetwork); err != nil {
 		return err
 	}
 	// The old root is put on top of the new one and taken away from there: no directory is needed for it.
@@ -182,11 +187,6 @@ func furnish(root string, ours, ownNetwork bool) error {
 		if m.source == "/sys" {
 			// The flags of a bind mount are set by a remount; a refusal leaves it writable to root only.
 			_ = unix.Mount("", at, "", unix.MS_BIND|unix.MS_REMOUNT|unix.MS_RDONLY|safe, "")
-		}
-	}
-	if ours {
-		if err := hostFiles(root); err != nil {
-			return err
 		}
 	}
 	if !mounted["dev"] {

@@ -87,15 +87,17 @@ func mountMany(lowers []string, upper, work, at string) error {
 	return unix.MoveMount(m, "", unix.AT_FDCWD, at, unix.MOVE_MOUNT_F_EMPTY_PATH)
 }
 
-// taken are mounts of the host's, held while its root goes away.
+// taken are mounts, held while the host's root goes away.
 type taken struct {
 	spec    spec
 	mounts  []int // of spec.Mounts
 	volumes []int // of spec.VolumeDirs
+	image   int   // the new root, without what is mounted in it later
 }
 
-// takeMounts takes copies of what is to be mounted from the host.
-func takeMounts(s spec) (*taken, error) {
+// takeMounts takes copies of what is to be mounted from the host, and of the new root as it is now: before
+// /proc and /sys are mounted there, which volumes may link to.
+func takeMounts(s spec, root string) (_ *taken, err error) {
 	t := &taken{spec: s}
 	take := func(path string, recursive uint) (int, error) {
 		fd, err := unix.OpenTree(unix.AT_FDCWD, path, unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC|recursive)
@@ -118,7 +120,8 @@ func takeMounts(s spec) (*taken, error) {
 		}
 		t.volumes = append(t.volumes, fd)
 	}
-	return t, nil
+	t.image, err = take(root, unix.AT_RECURSIVE)
+	return t, err
 }
 
 // attach mounts what was taken, in the new root: paths and links are its own.
@@ -127,11 +130,10 @@ func (t *taken) attach() error {
 		if slices.ContainsFunc(t.spec.Mounts, func(m Mount) bool { return filepath.Clean(m.Target) == filepath.Clean(at) }) {
 			continue // the user's mount is there instead
 		}
-		if err := os.MkdirAll(at, 0o755); err != nil {
+		if err := volumePlace(at); err != nil {
 			return fmt.Errorf("volume %s: %w", at, err)
 		}
-		// A copy keeps owners, modes and times, also the directory's own.
-		if err := fs.CopyDir(fmt.Sprintf("/proc/self/fd/%d/.", t.volumes[i]), at); err != nil {
+		if err := t.fill(t.volumes[i], at); err != nil {
 			return fmt.Errorf("copy volume %s out of the image: %w", at, err)
 		}
 		if err := put(t.volumes[i], at, false); err != nil {
@@ -146,12 +148,41 @@ func (t *taken) attach() error {
 			return fmt.Errorf("mount %s at %s: %w", m.Source, m.Target, err)
 		}
 	}
-	for _, fd := range append(t.mounts, t.volumes...) {
+	for _, fd := range slices.Concat(t.mounts, t.volumes, []int{t.image}) {
 		if err := unix.Close(fd); err != nil {
 			return err
 		}
 	}
 	return nil
+}
+
+// volumePlace makes the directory that a volume is put on, where there is none. One in /proc is refused, as
+// runc does: it would hide what a command must find there.
+func volumePlace(at string) error {
+	if err := os.MkdirAll(at, 0o755); err != nil {
+		return err
+	}
+	to, err := filepath.EvalSymlinks(at)
+	if err == nil && (to == "/proc" || strings.HasPrefix(to, "/proc/")) {
+		err = fmt.Errorf("it leads to %s, want a place outside /proc", to)
+	}
+	return err
+}
+
+// fill copies what the image itself holds at a path to a volume.
+func (t *taken) fill(volume int, at string) error {
+	from, err := unix.Openat2(t.image, at, &unix.OpenHow{
+		Flags: unix.O_RDONLY | unix.O_DIRECTORY | unix.O_CLOEXEC, Resolve: unix.RESOLVE_IN_ROOT | unix.RESOLVE_NO_MAGICLINKS,
+	})
+	if errors.Is(err, unix.ENOENT) {
+		return nil // it is a directory of /sys or /dev
+	}
+	if err != nil {
+		return err
+	}
+	const name = "/proc/self/fd/%d/."
+	// A copy keeps owners, modes and times, also the directory's own.
+	return errors.Join(fs.CopyDir(fmt.Sprintf(name, volume), fmt.Sprintf(name, from)), unix.Close(from))
 }
 
 // place makes the file or directory that the mount is put on, where there is none.

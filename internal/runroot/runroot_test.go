@@ -156,6 +156,52 @@ func TestInPlace(t *testing.T) {
 	}
 }
 
+// A volume has what the image holds there, and nothing of what is mounted for the command.
+func TestVolumes(t *testing.T) {
+	layer := makeRoot(t)
+	for name, text := range map[string]string{"data/seed": "image's", "sys/class/mine": "image's too", "etc/resolv.conf": "nothing"} {
+		at := filepath.Join(layer, name)
+		if err := errors.Join(os.MkdirAll(filepath.Dir(at), 0o755), os.WriteFile(at, []byte(text), 0o644)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for name, to := range map[string]string{"link": "/data", "class": "/sys/class", "kernel": "../../sys/kernel", "proc-link": "proc", "net": "/proc/self/net"} {
+		if err := os.Symlink(to, filepath.Join(layer, name)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	const list = `cd "$0" && echo * && for f in *; do test ! -f "$f" || cat "$f"; done`
+	for volume, want := range map[string]string{
+		"/data": "seed\nimage's", "/link": "seed\nimage's", "/class": "mine\nimage's too", "/sys/class": "mine\nimage's too",
+		"/kernel": "*\n", "/dev/shm": "*\n", "/new/dir": "*\n",
+	} {
+		o := runroot.Options{Layers: []string{layer}, Scratch: t.TempDir(), Volumes: []string{volume}, Args: []string{"sh", "-c", list, volume}}
+		if out, errs, err := runAll(t, o); err != nil || out != want {
+			t.Errorf("%s: %v, %q, %s, want %q", volume, err, out, errs, want)
+		}
+	}
+	for volume, want := range map[string]string{"/proc-link": "leads to /proc,", "/net": "leads to /proc/"} {
+		o := runroot.Options{Layers: []string{layer}, Scratch: t.TempDir(), Volumes: []string{volume}, Args: []string{"sh", "-c", list, volume}}
+		if out, _, err := runAll(t, o); err == nil || !strings.Contains(err.Error(), "volume "+volume+": it "+want) {
+			t.Errorf("%s: %v, %q, want an error", volume, err, out)
+		}
+		if left, err := os.ReadDir(o.VolumeDir(0)); err != nil || len(left) != 0 {
+			t.Errorf("%s: copied %d files, %v", volume, len(left), err)
+		}
+	}
+	// The host's name resolution is part of a volume above it.
+	o := runroot.Options{Layers: []string{layer}, Scratch: t.TempDir(), Volumes: []string{"/etc"}, Args: []string{"cat", "/etc/resolv.conf"}}
+	host, err := os.ReadFile("/etc/resolv.conf")
+	if errors.Is(err, os.ErrNotExist) {
+		host = []byte("nothing")
+	} else if err != nil {
+		t.Fatal(err)
+	}
+	if out, errs, err := runAll(t, o); err != nil || out != string(host) {
+		t.Errorf("resolv.conf: %v, %q, %s, want the host's", err, out, errs)
+	}
+}
+
 func TestUser(t *testing.T) {
 	root := makeRoot(t)
 	out, errs, err := runAll(t, runroot.Options{Root: root, UID: 1234, GID: 567, Args: []string{"sh", "-c", `while read -r k v; do case $k in Uid:|Gid:|Groups:) echo $k $v;; esac; done < /proc/self/status; echo x > /new`}})
