@@ -1,8 +1,10 @@
 package persist
 
 import (
+	"bufio"
 	"cmp"
 	"fmt"
+	"io"
 	"slices"
 
 	"github.com/headstart-oci/headstart/pkg/trace"
@@ -49,37 +51,69 @@ func fitRanges(ranges []trace.Range, most int) []trace.Range {
 	return slices.Clip(out)
 }
 
+// fitSlack is room for the end line and a line of loss, in bytes.
+const fitSlack = 4 << 10
+
 // Fit returns l within the bounds of the native format, and l itself when it is: a file
 // with more than [MaxFileRanges] ranges, and each file of a list with more than [MaxRanges],
-// gets fewer and longer ones, that still hold every byte. Accesses beyond what [MaxLines]
-// leaves room for go, with a loss "limit".
+// gets fewer and longer ones, that still hold every byte. The last accesses, those beyond what
+// [MaxLines] and [MaxListSize] leave room for, go, with a loss "limit".
 func (l *List) Fit() *List {
 	total, longest := 0, 0
 	for i := range l.Accesses {
 		n := len(l.Accesses[i].Ranges)
 		total, longest = total+n, max(longest, n)
 	}
-	room := MaxLines - len(l.Processes) - len(l.Losses) - len(l.Command) - 32
-	if total <= MaxRanges && longest <= MaxFileRanges && len(l.Accesses) <= room {
-		return l
-	}
-	out := *l
-	out.Accesses = slices.Clone(l.Accesses)
-	if over := len(out.Accesses) - max(room, 0); over > 0 {
-		out.Accesses = out.Accesses[:max(room, 0)]
-		out.Losses = append(slices.Clone(l.Losses), trace.Loss{Reason: "limit", Count: int64(over), Detail: fmt.Sprintf("the list holds %d files", room)})
-	}
-	most := MaxFileRanges
-	if total > MaxRanges {
-		most = fileLimit(out.Accesses)
-	}
-	for i := range out.Accesses {
-		a := &out.Accesses[i]
-		if len(a.Ranges) > most {
-			a.Ranges = fitRanges(a.Ranges, most)
+	lines := max(MaxLines-len(l.Processes)-len(l.Losses)-len(l.Command)-32, 0)
+	out := l
+	if total > MaxRanges || longest > MaxFileRanges {
+		most := MaxFileRanges
+		if total > MaxRanges {
+			most = fileLimit(l.Accesses[:min(len(l.Accesses), lines)])
+		}
+		changed := *l
+		out, changed.Accesses = &changed, slices.Clone(l.Accesses)
+		for i := range out.Accesses {
+			a := &out.Accesses[i]
+			if len(a.Ranges) > most {
+				a.Ranges = fitRanges(a.Ranges, most)
+			}
 		}
 	}
-	return &out
+	keep := min(len(out.Accesses), lines)
+	keep = out.fitting(keep)
+	over := len(out.Accesses) - keep
+	if over == 0 {
+		return out
+	}
+	cut := *out
+	cut.Accesses = slices.Clip(out.Accesses[:keep])
+	cut.Losses = append(slices.Clone(l.Losses), trace.Loss{Reason: "limit", Count: int64(over), Detail: fmt.Sprintf("the list holds %d files", keep)})
+	return &cut
+}
+
+// fitting returns how many of the first n accesses MaxListSize leaves room for.
+func (l *List) fitting(n int) int {
+	// A byte takes at most four when it is escaped, a range 60, the numbers of an access 80.
+	size := int64(0)
+	for i := range l.Accesses[:n] {
+		a := &l.Accesses[i]
+		size += 80 + 4*int64(len(a.Path)+len(a.Command)) + 60*int64(len(a.Ranges))
+	}
+	head := &lineWriter{w: bufio.NewWriter(io.Discard), maxLines: MaxLines, maxSize: MaxListSize}
+	l.writeHeader(head)
+	room := MaxListSize - head.n - fitSlack
+	if size <= room {
+		return n
+	}
+	var b []byte
+	for i := range l.Accesses[:n] {
+		b = appendAccess(b[:0], &l.Accesses[i])
+		if room -= int64(len(b)) + 1; room < 0 {
+			return i
+		}
+	}
+	return n
 }
 
 // fileLimit returns the largest number of ranges of a file with which all files have at

@@ -1,8 +1,11 @@
 package persist_test
 
 import (
+	"errors"
+	"fmt"
 	"io"
 	"math/rand/v2"
+	"strings"
 	"testing"
 
 	"github.com/headstart-oci/headstart/pkg/persist"
@@ -79,5 +82,37 @@ func TestFitTooManyFiles(t *testing.T) {
 	fit := l.Fit()
 	if len(fit.Accesses) >= persist.MaxLines || len(fit.Losses) != 1 || fit.Losses[0].Reason != "limit" || fit.Losses[0].Count != int64(persist.MaxLines-len(fit.Accesses)) {
 		t.Errorf("Fit left %d accesses and %v", len(fit.Accesses), fit.Losses)
+	}
+}
+
+// A list of more bytes than the format takes keeps the accesses that came first, as many as fit.
+func TestFitTooManyBytes(t *testing.T) {
+	t.Parallel()
+	const n, escaped = 9000, 4000
+	l := &persist.List{Reference: "app:v1", Trace: trace.Trace{
+		Losses:    []trace.Loss{{Reason: "overflow", Count: 1}},
+		Processes: []trace.Process{{PID: 1, Command: strings.Repeat("\x01", escaped)}},
+	}}
+	for i := range n {
+		l.Accesses = append(l.Accesses, trace.Access{Path: fmt.Sprintf("/%d%s", i, strings.Repeat("\x01", escaped)), How: trace.Opened})
+	}
+	if _, err := l.WriteTo(io.Discard); !errors.Is(err, persist.ErrInvalid) {
+		t.Fatalf("a list of more than %d bytes was written: %v", persist.MaxListSize, err)
+	}
+	fit := l.Fit()
+	size, err := fit.WriteTo(io.Discard)
+	// One access more would not fit, and there is a reserve of 4 KiB.
+	if err != nil || size < persist.MaxListSize-4*escaped-5000 {
+		t.Errorf("Fit left %d bytes of %d, %v", size, persist.MaxListSize, err)
+	}
+	left := len(fit.Accesses)
+	if left == 0 || left >= n || fit.Accesses[left-1].Path != l.Accesses[left-1].Path {
+		t.Errorf("Fit left %d accesses of %d", left, n)
+	}
+	if len(fit.Losses) != 2 || fit.Losses[1].Reason != "limit" || fit.Losses[1].Count != int64(n-left) {
+		t.Errorf("Fit noted %v", fit.Losses)
+	}
+	if len(l.Accesses) != n || len(l.Losses) != 1 {
+		t.Error("the list itself was changed")
 	}
 }
