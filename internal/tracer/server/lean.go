@@ -123,7 +123,7 @@ func (s *session) handleLean(e *fanotify.Event, fd int, ino uint64, st *unix.Sta
 	how := ways(e.Mask)
 	f := s.firstOf(ino)
 	if f == nil {
-		s.firstLean(ino, how, e.PID, st)
+		s.firstLean(ino, fd, how, e.PID, st)
 		if how&trace.Executed != 0 {
 			s.comms.executes(e.PID, strings.TrimSuffix(s.names.raw(fd), deletedSuffix))
 		}
@@ -149,7 +149,7 @@ func (s *session) firstOf(ino uint64) *first {
 	return l.firsts.at(n)
 }
 
-func (s *session) firstLean(ino uint64, how trace.How, pid int32, st *unix.Statx_t) {
+func (s *session) firstLean(ino uint64, fd int, how trace.How, pid int32, st *unix.Statx_t) {
 	if s.full() {
 		return
 	}
@@ -162,6 +162,12 @@ func (s *session) firstLean(ino uint64, how trace.How, pid int32, st *unix.Statx
 	})
 	l.byNumber.add(n, func(n uint32) uint64 { return l.firsts.at(n).ino })
 	s.nextID++
+	if s.origin.madeSince(fd, st, s.armed) {
+		// A run that goes on making files does not go on touching the image.
+		s.entries.at(i).state = left
+		s.skipped++
+		return
+	}
 	l.unnamed++
 	l.fresh = true
 }

@@ -68,6 +68,16 @@ func (o *origin) of(fd int, st *unix.Statx_t, armed time.Time) whence {
 	return image
 }
 
+// madeSince reports whether the run, which began at armed, made the open file fd of an overlay, with status
+// st, as far as its handle tells. A file that is older costs no system call: the run neither made nor
+// changed it.
+func (o *origin) madeSince(fd int, st *unix.Statx_t, armed time.Time) bool {
+	if st.Mask&unix.STATX_BTIME != 0 && time.Unix(st.Btime.Sec, int64(st.Btime.Nsec)).Before(armed) {
+		return false
+	}
+	return o.handles && o.ofHandle(fd) == made
+}
+
 // ofHandle asks the overlay for the file's handle, which since Linux 6.6 can be had for
 // every file and says whether the file has a lower layer behind it, deleted or not,
 // copied up or not. Source: fs/overlayfs/export.c ovl_check_encode_origin.

@@ -1,0 +1,30 @@
+package tracer_test
+
+import (
+	"fmt"
+	"slices"
+	"testing"
+	"time"
+
+	"github.com/headstart-oci/headstart/internal/tracer"
+)
+
+// TestIdleWhileWriting holds that a run which goes on making files, as servers do, is idle all the same, and
+// that what it made is skipped.
+func TestIdleWhileWriting(t *testing.T) {
+	b := newDiskBox(t, identitySetup)
+	args := []string{"/program", "files", "read:/s/plain"}
+	for i := range 200 {
+		args = append(args, fmt.Sprintf("write:/s/made%d", i), "pause:100ms")
+	}
+	c := b.create(t, pivot, args...)
+	s := start(t, c, tracer.Options{Idle: 2 * time.Second})
+	c.letGo(t)
+	r := result(t, s)
+	if r.End != tracer.EndIdle || r.Err != nil || !r.Trace.Complete() || r.Trace.Skipped < 1 {
+		t.Errorf("end %q, error %v, losses %q, skipped %d; want %q without a loss", r.End, r.Err, lossOf(r), r.Trace.Skipped, tracer.EndIdle)
+	}
+	if got, want := identityOf(r), []string{"/s/plain 10000"}; !slices.Equal(got, want) {
+		t.Errorf("files %q, want %q", got, want)
+	}
+}
