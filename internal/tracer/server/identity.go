@@ -17,7 +17,7 @@ import (
 // inodes whose pages were touched.
 type identity struct {
 	s       *session
-	left    map[uint64]struct{} // numbers of inodes that the run made
+	left    map[uint64]struct{} // numbers of inodes that were counted as skipped or lost
 	renamed map[uint64][]uint32 // entries that are not where they were in the image, by inode number
 	wanted  int                 // inodes with pages whose path is not known
 	sure    bool                // every range so far is certain
@@ -40,7 +40,7 @@ func (s *session) resolvePages() {
 		d.entry(i)
 	}
 	if s.lean != nil {
-		s.nameRest(d.send)
+		s.nameRest(d.send, d.left)
 	}
 	err := d.search()
 	for i := range s.pages.files.all.n {

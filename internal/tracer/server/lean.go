@@ -219,12 +219,14 @@ func (s *session) named(j, dir int, p string, f *first, found foundEntry) {
 	}
 }
 
-// nameRest looks for what is missing still, at the end. What no layer has the run made.
-func (s *session) nameRest(found foundEntry) {
+// nameRest looks for what is missing still, at the end, and notes the numbers of what it does not find: what
+// no layer has the run made.
+func (s *session) nameRest(found foundEntry, missing map[uint64]struct{}) {
 	err := s.nameEntries(found)
 	for n := range s.lean.firsts.n {
 		if e := s.entries.at(s.lean.firsts.at(n).entry); e.state == waiting {
 			e.state = left
+			missing[e.ino] = struct{}{}
 			if err != nil {
 				s.unresolved(fmt.Sprintf("no path was found for a file that was touched (search ended early: %v)", err))
 				continue
