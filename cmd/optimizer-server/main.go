@@ -2,7 +2,7 @@
 // standard output, as package internal/tracer/stream describes. It is started by the NRI
 // plugin and by optimizer record, one process per container.
 //
-//	optimizer-server --pid PID [--root DIR] [--max-files N] [--pages SPEC 3<instance]
+//	optimizer-server --pid PID [--attach] [--root DIR] [--max-files N] [--pages SPEC 3<instance]
 //
 // It ends when the process does, on SIGTERM or SIGINT, and when its standard input, if
 // that is a pipe, is closed; everything that happened before is written first. Exit status:
@@ -70,6 +70,7 @@ func parse(args []string, env func(string) string, stderr io.Writer) (server.Con
 	flags.SetOutput(stderr)
 	var c server.Config
 	flags.IntVar(&c.PID, "pid", 0, "trace the container of process `PID`, as the host numbers it (default: $_MNTNS_PID)")
+	flags.BoolVar(&c.Attach, "attach", false, "the process runs already: note that its start is missing")
 	flags.StringVar(&c.Root, "root", "", "trace `DIR` inside that process' root (default: $_TARGET, else /)")
 	var spec string
 	flags.StringVar(&spec, "pages", "", "read page events too, from the instance of tracefs that is open as descriptor 3 and that `SPEC` describes")

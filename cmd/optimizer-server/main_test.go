@@ -25,6 +25,7 @@ func TestParse(t *testing.T) {
 		err  string
 	}{
 		"flags":           {args: []string{"--pid", "7", "--root", "/x", "--max-files", "5"}, want: server.Config{PID: 7, Root: "/x", MaxFiles: 5}},
+		"running":         {args: []string{"--pid", "7", "--attach"}, want: server.Config{PID: 7, Attach: true, MaxFiles: files}},
 		"pid only":        {args: []string{"-pid=7"}, want: server.Config{PID: 7, MaxFiles: files}},
 		"upstream":        {env: map[string]string{"_MNTNS_PID": "7", "_TARGET": "/"}, want: server.Config{PID: 7, Root: "/", MaxFiles: files}},
 		"flags win":       {args: []string{"--pid", "8"}, env: map[string]string{"_MNTNS_PID": "7"}, want: server.Config{PID: 8, MaxFiles: files}},

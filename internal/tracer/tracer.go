@@ -67,6 +67,7 @@ type Options struct {
 	// PagesWait is how long a start waits for page events when none are ready; 0: as long as it takes.
 	PagesWait time.Duration
 	PID       int           // the container's first process, as the host numbers it
+	Attach    bool          // it runs already, so that its start is missing: a loss
 	Timeout   time.Duration // 0: none; the recording ends then, counted from arming
 	Idle      time.Duration // 0: none; ends when no file was touched for the first time for that long
 	Grace     time.Duration // 0: DefaultGrace
@@ -145,6 +146,9 @@ func Start(ctx context.Context, o Options) (*Session, error) {
 // asks the server to finish, and comes by itself when this process dies.
 func (s *Session) spawn() (io.ReadCloser, error) {
 	cmd := exec.Command(s.o.Server, "--pid", strconv.Itoa(s.o.PID))
+	if s.o.Attach {
+		cmd.Args = append(cmd.Args, "--attach")
+	}
 	if s.pages != nil {
 		spec, err := s.pages.Spec().MarshalText()
 		if err != nil {

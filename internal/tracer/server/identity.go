@@ -320,7 +320,7 @@ func (t *target) devices() map[uint64]bool {
 
 // bound returns files that are on the layers' filesystems and not of the image, as far as that
 // is known beforehand: what is mounted over a file, as resolv.conf is, and the program that is to
-// execute the container's command.
+// execute the container's command, unless that runs already.
 func (t *target) bound() map[inode]struct{} {
 	out := make(map[inode]struct{})
 	devices := t.devices()
@@ -342,7 +342,7 @@ func (t *target) bound() map[inode]struct{} {
 		}
 	}
 	var st unix.Stat_t
-	if unix.Fstatat(t.proc, fmt.Sprintf("%d/exe", t.pid), &st, 0) == nil {
+	if !t.runs && unix.Fstatat(t.proc, fmt.Sprintf("%d/exe", t.pid), &st, 0) == nil {
 		out[inode{st.Dev, st.Ino}] = struct{}{}
 	}
 	return out

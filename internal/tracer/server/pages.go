@@ -19,6 +19,9 @@ const (
 	pageBatch = 512
 	// maxThreads bounds the cache of threads, and of the table of processes.
 	maxThreads = 1 << 16
+	// rounds is how often arm asks for threads again at most: one more for each time that a process is
+	// faster, which few are twice.
+	rounds = 8
 )
 
 // pageLog folds page events, file by file. One goroutine reads them; what it found is for
@@ -66,7 +69,8 @@ func newPageLog(p Pages, t *target, c *comms, maxFiles int) (*pageLog, error) {
 	}, nil
 }
 
-// arm names the threads of the container's first process to the kernel. Threads that appear while it does so are asked for again; those made later the kernel follows by itself.
+// arm names the threads of the container's processes to the kernel. Threads that appear while it does so are
+// asked for again; those made later the kernel follows by itself.
 func (l *pageLog) arm() error {
 	l.devices, l.outside = l.t.devices(), l.t.bound()
 	threads, err := l.t.threads()
@@ -76,11 +80,17 @@ func (l *pageLog) arm() error {
 	if err := l.instance.Arm(threads...); err != nil {
 		return err
 	}
-	late, err := l.t.threads()
-	if err == nil && !slices.Equal(threads, late) {
-		err = l.instance.Add(late...)
+	for range rounds {
+		late, err := l.t.threads()
+		if err != nil || slices.Equal(threads, late) {
+			return err
+		}
+		if err := l.instance.Add(late...); err != nil {
+			return err
+		}
+		threads = late
 	}
-	return err
+	return nil
 }
 
 // begin starts the clock and the reading.

@@ -20,6 +20,7 @@ import (
 
 	"github.com/headstart-oci/headstart/internal/tracer/stream"
 	"github.com/headstart-oci/headstart/pkg/fanotify"
+	"github.com/headstart-oci/headstart/pkg/trace"
 	"github.com/headstart-oci/headstart/pkg/trace/tracefs"
 )
 
@@ -29,7 +30,9 @@ const DefaultMaxFiles = 1 << 20
 
 // Config says what to trace.
 type Config struct {
-	PID      int    // a process of the container, as the host numbers it; greater than 0
+	PID int // a process of the container, as the host numbers it; greater than 0
+	// Attach says that the process runs already: that its start is missing is a loss.
+	Attach   bool
 	Pages    Pages  // where page events come from; the zero value: nowhere
 	Root     string // directory inside that process' root; empty means "/"
 	MaxFiles int    // 0 and what exceeds 2^31-1 mean DefaultMaxFiles
@@ -112,6 +115,9 @@ func arm(c Config, out *output) (*session, error) {
 		return nil, errors.Join(err, t.close())
 	}
 	s := newSession(c, t, g, out)
+	if t.runs = c.Attach; c.Attach {
+		s.losses.Lose(trace.Loss{Reason: "late", Count: -1, Detail: "attached to a running process: what it touched before is not known"})
+	}
 	note := s.openPages()
 	fail := func(err error) (*session, error) {
 		return nil, errors.Join(err, s.closePages(), g.Close(), t.close())

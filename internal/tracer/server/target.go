@@ -3,6 +3,7 @@ package server
 import (
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"strconv"
 	"strings"
@@ -18,15 +19,16 @@ import (
 // container may have no /proc, or one of another pid namespace.
 type target struct {
 	pid   int
-	pidfd int // becomes readable when the process ends
-	proc  int // the host's /proc
-	fds   int // the host's /proc/<self>/fd
-	home  int // the server's own mount namespace
-	ns    int // the container's mount namespace
-	root  int // the container's root, later the directory that is traced
-	view  int // the same directory without whatever is mounted below it
-	upper int // the overlay's writable layer, -1 when there is none or it is not visible
-	host  int // the host's mountinfo: whatever reads it sees the namespace it was opened in
+	runs  bool // it was started before the recording, and does not stand by
+	pidfd int  // becomes readable when the process ends
+	proc  int  // the host's /proc
+	fds   int  // the host's /proc/<self>/fd
+	home  int  // the server's own mount namespace
+	ns    int  // the container's mount namespace
+	root  int  // the container's root, later the directory that is traced
+	view  int  // the same directory without whatever is mounted below it
+	upper int  // the overlay's writable layer, -1 when there is none or it is not visible
+	host  int  // the host's mountinfo: whatever reads it sees the namespace it was opened in
 
 	hostDev string            // "major:minor" of the server's own root
 	layers  []layer           // where the image's files come from; none when that is not known
@@ -274,9 +276,31 @@ func readlink(dir int, name string) string {
 // pollFD narrows a descriptor to what poll(2) takes; descriptors fit by construction.
 func pollFD(fd int) int32 { return int32(fd) } //nolint:gosec // descriptors are below RLIMIT_NOFILE
 
-// threads returns the threads of the container's first process.
+// threads returns the threads of the container's first process and of all its descendants, as far as they
+// can be found (CONFIG_PROC_CHILDREN): a container that runs already has some.
 func (t *target) threads() ([]int, error) {
-	fd, err := unix.Openat(t.proc, strconv.Itoa(t.pid)+"/task", unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	all, err := t.task(t.pid)
+	if err != nil {
+		return nil, err
+	}
+	seen := map[int]bool{t.pid: true}
+	for next := 0; next < len(all) && len(all) < maxThreads; next++ {
+		for _, child := range t.children(all[next]) {
+			if seen[child] {
+				continue
+			}
+			seen[child] = true
+			if more, err := t.task(child); err == nil { // else it is gone
+				all = append(all, more...)
+			}
+		}
+	}
+	return all, nil
+}
+
+// task returns the threads of a process.
+func (t *target) task(pid int) ([]int, error) {
+	fd, err := unix.Openat(t.proc, strconv.Itoa(pid)+"/task", unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return nil, fmt.Errorf("list threads: %w", err)
 	}
@@ -294,4 +318,25 @@ func (t *target) threads() ([]int, error) {
 		threads = append(threads, n)
 	}
 	return threads, nil
+}
+
+// children returns the processes that a thread made and that still run.
+func (t *target) children(thread int) []int {
+	id := strconv.Itoa(thread)
+	fd, err := unix.Openat(t.proc, id+"/task/"+id+"/children", unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil
+	}
+	file := os.NewFile(uintptr(fd), "children")
+	text, err := io.ReadAll(file)
+	if err = errors.Join(err, file.Close()); err != nil {
+		return nil
+	}
+	var pids []int
+	for field := range strings.FieldsSeq(string(text)) {
+		if n, err := strconv.Atoi(field); err == nil {
+			pids = append(pids, n)
+		}
+	}
+	return pids
 }

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -60,10 +61,34 @@ func file1(what, file, other string) error {
 		cmd := exec.Command("/program", "files", "read:"+file)
 		cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWNS}
 		return cmd.Run()
+	case "child": // so many generations of children, the last of which waits for a file and then reads
+		return child(file, other)
 	case "pause":
 		d, err := time.ParseDuration(file)
 		time.Sleep(d)
 		return err
 	}
 	return errors.New("unknown")
+}
+
+// child does what the last of so many generations of children is to do: see above.
+func child(generations, file string) error {
+	if generations == "0" {
+		if err := os.WriteFile("/s/waits", []byte("x"), 0o644); err != nil {
+			return err
+		}
+		for range 6000 {
+			if _, err := os.Stat(file); err == nil {
+				_, err := os.ReadFile("/s/plain")
+				return errors.Join(err, exec.Command("/program", "nothing").Run())
+			}
+			time.Sleep(10 * time.Millisecond)
+		}
+		return errors.New("nobody wants it to")
+	}
+	n, err := strconv.Atoi(generations)
+	if err != nil {
+		return err
+	}
+	return exec.Command("/program", "files", fmt.Sprintf("child:%d:%s", n-1, file)).Run()
 }
