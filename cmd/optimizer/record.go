@@ -75,7 +75,7 @@ func newRecord(g *global) *cobra.Command {
 		Short: "Record which files a workload reads, in order",
 		Long: `record writes the access list of a workload. It runs an image, or a command in a root
 directory, traced from its first instruction; or it attaches to a running container or process,
-which misses what was read before.
+which misses what was read before: that list counts as incomplete, and replaces none that is there.
 
 An image (a registry's, oci:DIR, oci-archive:FILE or containerd:REF) is unpacked into a private
 directory, which goes when the recording ends, and run with its entrypoint, environment, user, working

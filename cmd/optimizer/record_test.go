@@ -332,6 +332,9 @@ func TestRecordContainer(t *testing.T) {
 	if want := "true " + ref + " web web-1 shop [/hello sleep] true stop\n"; got != want {
 		t.Errorf("list says %s, want %s", got, want)
 	}
+	if len(l.Losses) != 1 || l.Losses[0].Reason != "late" {
+		t.Errorf("losses %+v, want one that says that the start is missing", l.Losses)
+	}
 	if !slices.Contains(paths(l), "/etc/greeting") {
 		t.Errorf("recorded %q, want /etc/greeting among them", paths(l))
 	}

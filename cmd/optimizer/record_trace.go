@@ -35,7 +35,7 @@ func (o *recordOptions) trace(ctx context.Context, server string, pid int, l *pe
 	defer o.pages.release()
 	// An interrupt ends the recording; it must not kill the tracer before it has sent everything.
 	sess, err := tracer.Start(context.WithoutCancel(ctx), tracer.Options{
-		Server: server, Pages: o.pages.pool, PID: pid, Timeout: o.timeout, Idle: o.idle, Log: o.log(),
+		Server: server, Pages: o.pages.pool, PID: pid, Attach: p == nil, Timeout: o.timeout, Idle: o.idle, Log: o.log(),
 	})
 	if err != nil {
 		return false, fmt.Errorf("start the tracer: %w", err)

@@ -60,11 +60,14 @@ func (o *recordOptions) keep(l *persist.List) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, s.Close()) }()
-	saved, err := s.Save(l, persist.SaveOptions{Readable: o.readable, Overwrite: true, Timeout: o.timeout})
+	saved, err := s.Save(l, persist.SaveOptions{Readable: o.readable, Overwrite: o.image != "", Partial: o.image == "", Timeout: o.timeout})
 	if err != nil {
 		return err
 	}
 	o.note("list: %s", saved.Native)
+	if saved.Paths == "" && l.Reference != "" && o.image == "" {
+		o.note("lists named after %s stay as they are, if there are any: this one misses the container's start", l.Reference)
+	}
 	return nil
 }
 

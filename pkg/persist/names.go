@@ -11,16 +11,20 @@ import (
 )
 
 // nativeName returns where the native list of l is kept, relative to the store:
-// lists/<hex of the manifest digest>/<os>-<arch>[-<variant>]/<container>.list.
-// What is no plain name of its kind is replaced by a hash of it.
-func nativeName(l *List) string {
+// lists/<hex of the manifest digest>/<os>-<arch>[-<variant>]/<container>.list,
+// or <container>.part.list for a part of a run. What is no plain name of its kind is replaced by a hash of it.
+func nativeName(l *List, part bool) string {
+	ext := listExt
+	if part {
+		ext = ".part" + listExt
+	}
 	image := "unknown-" + short(l.Reference)
 	if d, err := digest.Parse(l.Digest); err == nil {
 		image = d.Encoded()
 	}
 	return path.Join(listsDir, image,
 		plainName("platform-", strings.ReplaceAll(l.Platform, "/", "-")),
-		plainName("id-", l.Container)+listExt)
+		plainName("id-", l.Container)+ext)
 }
 
 // plainName returns s when it is a file name of letters, digits, "_", "." and "-" that

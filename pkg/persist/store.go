@@ -48,6 +48,9 @@ type SaveOptions struct {
 	// Overwrite replaces files that are there; without it they stay as they are, unless
 	// they came from a list with loss.
 	Overwrite bool
+	// Partial says that the list lacks the start of the container: it replaces no list of the whole run, which
+	// is kept under another name, and no file that is there unless Overwrite says so.
+	Partial bool
 	// Timeout is the recording's time limit. From 1 s on, the files get a second name
 	// that says so, as upstream gives them.
 	Timeout time.Duration
@@ -95,7 +98,7 @@ func (s *Store) Save(l *List, o SaveOptions) (Saved, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	var saved Saved
-	native := nativeName(l)
+	native := nativeName(l, o.Partial)
 	err := s.write(native, func(w io.Writer) error { _, err := l.WriteTo(w); return err })
 	if err != nil {
 		return saved, fmt.Errorf("save access list: %w", err)
@@ -121,7 +124,7 @@ func (s *Store) saveUpstream(l *List, o SaveOptions, saved *Saved) error {
 	// A link there is a short name of another image, which yields to the image's own.
 	info, err := s.root.Lstat(name)
 	_, lossErr := s.root.Lstat(name + lossExt)
-	if o.Overwrite || lossErr == nil || err != nil || !info.Mode().IsRegular() {
+	if o.Overwrite || (lossErr == nil && !o.Partial) || err != nil || !info.Mode().IsRegular() {
 		if err := s.writeUpstream(l, o.Readable, name, saved); err != nil {
 			return err
 		}

@@ -237,6 +237,52 @@ func TestStoreOverwrite(t *testing.T) {
 	}
 }
 
+// A list of a part of a run replaces nothing, be it of the same container or better than what is there.
+func TestStorePartial(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	s := openStore(t, dir)
+	lossy := one("nginx", "c1", "/whole")
+	lossy.Losses = []trace.Loss{{Reason: "overrun", Count: 1}}
+	whole, err := s.Save(lossy, persist.SaveOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	files := func() map[string]string {
+		m := make(map[string]string)
+		for _, name := range tree(t, dir) {
+			name, _, _ = strings.Cut(name, " ") // of a link
+			b, err := os.ReadFile(filepath.Join(dir, name))
+			if err != nil {
+				t.Fatal(err)
+			}
+			m[name] = string(b)
+		}
+		return m
+	}
+	before := files()
+	part, err := s.Save(one("nginx", "c1", "/part"), persist.SaveOptions{Partial: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if part.Native == whole.Native || part.Paths != "" {
+		t.Errorf("saved %+v beside %+v", part, whole)
+	}
+	after := files()
+	for name, text := range before {
+		if after[name] != text {
+			t.Errorf("%s holds %q, held %q", name, after[name], text)
+		}
+	}
+	if len(after) != len(before)+1 {
+		t.Errorf("files %v, want one more than %v", after, before)
+	}
+	// Where nothing is, it is better than nothing.
+	if saved, err := s.Save(one("redis", "c2", "/part"), persist.SaveOptions{Partial: true}); err != nil || saved.Paths == "" {
+		t.Errorf("the first list: %+v, %v", saved, err)
+	}
+}
+
 // Upstream's files of a list with loss say so in a file beside them, and yield to the next list.
 func TestStoreLoss(t *testing.T) {
 	t.Parallel()
