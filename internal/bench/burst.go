@@ -5,11 +5,66 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
+	"strings"
+	"time"
 
 	"github.com/headstart-oci/headstart/internal/workload"
 	"github.com/headstart-oci/headstart/pkg/persist"
 )
+
+// tracerPeak runs a recording and returns the largest resident set of its tracer, in bytes. The kernel's own count of
+// a child's begins with that of its parent, so the process is asked while it runs.
+func tracerPeak(ctx context.Context, line []string) (peak int64, err error) {
+	cmd := exec.CommandContext(ctx, line[0], line[1:]...)
+	if err := cmd.Start(); err != nil {
+		return 0, err
+	}
+	ended := make(chan error, 1)
+	go func() { ended <- cmd.Wait() }()
+	tick := time.NewTicker(2 * time.Millisecond)
+	defer tick.Stop()
+	tracer := ""
+	for {
+		select {
+		case err := <-ended:
+			if err == nil && peak == 0 {
+				err = errors.New("the recording had no optimizer-server")
+			}
+			return peak, err
+		case <-tick.C:
+		}
+		if tracer == "" {
+			tracer = tracerOf(cmd.Process.Pid)
+			continue
+		}
+		b, err := os.ReadFile(filepath.Join("/proc", tracer, "status"))
+		_, rest, ok := strings.Cut(string(b), "\nVmHWM:")
+		if err != nil || !ok {
+			continue // it has ended
+		}
+		var kib int64
+		if _, err := fmt.Sscan(rest, &kib); err == nil {
+			peak = max(peak, kib<<10)
+		}
+	}
+}
+
+// tracerOf returns the number of the tracer that is a child of process pid, "" when there is none.
+func tracerOf(pid int) string {
+	threads, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/children", pid)) // the pattern is one
+	for _, file := range threads {
+		children, _ := os.ReadFile(file) // the thread may be gone
+		for child := range strings.FieldsSeq(string(children)) {
+			name, err := os.ReadFile(filepath.Join("/proc", child, "comm"))
+			if err == nil && strings.HasPrefix("optimizer-server", strings.TrimSpace(string(name))) {
+				return child
+			}
+		}
+	}
+	return ""
+}
 
 // benchBurst runs a static program that reads 60,000 small files as fast as it can, with
 // and without a tracer on its root, and counts what the list holds.
@@ -48,6 +103,10 @@ func benchBurst(ctx context.Context, b *bench) (err error) {
 	if err != nil {
 		return err
 	}
+	peak, err := tracerPeak(ctx, traced.lines[0])
+	if err != nil {
+		return err
+	}
 	f, err := os.Open(list)
 	if err != nil {
 		return err
@@ -60,6 +119,8 @@ func benchBurst(ctx context.Context, b *bench) (err error) {
 	fmt.Fprintf(b.out, "%-44s %9.2fs\n", "without a tracer", medianWall(without).Seconds())
 	fmt.Fprintf(b.out, "%-44s %9.2fs  (the recorder's own start and end included)\n", "optimizer record", medianWall(with).Seconds())
 	fmt.Fprintf(b.out, "%-44s %10.2f\n", "ratio", ratio(medianWall(with), medianWall(without)))
+	fmt.Fprintf(b.out, "%-44s %10.2f\n", "ratio of user and system time, all processes", ratio(medianCPU(with), medianCPU(without)))
+	fmt.Fprintf(b.out, "%-44s %10s  (largest resident set of one more run)\n", "memory of optimizer-server", mib(peak))
 	fmt.Fprintf(b.out, "%-44s %10d of %d, losses %v\n", "files listed", len(l.Accesses), workload.BurstFiles+1, l.Losses)
 	return nil
 }
