@@ -408,7 +408,7 @@ type calibration struct{ known, oneMore bool }
 
 // readsOneMore finds out whether the kernel reports a read of one page as one of two, as
 // Linux does before "filemap: fix the last_index of mm_filemap_get_pages" (2025): it reads a
-// byte of this program under its own eyes, in an instance that is idle and is so afterwards.
+// byte of this program under its own eyes, in an instance that is idle and empty and is so afterwards.
 func (f *FS) readsOneMore(i *Instance) (bool, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -427,29 +427,36 @@ func (f *FS) readsOneMore(i *Instance) (bool, error) {
 	defer r.Close() //nolint:errcheck // its descriptors only
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
-	tid := unix.Gettid()
-	err = i.Arm(tid)
-	if err == nil {
+	tid := int32(unix.Gettid()) //nolint:gosec // a pid has 32 bits
+	// For this moment everybody's reads are recorded: to forget a filter takes the kernel tens of milliseconds.
+	enable := "events/" + tracepoints[Read].dir + "/enable"
+	if err = i.dir.write(enable, "1"); err == nil {
 		_, err = exe.ReadAt(make([]byte, 1), 0)
 	}
+	err = errors.Join(err, i.dir.write(enable, "0"))
 	r.Stop()
 	events := make([]Event, 64)
-	for err == nil && !f.calibrate.known {
+	for err == nil { // to the end, so that nothing is left in the rings
 		var n int
-		if n, err = r.Read(events); errors.Is(err, errEOF) {
-			// A filesystem that does not read through the page cache: nothing to correct.
-			err = nil
-			break
-		}
+		n, err = r.Read(events)
 		for _, e := range events[:n] {
-			if e.Kind == Read && e.PID == int32(tid) && e.First == 0 && e.Last <= 1 { //nolint:gosec // a pid has 32 bits
+			// None on a filesystem that does not read through the page cache: nothing to correct.
+			if !f.calibrate.known && e.Kind == Read && e.PID == tid && e.First == 0 && e.Last <= 1 {
 				f.calibrate = calibration{known: true, oneMore: e.Last == 1}
-				break
 			}
 		}
 	}
-	if err = errors.Join(err, i.Reset()); err != nil {
-		return false, fmt.Errorf("calibrate: %w", err)
+	if errors.Is(err, errEOF) {
+		err = nil
+	}
+	lost, lerr := i.Lost()
+	if err = errors.Join(err, lerr); err != nil || lost.Total() > 0 {
+		err = errors.Join(err, i.Reset())
+	} else {
+		err = i.dir.write("tracing_on", "1")
+	}
+	if err != nil {
+		return false, fmt.Errorf("calibrate: %w", explain(err))
 	}
 	return f.calibrate.oneMore, nil
 }
