@@ -252,7 +252,8 @@ func (g *randomImage) link(p string) {
 			targets = append(targets, q)
 		}
 	}
-	if len(targets) == 0 {
+	if len(targets) == 0 { // its parents may count on an entry
+		g.emit(p, &randomNode{header: g.header(tar.TypeReg), id: g.nodes}, tar.TypeReg, "")
 		return
 	}
 	slices.Sort(targets)

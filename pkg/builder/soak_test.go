@@ -65,6 +65,9 @@ func randomOptions(r *rand.Rand) builder.Options {
 		ChunkSize:  uint32(1) << []int{12, 12, 12, 13, 16, 16, 20, 24}[r.IntN(8)],
 		Workers:    1 + r.IntN(3), NoRecompress: r.IntN(2) == 0, VerifyData: true,
 	}
+	if o.FSVersion == rafs.V6 && o.ChunkSize < 1<<24 && r.IntN(8) == 0 {
+		o.Compressor = rafs.CompressorGzip
+	}
 	if o.FSVersion == rafs.V6 && r.IntN(4) == 0 {
 		o.BatchSize = min(o.ChunkSize, 1<<(12+r.IntN(9)))
 	}
@@ -93,9 +96,12 @@ func attack(t *testing.T, seed uint64) {
 	res := convert(t, src, o)
 	checkOCI(t, res)
 	img := built(t, res)
-	t.Run("convert", func(t *testing.T) { img.judgeRandom(t, g, r) })
+	t.Run("convert", func(t *testing.T) { img.judgeRandom(t, g, r, "nydusd") })
 	if !g.lowerLinks { // no layer can say such links alone
-		t.Run("pack and merge", func(t *testing.T) { g.packed(t, o).judgeRandom(t, g, r) })
+		t.Run("pack and merge", func(t *testing.T) { g.packed(t, o).judgeRandom(t, g, r, "nydusd") })
+	}
+	if r.IntN(3) == 0 {
+		t.Run("of nydus-image", func(t *testing.T) { g.optimizeNydus(t, r) })
 	}
 	for i := range 2 {
 		l, whole := g.list(r)
@@ -115,7 +121,7 @@ func attack(t *testing.T, seed uint64) {
 		}
 		t.Run(fmt.Sprintf("optimize %d, %s", i, form), func(t *testing.T) {
 			out.readListed(t, g, whole, form, opt)
-			out.judgeRandom(t, g, r)
+			out.judgeRandom(t, g, r, "nydusd")
 		})
 		img = out
 	}
@@ -247,8 +253,37 @@ func (l *loose) readListed(t *testing.T, g *randomImage, whole []string, form st
 	}
 }
 
-// judgeRandom asks everybody who reads such an image whether it is g's.
-func (l *loose) judgeRandom(t *testing.T, g *randomImage, r *rand.Rand) {
+// optimizeNydus has the real nydus-image make an image of g's tree, and optimizes that.
+func (g *randomImage) optimizeNydus(t *testing.T, r *rand.Rand) {
+	t.Helper()
+	o := builder.Options{FSVersion: rafs.V6}
+	v6 := built(t, convert(t, g.source(t), o))
+	bootstrap, _ := v6.write(t)
+	tree := testenv.MountEROFS(t, bootstrap, v6.expand(t, v6.open(t))...)
+	dir := t.TempDir()
+	boot, blobs := dir+"/image.boot", dir+"/blobs"
+	if err := os.Mkdir(blobs, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	args := []string{"create", "--type", "directory", "--bootstrap", boot, "--blob-dir", blobs, "--whiteout-spec", "none",
+		"--compressor", []string{"none", "lz4_block", "zstd"}[r.IntN(3)], "--digester", []string{"blake3", "sha256"}[r.IntN(2)],
+		"--chunk-size", fmt.Sprintf("%#x", 1<<[]int{12, 16, 20, 24}[r.IntN(4)]), "--fs-version", fmt.Sprint(5 + r.IntN(2))}
+	if args[len(args)-1] == "5" && r.IntN(2) == 0 {
+		args = append(args, "--aligned-chunk")
+	}
+	if out, err := exec.Command(testenv.Tool(t, "nydus-image"), append(args, tree)...).CombinedOutput(); err != nil {
+		t.Fatalf("nydus-image %q: %v\n%.2000s", args, err, out)
+	}
+	src := looseImage(t, boot, blobs)
+	l, whole := g.list(r)
+	out, res := src.optimize(t, builder.OptimizeOptions{List: l, Recompress: r.IntN(3) == 0})
+	out.readListed(t, g, whole, fmt.Sprintf("%q", args), res)
+	// What nydus-image has placed so that its own nydusd misreads it stays so: nydusd is no judge.
+	out.judgeRandom(t, g, r, "nydus-image")
+}
+
+// judgeRandom asks everybody who reads such an image whether it is g's; last is the last of them to be asked.
+func (l *loose) judgeRandom(t *testing.T, g *randomImage, r *rand.Rand, last string) {
 	t.Helper()
 	want := g.want()
 	compare := func(who string, got map[string]item, lax bool) {
@@ -292,6 +327,9 @@ func (l *loose) judgeRandom(t *testing.T, g *randomImage, r *rand.Rand) {
 	}
 	if out, err := exec.Command(testenv.Tool(t, "nydus-image"), "check", "--bootstrap", bootstrap, "--blob-dir", blobDir).CombinedOutput(); err != nil {
 		t.Errorf("nydus-image check: %v\n%.2000s", err, out)
+	}
+	if last != "nydusd" {
+		return
 	}
 	root := testenv.MountNydusdPrefetching(t, bootstrap, blobDir)
 	compare("nydusd", dumpDir(t, root), true)
