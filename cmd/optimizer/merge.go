@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"path/filepath"
 	"strings"
 
 	"github.com/opencontainers/go-digest"
@@ -26,11 +27,12 @@ type mergeOptions struct {
 func newMerge(g *global) *cobra.Command {
 	o := &mergeOptions{global: g}
 	cmd := &cobra.Command{
-		Use:   "merge --bootstrap FILE BLOB...",
+		Use:   "merge --bootstrap FILE LAYER...",
 		Short: "Merge the layers' blobs into the bootstrap of an image",
 		Long: `merge reads the bootstraps that the blobs of layers hold, as "nydus-image create
 --blob-inline-meta" and pkg/builder/converter make them, and writes the bootstrap of the
-image. The lowest layer comes first; whiteouts are applied. Without --prefetch, what the layers'
+image. Bare bootstraps are taken too; one that does not know the id of its blob must have it
+for a file name, up to the first dot. The lowest layer comes first; whiteouts are applied. Without --prefetch, what the layers'
 own prefetch tables name stays. With --chunk-dict, a layer may refer to the blobs of that image
 and to one of its own. Standard output gets the digest of each blob that the image refers to.
 When it fails, no file is written.`,
@@ -97,11 +99,24 @@ func (o *mergeOptions) run(ctx context.Context, files []string) (err error) {
 	return nil
 }
 
-// packedLayer hashes the blob of a layer.
+// packedLayer takes a layer's blob, which it hashes, or a bare bootstrap, whose blob has the file's name up to the
+// first dot for an id, as for nydus-image.
 func packedLayer(f *os.File) (builder.PackedLayer, error) {
 	info, err := f.Stat()
 	if err != nil {
 		return builder.PackedLayer{}, err
+	}
+	if _, err := rafs.ReadInline(f, info.Size()); errors.Is(err, rafs.ErrNoBootstrap) {
+		img, oerr := rafs.Open(f, info.Size())
+		if oerr != nil {
+			return builder.PackedLayer{}, fmt.Errorf("%w, and it is no bare bootstrap: %w", err, oerr)
+		}
+		l := builder.PackedLayer{Bootstrap: img}
+		id, _, _ := strings.Cut(filepath.Base(f.Name()), ".")
+		if d := digest.NewDigestFromEncoded(digest.SHA256, id); d.Validate() == nil {
+			l.Digest = d
+		}
+		return l, nil
 	}
 	d, err := digest.FromReader(f)
 	return builder.PackedLayer{Digest: d, Blob: f, Size: info.Size()}, err

@@ -1,11 +1,14 @@
 package main
 
 import (
+	"bytes"
 	"compress/gzip"
 	"encoding/json"
+	"errors"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"testing"
 
 	"github.com/opencontainers/go-digest"
@@ -13,6 +16,7 @@ import (
 
 	"github.com/headstart-oci/headstart/internal/testenv"
 	"github.com/headstart-oci/headstart/pkg/builder"
+	"github.com/headstart-oci/headstart/pkg/rafs"
 )
 
 // packFixture packs the layers of the fixture image and returns the blobs, named by their ids in a
@@ -91,9 +95,42 @@ func TestMerge(t *testing.T) {
 			t.Errorf("%v: %v\n%s", c, err, text)
 		}
 	}
+	// Bare bootstraps, named by their blobs as nydus-image wants them, make the same image.
+	bare := t.TempDir()
+	args := []string{"merge", "--prefetch", "/app", "--bootstrap", filepath.Join(bare, "merged")}
+	for _, name := range blobs {
+		b, err := os.ReadFile(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		inner, err := rafs.ReadInline(bytes.NewReader(b), int64(len(b)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		file := filepath.Join(bare, filepath.Base(name)+".boot")
+		if err := os.WriteFile(file, inner, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		args = append(args, file)
+	}
+	if text, err := exec.Command(optimizer, args...).CombinedOutput(); err != nil {
+		t.Fatalf("merge of bootstraps: %v\n%s", err, text)
+	}
+	a, aerr := os.ReadFile(out)
+	b, berr := os.ReadFile(filepath.Join(bare, "merged"))
+	if err := errors.Join(aerr, berr); err != nil || !bytes.Equal(a, b) {
+		t.Errorf("bare bootstraps make another image than their blobs: %v", err)
+	}
+	nameless := filepath.Join(bare, "layer.boot")
+	if err := os.Rename(args[len(args)-1], nameless); err != nil {
+		t.Fatal(err)
+	}
 	broken := filepath.Join(t.TempDir(), "broken.boot")
-	if err := exec.Command(optimizer, "merge", "--bootstrap", broken, out).Run(); err == nil {
-		t.Error("merge of a file that is no blob succeeded")
+	for file, want := range map[string]string{nameless: "has a placeholder for the id of its blob", os.Args[0]: "it is no bare bootstrap", "/nowhere": "no such file"} {
+		text, err := exec.Command(optimizer, "merge", "--bootstrap", broken, file).CombinedOutput()
+		if err == nil || !strings.Contains(string(text), want) {
+			t.Errorf("merge of %s = %v, %s, want %q", file, err, text, want)
+		}
 	}
 	if _, err := os.Stat(broken); err == nil {
 		t.Error("a merge that failed left a bootstrap")

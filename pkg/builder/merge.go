@@ -21,6 +21,9 @@ type PackedLayer struct {
 	Digest digest.Digest // of the blob file: the blob's id in the merged bootstrap
 	Blob   io.ReaderAt
 	Size   int64
+	// Bootstrap, when set, is the layer's bootstrap; Blob is not read then, and Digest may be empty if the
+	// bootstrap says the id of its blob itself.
+	Bootstrap *rafs.Image
 }
 
 // MergeOptions says how layers are merged. The zero value is the default.
@@ -114,8 +117,19 @@ type merger struct {
 }
 
 func (m *merger) addLayer(l PackedLayer) error {
+	if l.Bootstrap != nil && l.Digest == "" {
+		for _, b := range l.Bootstrap.Blobs {
+			if b.ID == rafs.PlaceholderID {
+				return fmt.Errorf("%w: the bootstrap has a placeholder for the id of its blob, and no digest is given", ErrInvalid)
+			}
+		}
+		return m.add(l.Bootstrap, "")
+	}
 	if err := l.Digest.Validate(); err != nil || l.Digest.Algorithm() != digest.SHA256 {
 		return fmt.Errorf("%w: digest %q, want sha256", ErrInvalid, l.Digest)
+	}
+	if l.Bootstrap != nil {
+		return m.add(l.Bootstrap, l.Digest.Encoded())
 	}
 	boot, err := rafs.ReadInline(l.Blob, l.Size)
 	if err != nil {
