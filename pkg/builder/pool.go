@@ -303,38 +303,40 @@ func (c *chunker) commit(ctx context.Context) error {
 		}
 		for i := range b.pieces {
 			p := &b.pieces[i]
-			rec, err := c.record(p)
-			if err != nil {
+			if err := c.store(p); err != nil {
 				return fmt.Errorf("write blob: %w", err)
 			}
-			if p.ino.Chunks == nil {
-				const most = 1024                                                                     // chunks to trust the header of a sparse file with
-				p.ino.Chunks = make([]rafs.Chunk, 0, min((p.ino.Size-1)/uint64(c.chunkSize)+1, most)) //nolint:gosec // chunkSize is positive
-			}
-			p.ino.Chunks = append(p.ino.Chunks, rec)
 			p.ino, p.chunk.Data, p.known, p.place = nil, nil, nil, nil
 		}
 		c.free <- b // never blocks: it has room for all batches there are
 	}
 }
 
-// record stores p's chunk, unless the dictionary has it, and returns its record.
-func (c *chunker) record(p *piece) (rafs.Chunk, error) {
+// store stores p's chunk, unless the dictionary has it, and gives its inode the record.
+func (c *chunker) store(p *piece) error {
+	list := p.ino.Chunks
 	if p.known != nil {
 		c.known++
-		return *p.known, nil
+		p.ino.Chunks = append(list, *p.known)
+		return nil
 	}
 	var before []rafs.Chunk
-	if n := len(p.ino.Chunks); n > 0 && p.ino.Chunks[n-1].Blob == c.layer {
-		before = p.ino.Chunks[n-1:]
+	if n := len(list); n > 0 && list[n-1].Blob == c.layer {
+		before = list[n-1:]
 	}
-	var rec rafs.Chunk
-	var err error
 	if c.ref != nil {
-		rec, err = c.ref.AppendAfter(before, *p.place, p.chunk.Digest)
+		rec, err := c.ref.AppendAfter(before, *p.place, p.chunk.Digest)
+		if err != nil {
+			return err
+		}
+		list = append(list, rec)
 	} else {
-		rec, err = c.blob.AppendAfter(before, p.chunk)
+		var err error
+		if list, err = c.blob.Extend(list, before, p.chunk); err != nil {
+			return err
+		}
 	}
-	rec.Blob = c.layer
-	return rec, err
+	list[len(list)-1].Blob = c.layer
+	p.ino.Chunks = list
+	return nil
 }

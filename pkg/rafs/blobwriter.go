@@ -80,7 +80,7 @@ func (o *BlobOptions) check() error {
 //	chunk data | tar header image.blob | table, header | tar header blob.meta
 //	[ | chunk digests | tar header blob.digest | TOC | tar header rafs.blob.toc ]
 //
-// It keeps about 100 bytes a chunk in memory, and one batch. Not safe for concurrent use. After an
+// It keeps about 100 bytes a chunk in memory, of which [BlobWriter.Extend] shares 64, and one batch. Not safe for concurrent use. After an
 // error of the io.Writer every later call returns that error.
 type BlobWriter struct {
 	tailWriter
@@ -88,20 +88,13 @@ type BlobWriter struct {
 	data    hash.Hash // of the chunk data and its tar header, for the TOC; nil without one
 	closed  bool
 
-	seen         chunkIndex
+	chunks       chunkIndex // as [BlobWriter.Append] returned them, but for Blob, which others may set
 	count        uint32
-	table        []byte   // blob.meta records, as they are stored
-	offsets      []uint64 // uncompressed ones of V5, which the records cannot say
-	digests      []byte   // blob.digest content, with TOC only
+	table        []byte // blob.meta records of the long form, as they are stored; the short ones are made at the end
 	uncompressed uint64
 	batches      batchWriter
 
 	inline func(w io.Writer, blob *Blob) error // writes the bootstrap of CloseInline
-}
-
-type chunkKey struct {
-	digest Digest
-	size   uint32
 }
 
 // NewBlobWriter starts a blob. w receives every byte once, in order; nothing is
@@ -177,58 +170,80 @@ func (b *BlobWriter) known(d Digest, size uint32) (Chunk, bool, error) {
 	case b.closed:
 		return Chunk{}, false, fmt.Errorf("rafs: append to a closed blob")
 	}
-	i, ok := b.seen.find(chunkKey{d, size})
+	i, ok := b.chunks.find(d, size)
 	if !ok {
 		return Chunk{}, false, nil
 	}
-	return b.chunk(i, b.record(i), d), true, nil
+	c := *b.chunks.at(i)
+	c.Blob = 0
+	return c, true, nil
 }
 
 // keep gives a new chunk of which the stored place is known its index and its place in the cache file.
 func (b *BlobWriter) keep(r metaRecord, d Digest, size uint32) Chunk {
 	r.uncompressedOffset, r.uncompressedSize = b.uncompressed, size
-	index := b.seen.add(chunkKey{d, size})
-	b.count++
 	if b.options.v2() {
 		b.table = appendV2(b.table, r)
-	} else {
-		b.table = appendV1(b.table, r)
-	}
-	if b.options.TOC {
-		b.digests = append(b.digests, d[:]...)
 	}
 	if b.options.Version == V5 {
-		b.offsets = append(b.offsets, b.uncompressed)
 		b.uncompressed += uint64(size)
 	} else {
 		b.uncompressed += alignUp(uint64(size), disk.BlockSize)
 	}
-	return b.chunk(index, r, d)
-}
-
-// record returns the record of chunk i.
-func (b *BlobWriter) record(i uint32) metaRecord {
-	t := metaTable{records: b.table, size: disk.SizeMetaV1}
-	if b.options.v2() {
-		t.size = disk.SizeMetaV2
-	}
-	r := t.record(i)
-	if b.options.Version == V5 {
-		r.uncompressedOffset = b.offsets[i]
-	}
-	return r
-}
-
-// chunk returns the chunk table's record, which has no stored place for chunks of a batch, as nydus has it.
-func (b *BlobWriter) chunk(index uint32, r metaRecord, d Digest) Chunk {
-	if r.batch {
+	if r.batch { // the chunk table has no stored place for them, as nydus has it
 		r.compressed, r.compressedOffset, r.compressedSize = false, 0, 0
 	}
-	return Chunk{
-		Digest: d, Compressed: r.compressed, Index: index,
+	c := Chunk{
+		Digest: d, Compressed: r.compressed, Index: b.count,
 		CompressedOffset: r.compressedOffset, CompressedSize: r.compressedSize,
 		UncompressedOffset: r.uncompressedOffset, UncompressedSize: r.uncompressedSize,
 	}
+	b.chunks.add(c)
+	b.count++
+	return c
+}
+
+// Extend is [BlobWriter.AppendAfter] for the next chunk of a file: list has the records of the file's chunks
+// before it, and is returned with the new one behind them. It may share memory with the writer: until
+// Close nothing but Blob may be changed in it.
+func (b *BlobWriter) Extend(list, before []Chunk, c EncodedChunk) ([]Chunk, error) {
+	count := b.count
+	rec, err := b.AppendAfter(before, c)
+	if err != nil {
+		return nil, err
+	}
+	if b.count > count {
+		own := b.chunks.tail(len(list) + 1)
+		if own != nil && (len(list) == 0 || &own[0] == &list[0]) {
+			return own, nil
+		}
+	}
+	return append(list, rec), nil
+}
+
+// metaRecords returns the records of blob.meta.
+func (b *BlobWriter) metaRecords() []byte {
+	if b.options.v2() {
+		return b.table
+	}
+	table := make([]byte, 0, uint64(b.count)*disk.SizeMetaV1)
+	for i := range b.count {
+		c := b.chunks.at(i)
+		table = appendV1(table, metaRecord{
+			compressed: c.Compressed, compressedOffset: c.CompressedOffset, compressedSize: c.CompressedSize,
+			uncompressedOffset: c.UncompressedOffset, uncompressedSize: c.UncompressedSize,
+		})
+	}
+	return table
+}
+
+// chunkDigests returns the content of blob.digest.
+func (b *BlobWriter) chunkDigests() []byte {
+	p := make([]byte, 0, uint64(b.count)*disk.SizeDigestRecord)
+	for i := range b.count {
+		p = append(p, b.chunks.at(i).Digest[:]...)
+	}
+	return p
 }
 
 func (b *BlobWriter) checkAppend(c EncodedChunk) error {
@@ -275,7 +290,7 @@ func (b *BlobWriter) Close() (Blob, error) {
 		return Blob{}, fmt.Errorf("rafs: blob closed twice")
 	}
 	b.closed = true
-	b.seen = chunkIndex{} // the tables take memory too
+	b.chunks.slots = nil // the tables take memory too
 	if b.count == 0 {
 		return Blob{}, ErrNoChunks
 	}
@@ -290,7 +305,7 @@ func (b *BlobWriter) Close() (Blob, error) {
 	}
 	blob.CompressedSize = b.written
 	blob.ID = hex.EncodeToString(b.sum.Sum(nil))
-	b.seen, b.table, b.digests, b.offsets, b.batches = chunkIndex{}, nil, nil, nil, batchWriter{}
+	b.chunks, b.table, b.batches = chunkIndex{}, nil, batchWriter{}
 	return blob, nil
 }
 
@@ -337,7 +352,8 @@ func (b *BlobWriter) writeTail(blob *Blob) error {
 	if err := b.write(sectionHeader(disk.SectionData, dataSize), b.data); err != nil {
 		return err
 	}
-	meta := metaContent{table: b.table, records: uint64(len(b.table)), contexts: uint32(len(b.batches.contexts))} //nolint:gosec // at most MaxChunks
+	records := b.metaRecords()
+	meta := metaContent{table: records, records: uint64(len(records)), contexts: uint32(len(b.batches.contexts))} //nolint:gosec // at most MaxChunks
 	for i := range b.batches.contexts {
 		meta.table = binary.LittleEndian.AppendUint32(meta.table, b.batches.contexts[i].stored)
 		meta.table = binary.LittleEndian.AppendUint32(meta.table, b.batches.contexts[i].raw)
@@ -351,7 +367,7 @@ func (b *BlobWriter) writeTail(blob *Blob) error {
 		Flags: tocFlags(CompressorNone), Name: tocName(disk.SectionData), Digest: [32]byte(b.data.Sum(nil)),
 		CompressedSize: dataSize, UncompressedSize: blob.UncompressedSize,
 	}}, entries...)
-	digests, err := b.writeDigests(b.digests)
+	digests, err := b.writeDigests(b.chunkDigests())
 	if err != nil {
 		return err
 	}

@@ -48,11 +48,10 @@ func anyRefMisread(before []Chunk, next *Chunk) bool {
 
 // append adds a record, unless there is one of an equal chunk that does behind those before it.
 func (t *refTable) append(before []Chunk, p RefPlace, d Digest) (Chunk, error) {
-	key := chunkKey{d, p.size}
 	// Records of raw chunks say the truth. Where chunks are no longer than the gap, a chunk behind an equal one
 	// could be near that one's place, and look like more of it: those get a record each.
 	shared := p.context != nil || t.options.ChunkSize > readGap
-	if i, ok := t.seen.find(key); ok && shared {
+	if i, ok := t.seen.find(d, p.size); ok && shared {
 		if c := t.chunk(i, d); !anyRefMisread(before, &c) {
 			return c, nil
 		}
@@ -73,7 +72,7 @@ func (t *refTable) append(before []Chunk, p RefPlace, d Digest) (Chunk, error) {
 		r.batchOffset = uint32(p.begin.out - c.start.Out) //nolint:gosec // checked by End
 		t.hint(&r, before, p)
 	}
-	index := t.seen.add(key)
+	index := t.seen.add(Chunk{Digest: d, UncompressedSize: p.size})
 	t.count++
 	t.table = appendV2(t.table, r)
 	if t.options.TOC {
