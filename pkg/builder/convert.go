@@ -156,7 +156,8 @@ type conversion struct {
 
 	layers   []builtLayer
 	prefetch *builtBlob
-	dict     *dict // nil: none
+	copies   *copies // of prefetch
+	dict     *dict   // nil: none
 
 	mu sync.Mutex // guards calls of o.Progress
 }
@@ -469,6 +470,7 @@ func (c *conversion) writePrefetch(ctx context.Context, plan *prefetchPlan) (_ m
 	if err != nil {
 		return nil, err
 	}
+	c.copies = plan.copies
 	plan.stats.BlobBytes = int64(c.prefetch.CompressedSize) //nolint:gosec // a file's size
 	return records, nil
 }

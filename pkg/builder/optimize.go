@@ -161,6 +161,7 @@ type optimization struct {
 	before []rafs.Blob    // the source's blobs
 	img    *rafs.Image
 	blob   *builtBlob // the prefetch blob, nil when there is none
+	copies *copies    // of blob
 }
 
 func (c *optimization) progress(e Event) {

@@ -119,6 +119,7 @@ func (c *optimization) writeBlob(ctx context.Context, plan *prefetchPlan) (_ map
 	if c.blob, err = out.finish(); err != nil {
 		return nil, err
 	}
+	c.copies = plan.copies
 	f := c.blob.file(-1)
 	c.res.Prefetch, plan.stats.BlobBytes = &f, f.Descriptor.Size
 	return records, nil

@@ -21,6 +21,7 @@ import (
 	"github.com/klauspost/compress/gzip"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"golang.org/x/sync/errgroup"
 
 	"github.com/headstart-oci/headstart/pkg/rafs"
 )
@@ -170,7 +171,8 @@ func (c *optimization) writeBootstrap() error {
 	return nil
 }
 
-// verify reads the bootstrap and the prefetch blob back.
+// verify reads the bootstrap and the prefetch blob back. Chunks that are stored as in the source, where they
+// were verified, are compared as they are stored.
 func (c *optimization) verify(ctx context.Context) (err error) {
 	f, err := os.Open(c.res.BootstrapPath)
 	if err != nil {
@@ -185,8 +187,7 @@ func (c *optimization) verify(ctx context.Context) (err error) {
 	}
 	want := summarize(c.img)
 	c.img = nil // for the garbage collector
-	r, err := rafs.Check(ctx, f, c.res.Stats.BootstrapBytes, open, rafs.CheckOptions{Data: true, Workers: c.o.Workers})
-	if err != nil {
+	if _, err := rafs.Check(ctx, f, c.res.Stats.BootstrapBytes, open, rafs.CheckOptions{Workers: c.o.Workers}); err != nil {
 		return err
 	}
 	collectTree()
@@ -197,8 +198,36 @@ func (c *optimization) verify(ctx context.Context) (err error) {
 	if got := summarize(img); got != want {
 		return fmt.Errorf("the bootstrap reads back with %d entries (%s), was written with %d (%s)", got.entries, got.sum, want.entries, want.sum)
 	}
-	if r.CheckedBytes != c.res.Stats.Prefetch.RawBytes {
-		return fmt.Errorf("the prefetch blob reads back with %d bytes, was written with %d", r.CheckedBytes, c.res.Stats.Prefetch.RawBytes)
+	if c.blob == nil {
+		return nil
+	}
+	return c.verifyBlob(ctx, img)
+}
+
+// verifyBlob reads the prefetch blob back, which is the last of img.
+func (c *optimization) verifyBlob(ctx context.Context, img *rafs.Image) error {
+	chunks := img.BlobChunks(len(img.Blobs) - 1)
+	var size int64
+	for i := range chunks {
+		size += int64(chunks[i].UncompressedSize)
+	}
+	if want := c.res.Stats.Prefetch; size != want.RawBytes {
+		return fmt.Errorf("the prefetch blob reads back with %d bytes, was written with %d", size, want.RawBytes)
+	}
+	f, err := os.Open(c.blob.path)
+	if err != nil {
+		return err
+	}
+	defer f.Close() //nolint:errcheck // only read
+	r, err := rafs.OpenBlob(f, img.Blobs[len(img.Blobs)-1])
+	if err != nil {
+		return err
+	}
+	g, gctx := errgroup.WithContext(ctx)
+	g.Go(func() error { return verifyID(gctx, c.blob) })
+	g.Go(func() error { return verifyChunks(gctx, r, chunks, c.copies, c.o.Workers) })
+	if err := g.Wait(); err != nil {
+		return err
 	}
 	c.res.Stats.VerifiedChunks = c.res.Stats.Prefetch.Chunks
 	return nil

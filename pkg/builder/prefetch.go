@@ -3,6 +3,7 @@ package builder
 import (
 	"context"
 	"fmt"
+	"hash/maphash"
 	"slices"
 	"sort"
 
@@ -18,6 +19,7 @@ type prefetchPlan struct {
 	stats  PrefetchStats
 
 	missing []string // the first of the listed paths that are not in the image, at most MaxMissingPaths
+	copies  *copies  // chunks of the blob that are stored as in the source
 }
 
 // follow finds which chunks of the plan follow each other in files.
@@ -61,11 +63,15 @@ type copyJob struct {
 	chunk rafs.Chunk
 	best  bool // compress anew
 
-	blob *rafs.BlobWriter // the prefetch blob
-	buf  []byte
+	blob   *rafs.BlobWriter // the prefetch blob
+	copies *copies
+	read   rafs.ChunkBuffer
+	buf    []byte
 
 	out     rafs.EncodedChunk
 	recoded bool
+	sum     uint64 // of what is stored, when it is the source's
+	copied  bool   // it is
 	err     error
 	done    chan struct{}
 }
@@ -77,12 +83,12 @@ func (j *copyJob) run(enc *rafs.Encoder) {
 
 func (j *copyJob) encode(enc *rafs.Encoder) error {
 	c := j.chunk
-	raw, err := j.src.ReadChunk(j.ctx, c)
-	if err != nil {
+	if err := j.src.ReadInto(j.ctx, c, &j.read); err != nil {
 		return err
 	}
+	raw := j.read.Raw
 	j.out = rafs.EncodedChunk{Digest: c.Digest, Compressed: c.Compressed, UncompressedSize: c.UncompressedSize}
-	j.recoded = false
+	j.recoded, j.copied = false, false
 	// What another compressor made, a dictionary's perhaps, or a batch is of no use in this blob.
 	foreign := j.src.Blob().Compressor != j.blob.Compressor() || j.src.Blob().Features&dependentBlob != 0
 	if j.blob.Batches(c.UncompressedSize) { // the writer compresses it
@@ -105,14 +111,41 @@ func (j *copyJob) encode(enc *rafs.Encoder) error {
 			return nil
 		}
 	}
-	j.out.Data, err = j.src.ReadStored(j.ctx, c)
-	return err
+	// What was read decompresses to what the digest says: the same bytes need no such proof again.
+	j.out.Data, j.copied = j.read.Stored, true
+	j.sum = maphash.Bytes(j.copies.seed, j.out.Data)
+	return nil
+}
+
+// copies are chunks whose stored bytes were verified before they were written.
+type copies struct {
+	seed maphash.Seed
+	sums map[rafs.Digest]uint64 // of the stored bytes
+}
+
+func newCopies() *copies { return &copies{seed: maphash.MakeSeed(), sums: map[rafs.Digest]uint64{}} }
+
+// verify reads a chunk back. A copy must be what was written, anything else must have its
+// digest. No copies: nil.
+func (s *copies) verify(ctx context.Context, r *rafs.BlobReader, c rafs.Chunk, buf *rafs.ChunkBuffer) error {
+	// In blobs with batches a chunk may be a part of one.
+	if s != nil && r.Blob().Features&dependentBlob == 0 {
+		if sum, ok := s.sums[c.Digest]; ok {
+			p, err := r.ReadStored(ctx, c)
+			if err == nil && maphash.Bytes(s.seed, p) != sum {
+				err = fmt.Errorf("%w: chunk %d of blob %s is stored with other bytes than were written", ErrDigest, c.Index, r.Blob().ID)
+			}
+			return err
+		}
+	}
+	return r.ReadInto(ctx, c, buf)
 }
 
 // writeChunks appends the plan's chunks to w in order and returns their new records by
 // digest. open gives the blob that a chunk's number means.
 func (p *prefetchPlan) writeChunks(ctx context.Context, pool *pool, w *rafs.BlobWriter, best bool, open func(blob uint16) (*rafs.BlobReader, error), progress func(done int64)) (map[rafs.Digest]rafs.Chunk, error) {
 	records := make(map[rafs.Digest]rafs.Chunk, len(p.chunks))
+	p.copies = newCopies()
 	var done int64
 	commit := func(j *copyJob) error {
 		select {
@@ -137,6 +170,9 @@ func (p *prefetchPlan) writeChunks(ctx context.Context, pool *pool, w *rafs.Blob
 		if j.recoded {
 			p.stats.Recoded++
 		}
+		if j.copied {
+			p.copies.sums[j.chunk.Digest] = j.sum
+		}
 		done += int64(j.chunk.UncompressedSize)
 		progress(done)
 		return nil
@@ -146,7 +182,7 @@ func (p *prefetchPlan) writeChunks(ctx context.Context, pool *pool, w *rafs.Blob
 	for i, c := range p.chunks {
 		slot := &ring[i%len(ring)]
 		if *slot == nil {
-			*slot = &copyJob{ctx: ctx, best: best, blob: w, done: make(chan struct{}, 1)}
+			*slot = &copyJob{ctx: ctx, best: best, blob: w, copies: p.copies, done: make(chan struct{}, 1)}
 		} else if err := commit(*slot); err != nil {
 			return nil, err
 		}

@@ -2,11 +2,14 @@ package builder
 
 import (
 	"context"
+	"crypto/sha256"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
 	"os"
 	"runtime"
+	"sync"
 
 	"golang.org/x/sync/errgroup"
 
@@ -70,24 +73,61 @@ func (c *conversion) verifyChunks(ctx context.Context, b blobChunks) (err error)
 	if err := readers.announce(ctx, b.blob, b.chunks); err != nil {
 		return err
 	}
+	var known *copies
+	if b.blob == c.prefetch {
+		known = c.copies
+	}
+	if err := verifyChunks(ctx, r, b.chunks, known, c.o.Workers); err != nil {
+		return err
+	}
+	c.res.Stats.VerifiedChunks += len(b.chunks)
+	return nil
+}
+
+// verifyChunks reads chunks back, those that are copies as they are stored.
+func verifyChunks(ctx context.Context, r *rafs.BlobReader, chunks []rafs.Chunk, known *copies, workers int) error {
 	g, ctx := errgroup.WithContext(ctx)
-	g.SetLimit(c.o.Workers)
-	for chunks := b.chunks; len(chunks) > 0; {
+	g.SetLimit(workers)
+	buffers := sync.Pool{New: func() any { return new(rafs.ChunkBuffer) }}
+	for len(chunks) > 0 {
 		run := chunks[:min(len(chunks), verifyRun)]
 		chunks = chunks[len(run):]
 		g.Go(func() error {
+			buf, _ := buffers.Get().(*rafs.ChunkBuffer)
+			defer buffers.Put(buf)
 			for _, chunk := range run {
-				if _, err := r.ReadChunk(ctx, chunk); err != nil {
+				if err := known.verify(ctx, r, chunk, buf); err != nil {
 					return err
 				}
 			}
 			return nil
 		})
 	}
-	if err := g.Wait(); err != nil {
+	return g.Wait()
+}
+
+// verifyID compares the digest of a blob's file with its id.
+func verifyID(ctx context.Context, b *builtBlob) (err error) {
+	f, err := os.Open(b.path)
+	if err != nil {
 		return err
 	}
-	c.res.Stats.VerifiedChunks += len(b.chunks)
+	defer func() { err = errors.Join(err, f.Close()) }()
+	sum := sha256.New()
+	buf := make([]byte, blobBuffer)
+	for n := 0; err == nil; {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		n, err = f.Read(buf)
+		sum.Write(buf[:n]) // never fails
+	}
+	if !errors.Is(err, io.EOF) {
+		return err
+	}
+	if got := hex.EncodeToString(sum.Sum(nil)); got != b.ID {
+		return fmt.Errorf("%w: the file of blob %s has sha256 %s", ErrDigest, b.ID, got)
+	}
 	return nil
 }
 

@@ -103,53 +103,11 @@ func (b *BlobReader) Blob() Blob { return b.blob }
 // is decompressed from the chunk's context on; ascending reads go on where the last one ended. The
 // data of tarfs images have no digests: they are returned as they are.
 func (b *BlobReader) ReadChunk(ctx context.Context, c Chunk) ([]byte, error) {
-	p, err := b.readChunk(ctx, c)
-	if err != nil {
-		return nil, fmt.Errorf("read chunk %d of blob %s: %w", c.Index, short(b.blob.ID), err)
-	}
-	if b.blob.Features&disk.FeatureTarfs != 0 && c.Digest == (Digest{}) {
-		return p, nil
-	}
-	if got := b.blob.Digester.Sum(p); got != c.Digest {
-		return nil, &FormatError{
-			Class: ErrDigest, Section: fmt.Sprintf("chunk %d of blob %s", c.Index, short(b.blob.ID)),
-			Offset: clampOffset(c.CompressedOffset), Field: b.blob.Digester.String(), Got: got, Want: c.Digest,
-		}
-	}
-	return p, nil
-}
-
-func (b *BlobReader) readChunk(ctx context.Context, c Chunk) ([]byte, error) {
-	if err := ctx.Err(); err != nil {
+	var buf ChunkBuffer
+	if err := b.ReadInto(ctx, c, &buf); err != nil {
 		return nil, err
 	}
-	if c.UncompressedSize == 0 || c.UncompressedSize > b.blob.ChunkSize {
-		return nil, invalid("chunk", -1, "size", c.UncompressedSize, fmt.Sprintf("1 to %d", b.blob.ChunkSize))
-	}
-	if b.blob.placedByMeta() {
-		r, err := b.record(c)
-		switch {
-		case err != nil:
-			return nil, err
-		case r.batch:
-			return b.readBatched(r)
-		case r.zran:
-			return b.readZran(r)
-		}
-		// The chunk table of such images is not trusted for places: see blob.meta.
-		c.CompressedOffset, c.CompressedSize, c.Compressed = r.compressedOffset, r.compressedSize, r.compressed
-	}
-	stored, err := b.readRange(c.CompressedOffset, c.CompressedSize, maxCompressed(b.blob.ChunkSize))
-	if err != nil {
-		return nil, err
-	}
-	if !c.Compressed {
-		if uint32(len(stored)) != c.UncompressedSize { //nolint:gosec // a chunk
-			return nil, invalid("chunk", clampOffset(c.CompressedOffset), "stored size of a raw chunk", len(stored), c.UncompressedSize)
-		}
-		return stored, nil
-	}
-	return b.decoder.decode(b.blob.Compressor, stored, int(c.UncompressedSize))
+	return buf.Raw, nil
 }
 
 // record returns the blob.meta record of c after comparing what both say.
@@ -219,24 +177,40 @@ func (b *BlobReader) ReadStored(ctx context.Context, c Chunk) ([]byte, error) {
 
 // readRange reads stored bytes of the data section, at most limit.
 func (b *BlobReader) readRange(offset uint64, size, limit uint32) ([]byte, error) {
-	end := b.blob.dataEnd()
-	if size == 0 || offset > end || uint64(size) > end-offset || size > limit {
-		return nil, invalid("chunk", clampOffset(offset), "stored size", size, fmt.Sprintf("an end of at most %d", end))
+	if err := b.checkRange(offset, size, limit); err != nil {
+		return nil, err
 	}
 	return readExactly(b.r, offset, uint64(size))
+}
+
+// checkRange makes sure that stored bytes lie in the data section and are at most limit.
+func (b *BlobReader) checkRange(offset uint64, size, limit uint32) error {
+	end := b.blob.dataEnd()
+	if size == 0 || offset > end || uint64(size) > end-offset || size > limit {
+		return invalid("chunk", clampOffset(offset), "stored size", size, fmt.Sprintf("an end of at most %d", end))
+	}
+	return nil
 }
 
 // readExactly reads size bytes at offset; the caller bounds size.
 func readExactly(r io.ReaderAt, offset, size uint64) ([]byte, error) {
 	p := make([]byte, size)
+	if err := readFull(r, p, offset); err != nil {
+		return nil, err
+	}
+	return p, nil
+}
+
+// readFull fills p from offset.
+func readFull(r io.ReaderAt, p []byte, offset uint64) error {
 	n, err := r.ReadAt(p, clampOffset(offset))
-	if uint64(n) == size { //nolint:gosec // not negative
-		return p, nil
+	if n == len(p) {
+		return nil
 	}
 	if err == nil || errors.Is(err, io.EOF) {
 		err = io.ErrUnexpectedEOF
 	}
-	return nil, fmt.Errorf("read %d bytes at %d: %w", size, offset, err)
+	return fmt.Errorf("read %d bytes at %d: %w", len(p), offset, err)
 }
 
 // table reads blob.meta once.

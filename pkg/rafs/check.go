@@ -208,9 +208,6 @@ func (c *checker) blob(ctx context.Context, r *BlobReader, chunks []Chunk) error
 	if !c.options.Data {
 		return nil
 	}
-	if err := c.add(checkBlobID(ctx, b, r.r)); err != nil {
-		return err
-	}
 	if separate {
 		metaBlob.Features = b.Features
 		if err := c.add(checkBlobID(ctx, metaBlob, r.metaFile)); err != nil {
@@ -279,24 +276,34 @@ func (t *metaTable) compare(c Chunk) error {
 	return nil
 }
 
-// data reads all chunks, in order of place, and compares their digests.
+// data reads all chunks, in order of place, and compares their digests, and that of the whole file.
 func (c *checker) data(ctx context.Context, r *BlobReader, chunks []Chunk) error {
 	group, groupCtx := errgroup.WithContext(ctx)
 	group.SetLimit(c.options.Workers)
-	for _, chunk := range chunks {
-		if groupCtx.Err() != nil {
-			break
+	group.Go(func() error {
+		err := checkBlobID(groupCtx, r.blob, r.r)
+		if ctxErr := groupCtx.Err(); ctxErr != nil {
+			return ctxErr
 		}
+		return c.add(err)
+	})
+	readers := sync.Pool{New: func() any { return new(runReader) }}
+	for len(chunks) > 0 && groupCtx.Err() == nil {
+		var next run
+		next, chunks = r.nextRun(chunks)
 		group.Go(func() error {
-			p, err := r.ReadChunk(groupCtx, chunk)
-			switch {
-			case groupCtx.Err() != nil:
-				return groupCtx.Err()
-			case err != nil:
-				return c.add(err)
-			}
-			c.checked.Add(int64(len(p)))
-			return nil
+			reader, _ := readers.Get().(*runReader)
+			defer readers.Put(reader)
+			return reader.read(groupCtx, r, next, func(size int, err error) error {
+				switch {
+				case groupCtx.Err() != nil:
+					return groupCtx.Err()
+				case err != nil:
+					return c.add(err)
+				}
+				c.checked.Add(int64(size))
+				return nil
+			})
 		})
 	}
 	if err := group.Wait(); err != nil {

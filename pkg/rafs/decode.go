@@ -23,7 +23,12 @@ type decoder struct {
 // decode returns the size bytes that src decompresses to. It allocates no more than
 // size plus the decompressor's state, whatever src claims.
 func (d *decoder) decode(c Compressor, src []byte, size int) ([]byte, error) {
-	dst := make([]byte, size)
+	return d.decodeTo(make([]byte, size), c, src)
+}
+
+// decodeTo is decode into dst, which has the size.
+func (d *decoder) decodeTo(dst []byte, c Compressor, src []byte) ([]byte, error) {
+	size := len(dst)
 	var n int
 	var err error
 	switch c {
