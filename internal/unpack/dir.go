@@ -44,7 +44,9 @@ func Dir(ctx context.Context, src Source, dir string) (err error) {
 	} else if len(left) > 0 {
 		return fmt.Errorf("%s: %w (it holds %q)", dir, ErrNotEmpty, left[0].Name())
 	}
-	d := &dirWriter{copier: copier{src: src}, root: root, first: map[*rafs.Inode]string{}, above: map[*rafs.Inode]bool{}}
+	a := readAhead(ctx, src)
+	defer a.stop()
+	d := &dirWriter{copier: copier{src: src, ahead: a}, root: root, first: map[*rafs.Inode]string{}, above: map[*rafs.Inode]bool{}}
 	top, err := root.Open(".")
 	if err != nil {
 		return err

@@ -20,7 +20,9 @@ const paxXattr = "SCHILY.xattr."
 // format has no sockets: they are left out and counted in skipped.
 func Tar(ctx context.Context, src Source, w io.Writer) (skipped int, err error) {
 	b := bufio.NewWriterSize(w, 1<<18)
-	t := &tarWriter{copier: copier{src: src}, tw: tar.NewWriter(b), first: map[*rafs.Inode]string{}, above: map[*rafs.Inode]bool{}}
+	a := readAhead(ctx, src)
+	defer a.stop()
+	t := &tarWriter{copier: copier{src: src, ahead: a}, tw: tar.NewWriter(b), first: map[*rafs.Inode]string{}, above: map[*rafs.Inode]bool{}}
 	if err := t.header(&tar.Header{Typeflag: tar.TypeDir, Name: "./"}, src.Image.Root); err != nil {
 		return 0, fmt.Errorf("/: %w", err)
 	}

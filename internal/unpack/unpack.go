@@ -82,15 +82,16 @@ func fileSize(ino *rafs.Inode) (int64, error) {
 
 // copier streams file data and counts it.
 type copier struct {
-	src  Source
-	done int64
+	src   Source
+	ahead *ahead
+	done  int64
 }
 
 // copy gives the chunks of ino to write, in order; at is the offset in the file.
 func (c *copier) copy(ctx context.Context, ino *rafs.Inode, write func(p []byte, at int64) error) error {
 	var at uint64
 	for _, chunk := range ino.Chunks {
-		p, err := c.src.Read(ctx, chunk)
+		p, err := c.ahead.read(ctx, chunk)
 		if err != nil {
 			return err
 		}
