@@ -51,7 +51,7 @@ func (s *PageSet) Add(first, last uint64, at time.Duration, certain bool) {
 	}
 	s.insert(i, n)
 	if len(s.spans) > MaxPageRanges {
-		s.shrink()
+		s.Shrink(MaxPageRanges / 2)
 	}
 }
 
@@ -120,9 +120,14 @@ func join(spans []span) []span {
 	return out
 }
 
-// shrink halves the number of spans at least, at the price that [MaxPageRanges] names.
-func (s *PageSet) shrink() {
-	for gap := uint64(0); len(s.spans) > MaxPageRanges/2; gap = gap*2 + 1 {
+// Shrink gives up detail until there are at most most ranges, or one, at the price that
+// [MaxPageRanges] names.
+func (s *PageSet) Shrink(most int) {
+	most = max(most, 1)
+	if len(s.spans) <= most {
+		return
+	}
+	for gap := uint64(0); len(s.spans) > most; gap = gap*2 + 1 {
 		out := s.spans[:1]
 		for _, n := range s.spans[1:] {
 			last := &out[len(out)-1]
@@ -136,7 +141,7 @@ func (s *PageSet) shrink() {
 		}
 		s.spans = out
 	}
-	s.spans = slices.Clip(s.spans)
+	s.spans = slices.Clone(s.spans) // gives the memory back
 }
 
 // Len returns the number of ranges that the set holds.

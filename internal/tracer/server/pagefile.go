@@ -34,6 +34,29 @@ type pageFiles struct {
 	all  blocks[pageFile]
 	ids  index
 	sets []trace.PageSet
+	// ranges that sets have together, and how many they may have before fit does something
+	spans, most int
+}
+
+// maxSpans is how many ranges all sets may have together, at 24 bytes each and as much again for their
+// growth: 6 MiB. A start that is not made to be a nuisance has some tens of thousands.
+const maxSpans = 1 << 17
+
+// fit sees to it that the sets do not outgrow maxSpans: then those that have the most ranges give up
+// detail, as [trace.PageSet.Shrink] has it, but no pages. Where so many files were touched that one range for each is
+// more than that, the number of files is what bounds them.
+func (p *pageFiles) fit() {
+	if p.spans <= max(maxSpans, p.most) {
+		return
+	}
+	for most := trace.MaxPageRanges / 2; most > 0 && p.spans > maxSpans/2; most /= 2 {
+		p.spans = 0
+		for i := range p.sets {
+			p.sets[i].Shrink(most)
+			p.spans += p.sets[i].Len()
+		}
+	}
+	p.most = 2 * p.spans
 }
 
 // key is what an inode is looked up by; different ones may share it.
@@ -62,7 +85,11 @@ func (p *pageFiles) touch(f *pageFile, first, last uint64, at time.Duration, cer
 	at = max(at, 0)
 	switch {
 	case f.many > 0:
-		p.sets[f.many-1].Add(first, last, at, certain)
+		set := &p.sets[f.many-1]
+		before := set.Len()
+		set.Add(first, last, at, certain)
+		p.spans += set.Len() - before
+		p.fit()
 	case first > last || first > math.MaxUint32:
 	case f.flags&pageTouched == 0:
 		f.first, f.last, f.at = uint32(first), uint32(min(last, math.MaxUint32)), at
@@ -78,6 +105,8 @@ func (p *pageFiles) touch(f *pageFile, first, last uint64, at time.Duration, cer
 		set.Add(first, last, at, certain)
 		p.sets = append(p.sets, set)
 		f.many = uint32(len(p.sets)) //nolint:gosec // at most one for each file
+		p.spans += set.Len()
+		p.fit()
 	}
 }
 

@@ -15,7 +15,7 @@ import (
 // TestPageFiles holds files that are kept small against a map of page sets.
 func TestPageFiles(t *testing.T) {
 	r := rand.New(rand.NewPCG(1, 2))
-	var got pageFiles
+	got := pageFiles{most: math.MaxInt} // for the bound see TestPageFilesBound
 	want := make(map[inode]*trace.PageSet)
 	page := os.Getpagesize()
 	for i := range 200_000 {
@@ -101,5 +101,68 @@ func TestIndexSpread(t *testing.T) {
 				t.Errorf("%.1f keys looked at for each that is found, want a few", mean)
 			}
 		})
+	}
+}
+
+// TestPageFilesBound holds that reads made to fill memory, every second page of very many files, do not: files
+// give up detail, the largest first, and no page.
+func TestPageFilesBound(t *testing.T) {
+	const files, pages = 500, 3000
+	var p pageFiles
+	small := p.add(pageFile{inode: inode{1, 1}})
+	p.touch(small, 3, 3, 0, true)
+	p.touch(small, 7, 7, 0, true)
+	most := 0
+	for n := range uint64(files) {
+		f := p.add(pageFile{inode: inode{2, n}})
+		for i := range uint64(pages) {
+			p.touch(f, 2*i, 2*i, time.Duration(i)*time.Millisecond, true)
+		}
+		sum := 0
+		for i := range p.sets {
+			sum += p.sets[i].Len()
+		}
+		most = max(most, sum)
+	}
+	if most > maxSpans {
+		t.Errorf("%d ranges, want at most %d", most, maxSpans)
+	}
+	page := int64(os.Getpagesize())
+	for n := range uint64(files) {
+		var have int64
+		ranges := p.ranges(nil, p.find(inode{2, n}), math.MaxInt64)
+		for _, r := range ranges {
+			have += (r.Length/page + 1) / 2
+			if r.Offset/page%2 != 0 || (r.Length > page && r.Certain) {
+				t.Fatalf("file %d has range %+v", n, r)
+			}
+		}
+		if have != pages {
+			t.Fatalf("file %d has %d of its pages, want %d", n, have, pages)
+		}
+	}
+	if got := p.ranges(nil, small, math.MaxInt64); len(got) != 2 || !got[0].Certain || !got[1].Certain {
+		t.Errorf("the small file has %+v, want what it had", got)
+	}
+}
+
+// TestPageFilesMany holds the same of more files than there may be ranges.
+func TestPageFilesMany(t *testing.T) {
+	var p pageFiles
+	const files = maxSpans + maxSpans/2
+	for n := range uint64(files) {
+		f := p.add(pageFile{inode: inode{2, n}})
+		for i := range uint64(8) {
+			p.touch(f, 2*i, 2*i, 0, true)
+		}
+	}
+	if p.spans > 3*files {
+		t.Errorf("%d ranges of %d files", p.spans, files)
+	}
+	for n := range uint64(files) {
+		r := p.ranges(nil, p.find(inode{2, n}), math.MaxInt64)
+		if first, last := r[0], r[len(r)-1]; first.Offset != 0 || last.Offset+last.Length != 15*int64(os.Getpagesize()) {
+			t.Fatalf("file %d has %+v", n, r)
+		}
 	}
 }
