@@ -100,17 +100,3 @@ func (x *ids) set(id uint32, i int) {
 	}
 	x.dense[id] = uint32(i) + 1 //nolint:gosec // far fewer touches fit in memory
 }
-
-// replace makes all ids of touch i those of touch j.
-func (x *ids) replace(i, j int) {
-	for id, s := range x.dense {
-		if int(s) == i+1 {
-			x.dense[id] = uint32(j) + 1 //nolint:gosec // as above
-		}
-	}
-	for id, at := range x.far {
-		if at == i {
-			x.far[id] = j
-		}
-	}
-}

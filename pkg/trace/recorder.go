@@ -27,12 +27,34 @@ type Recorder struct {
 const touchBlock = 256
 
 type touch struct {
+	// id is the tracer's; of a touch without a path, which is left out of the trace, the number of the touch
+	// that it became a part of.
 	id    uint32
 	found bool // see [Recorder.Found]
 	Access
 }
 
 func (r *Recorder) touch(i int) *touch { return &r.touches[i/touchBlock][i%touchBlock] }
+
+// at returns the number of the touch that was recorded under id, or of which that became a part.
+func (r *Recorder) at(id uint32) (int, bool) {
+	first, ok := r.ids.get(id)
+	if !ok {
+		return 0, false
+	}
+	i := first
+	for r.touch(i).Path == "" {
+		next := r.touch(i).id
+		if n := r.touch(int(next)); n.Path == "" {
+			r.touch(i).id = n.id // half the way for whoever comes next
+		}
+		i = int(next)
+	}
+	if i != first {
+		r.ids.set(id, i)
+	}
+	return i, true
+}
 
 // Touch records the first touch of a file. Tracers number the files they meet: of two
 // touches, the one with the lower id came first. A second touch of a path adds its ways
@@ -92,7 +114,7 @@ func (r *Recorder) Rename(id uint32, to string) error {
 	if err := checkPath(to); err != nil {
 		return err
 	}
-	i, ok := r.ids.get(id)
+	i, ok := r.at(id)
 	if !ok || r.touch(i).Path == to {
 		return nil
 	}
@@ -106,8 +128,7 @@ func (r *Recorder) Rename(id uint32, to string) error {
 	moved := *r.touch(i)
 	moved.Path = to
 	r.paths.remove(r, i)
-	r.touch(i).Path = "" // left out of the trace
-	r.ids.replace(i, j)
+	*r.touch(i) = touch{id: uint32(j)} //nolint:gosec // far fewer touches fit in memory
 	return r.add(moved)
 }
 
@@ -115,7 +136,7 @@ func (r *Recorder) Rename(id uint32, to string) error {
 // those it has and in order of first touch; they become the Recorder's. None at all says that no
 // byte of it was touched. An id that was never recorded is ignored.
 func (r *Recorder) Ranges(id uint32, ranges []Range) {
-	i, ok := r.ids.get(id)
+	i, ok := r.at(id)
 	if !ok {
 		return
 	}
@@ -135,7 +156,7 @@ func (r *Recorder) Process(p Process) { r.processes = append(r.processes, p) }
 // Merge adds ways of touching to the file that was recorded under id. An id that was
 // never recorded is ignored: its file was left out.
 func (r *Recorder) Merge(id uint32, how How) {
-	if i, ok := r.ids.get(id); ok {
+	if i, ok := r.at(id); ok {
 		r.touch(i).How |= how
 	}
 }

@@ -46,7 +46,7 @@ func TestLookup(t *testing.T) {
 	paths := make(map[string]bool)
 	for id, p := range byID {
 		paths[p] = true
-		i, ok := r.ids.get(id)
+		i, ok := r.at(id)
 		if !ok || r.touch(i).Path != p {
 			t.Fatalf("id %d is touch %d, %t, want %s", id, i, ok, p)
 		}

@@ -1,6 +1,7 @@
 package trace_test
 
 import (
+	"fmt"
 	"testing"
 	"time"
 
@@ -129,5 +130,43 @@ func TestRecorderEngines(t *testing.T) {
 	}
 	if diff := cmp.Diff(want, r.Trace()); diff != "" {
 		t.Errorf("Trace (-want +got):\n%s", diff)
+	}
+}
+
+// TestRecorderManyNames holds that names of one file, of which a container can make very many, become one
+// access in time that grows with their number only, in whatever order they turn out to be one.
+func TestRecorderManyNames(t *testing.T) {
+	const n = 100_000
+	for name, to := range map[string]func(i int) int{
+		"star":  func(int) int { return n },
+		"chain": func(i int) int { return i + 1 },
+	} {
+		t.Run(name, func(t *testing.T) {
+			path := func(i int) string { return fmt.Sprintf("/%06d", i) }
+			var r trace.Recorder
+			began := time.Now()
+			for i := range n + 1 {
+				if err := r.Touch(uint32(i), access(path(i), trace.Opened)); err != nil {
+					t.Fatal(err)
+				}
+			}
+			touched := time.Since(began)
+			began = time.Now()
+			for i := range n {
+				if err := r.Rename(uint32(i), path(to(i))); err != nil {
+					t.Fatal(err)
+				}
+			}
+			for i := range n {
+				r.Merge(uint32(i), trace.How(1<<(i%3)))
+			}
+			if renamed := time.Since(began); renamed > 20*touched {
+				t.Errorf("%d names took %v, and %v to become one: far more", n, touched, renamed)
+			}
+			want := []trace.Access{access(path(n), trace.Opened|trace.Read|trace.Executed)}
+			if diff := cmp.Diff(want, r.Trace().Accesses); diff != "" {
+				t.Errorf("accesses (-want +got):\n%s", diff)
+			}
+		})
 	}
 }
