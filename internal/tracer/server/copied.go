@@ -27,7 +27,7 @@ func (d *identity) copied() {
 	if t.upper < 0 || len(shares) == 0 {
 		return
 	}
-	w := walk{view: t.upper, deadline: d.bound, buf: make([]byte, 32<<10), found: func(p string, _ inode) { d.copy(p, shares) }}
+	w := walk{view: t.upper, deadline: time.Now().Add(walkTime), beat: d.s.beat, buf: make([]byte, 32<<10), found: func(p string, _ inode) { d.copy(p, shares) }}
 	if err := w.run(func() bool { return true }); err != nil {
 		d.s.unresolved("the writable layer was not searched to its end for files that were copied into it: " + err.Error())
 	}

@@ -23,7 +23,6 @@ type identity struct {
 	sure    bool                // every range so far is certain
 	whole   bool                // some file counts as a whole
 	ranges  bool                // some file has ranges, be they none
-	bound   time.Time           // when to give up the search
 	scratch []trace.Range       // what put works with
 }
 
@@ -32,15 +31,18 @@ type identity struct {
 func (s *session) resolvePages() {
 	d := &identity{
 		s: s, left: make(map[uint64]struct{}),
-		renamed: make(map[uint64][]uint32), sure: true, bound: time.Now().Add(walkTime),
+		renamed: make(map[uint64][]uint32), sure: true,
 	}
 	d.copied()
 	d.wanted = s.pages.files.len()
 	for i := range s.entries.n {
 		d.entry(i)
+		if i%256 == 0 {
+			s.beat()
+		}
 	}
-	if s.lean != nil {
-		s.nameRest(d.send, d.left)
+	if s.lean != nil && s.nameRest(d.send, d.left) == nil {
+		d.settle()
 	}
 	err := d.search()
 	for i := range s.pages.files.all.n {
@@ -57,6 +59,17 @@ func (s *session) resolvePages() {
 	}
 	s.skipped += int64(s.pages.others.len())
 	s.grade = d.grade()
+}
+
+// settle takes what a search for all numbers did not find out of the next one: the run made it.
+func (d *identity) settle() {
+	s := d.s
+	for i := range s.pages.files.all.n {
+		f := s.pages.files.all.at(i)
+		if first := s.firstOf(f.ino); first != nil && s.entries.at(first.entry).state == left {
+			d.take(f)
+		}
+	}
 }
 
 // grade says how exact the list is.
@@ -165,9 +178,10 @@ func (d *identity) put(id uint32, f *pageFile, l *layer, p string, size int64) {
 
 // search walks the layers, the topmost first, for the inodes that are missing.
 func (d *identity) search() error {
+	bound := time.Now().Add(walkTime)
 	for i := range d.s.t.layers {
 		l := &d.s.t.layers[i]
-		w := walk{view: l.fd, deadline: d.bound, buf: make([]byte, 64<<10), wanted: d.maybe(l), found: func(p string, _ inode) {
+		w := walk{view: l.fd, deadline: bound, beat: d.s.beat, buf: make([]byte, 64<<10), wanted: d.maybe(l), found: func(p string, _ inode) {
 			d.found(i, p)
 		}}
 		err := w.run(d.missing)

@@ -181,7 +181,7 @@ func (s *session) nameEntries(found foundEntry) error {
 	bound := time.Now().Add(walkTime)
 	for i := range s.t.layers {
 		var f *first
-		w := walk{view: s.t.layers[i].fd, deadline: bound, buf: make([]byte, 64<<10)}
+		w := walk{view: s.t.layers[i].fd, deadline: bound, beat: s.beat, buf: make([]byte, 64<<10)}
 		w.wanted = func(ino uint64) bool {
 			f = s.firstOf(ino)
 			return f != nil && s.entries.at(f.entry).state == waiting
@@ -220,8 +220,8 @@ func (s *session) named(j, dir int, p string, f *first, found foundEntry) {
 }
 
 // nameRest looks for what is missing still, at the end, and notes the numbers of what it does not find: what
-// no layer has the run made.
-func (s *session) nameRest(found foundEntry, missing map[uint64]struct{}) {
+// no layer has the run made. The error says that the search ended early.
+func (s *session) nameRest(found foundEntry, missing map[uint64]struct{}) error {
 	err := s.nameEntries(found)
 	for n := range s.lean.firsts.n {
 		if e := s.entries.at(s.lean.firsts.at(n).entry); e.state == waiting {
@@ -234,4 +234,5 @@ func (s *session) nameRest(found foundEntry, missing map[uint64]struct{}) {
 			s.skipped++
 		}
 	}
+	return err
 }

@@ -57,6 +57,7 @@ type session struct {
 	cool    bool // ignore marks work
 	pace    pace
 	reason  string
+	beaten  time.Time // at the end: when beat last did something
 }
 
 // inode names a file for as long as it exists.
@@ -328,7 +329,7 @@ func (s *session) finish() error {
 	if err := s.drain(0); err != nil {
 		return err
 	}
-	s.out.idle = true
+	s.out.idle, s.beaten = true, time.Now()
 	s.resolvePending()
 	if s.pages != nil {
 		for _, l := range s.pages.stop() {

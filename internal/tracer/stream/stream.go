@@ -62,7 +62,8 @@ type Touch struct {
 	Access trace.Access
 }
 
-// Pending says that a file was touched for the first time whose path is not known yet.
+// Pending says that a file was touched for the first time whose path is not known yet; at the end, when it
+// may come again and again, that paths are still being looked for.
 type Pending struct{}
 
 // Merge adds ways of touching to an earlier Touch.
