@@ -106,6 +106,13 @@ func (o *output) ready(long time.Duration) bool {
 	return o.idle
 }
 
+// orphaned reports whether nobody can read any more what is written.
+func (o *output) orphaned() bool {
+	fds := []unix.PollFd{{Fd: pollFD(o.fd)}}
+	n, err := unix.Poll(fds, 0)
+	return o.err != nil || (err == nil && n > 0 && fds[0].Revents&(unix.POLLERR|unix.POLLHUP) != 0)
+}
+
 // compact moves what is left to the front once it is less than what was written.
 func (o *output) compact() {
 	if o.off == len(o.buf) && cap(o.buf) > 2*gather {

@@ -365,7 +365,12 @@ func (s *session) pathOf(i uint32) string {
 
 // release closes everything of the container.
 func (s *session) release() error {
-	return errors.Join(s.closePages(), s.group.Close(), s.t.leave(), s.t.close())
+	var err error
+	if s.pages != nil && s.out.orphaned() {
+		// Else the parent does it, beside other work: it takes the kernel tens of milliseconds.
+		err = s.pages.instance.Disarm()
+	}
+	return errors.Join(err, s.closePages(), s.group.Close(), s.t.leave(), s.t.close())
 }
 
 // end is the last frame.
