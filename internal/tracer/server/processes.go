@@ -16,7 +16,8 @@ const maxStatus = 1 << 10
 // relative is what is known of a process' place in the tree.
 type relative struct {
 	parent int32
-	seen   int // in what order processes were seen
+	seen   int  // in what order processes were seen
+	past   bool // its number was given to another process, or to a thread, since
 }
 
 // process returns the process that a thread belongs to. Of a thread that is gone, and that is not known
@@ -27,7 +28,7 @@ func (c *comms) process(thread int32) int32 {
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if _, ok := c.tree[thread]; ok || thread == c.first {
+	if r, ok := c.tree[thread]; ok && !r.past || thread == c.first {
 		return thread
 	}
 	if maker, ok := c.born[thread]; ok {
@@ -41,8 +42,17 @@ func (c *comms) process(thread int32) int32 {
 func (c *comms) forked(child, parent int32) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if len(c.born) < maxThreads {
+	_, again := c.born[child]
+	if again || len(c.born) < maxThreads {
 		c.born[child] = parent
+	}
+	if !again {
+		return // what is known of the number, if anything, is of this child: forks are heard of late
+	}
+	delete(c.cache, child)
+	if r, ok := c.tree[child]; ok {
+		r.past = true
+		c.tree[child] = r
 	}
 }
 
@@ -52,17 +62,23 @@ func (c *comms) place(pid int32) {
 		if pid <= 0 || pid == c.outside {
 			return
 		}
-		if _, ok := c.tree[pid]; ok || len(c.tree) >= maxThreads {
+		before, ok := c.tree[pid]
+		if ok && !before.past || !ok && len(c.tree) >= maxThreads {
 			return
 		}
-		parent, ok := c.born[pid]
-		if !ok {
+		seen := len(c.tree)
+		if ok { // of two processes with one number, a list can tell of the later
+			seen = before.seen
+			delete(c.names, pid)
+		}
+		parent, known := c.born[pid]
+		if !known {
 			parent, _ = c.status(pid, "PPid")
 		}
 		if pid == c.first || parent == c.outside {
 			parent = 0 // outside the container
 		}
-		c.tree[pid] = relative{parent: parent, seen: len(c.tree)}
+		c.tree[pid] = relative{parent: parent, seen: seen}
 		if name, alive := c.read(pid); alive {
 			c.names[pid] = name
 		}
@@ -80,7 +96,7 @@ func (c *comms) processes() []trace.Process {
 	// Those that were gone before they could be asked: forks tell who made them.
 	orphans := make([]int32, 0, len(c.tree))
 	for pid, r := range c.tree {
-		if r.parent == 0 && pid != c.first && c.born[pid] != 0 {
+		if r.parent == 0 && !r.past && pid != c.first && c.born[pid] != 0 {
 			orphans = append(orphans, pid)
 		}
 	}

@@ -21,6 +21,7 @@ import (
 	"github.com/headstart-oci/headstart/internal/tracer/stream"
 	"github.com/headstart-oci/headstart/pkg/fanotify"
 	"github.com/headstart-oci/headstart/pkg/trace"
+	"github.com/headstart-oci/headstart/pkg/trace/tracefs"
 )
 
 func TestMain(m *testing.M) { testenv.Main(m) }
@@ -298,5 +299,50 @@ func TestComms(t *testing.T) {
 	c.cache[1<<30] = comm{name: "was", at: time.Now().Add(-time.Hour)}
 	if got := c.of(1<<30, false); got != "was" {
 		t.Errorf("of a process that is gone = %q, want its last name", got)
+	}
+}
+
+// TestReusedNumber holds that a process which gets the number of one that is gone is not taken for it.
+func TestReusedNumber(t *testing.T) {
+	proc, err := unix.Open("/proc", unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = unix.Close(proc) }()
+	const first, maker, other, reused = 1 << 30, 1<<30 + 1, 1<<30 + 2, 1<<30 + 3 // no process has these
+	c := newComms(proc, first)
+	l := &pageLog{comms: c, threads: make(map[int32]int32)}
+	fork := func(by, child int32) { l.fold(&tracefs.Event{Kind: tracefs.Fork, PID: by, Other: child}) }
+	name := func(pid int32, name string) {
+		c.cache[pid] = comm{name: name, at: time.Now().Add(-time.Hour)} // as it was seen, and gone since
+		if got := c.of(pid, false); got != name {
+			t.Fatalf("of(%d) = %q, want %q", pid, got, name)
+		}
+	}
+	for _, pid := range []int32{maker, other} {
+		fork(first, pid)
+		name(pid, "parent")
+	}
+	name(reused, "one") // before its fork is heard of
+	fork(maker, reused)
+	if got := l.process(reused); got != reused || c.of(reused, false) != "one" {
+		t.Errorf("process %d, called %q: want %d, called one", got, c.of(reused, false), reused)
+	}
+	fork(other, reused) // a thread or a process: nobody knows yet
+	if got := l.process(reused); got != other {
+		t.Errorf("process(a reused number that is gone) = %d, want its maker %d", got, other)
+	}
+	if got := c.of(reused, false); got != "" {
+		t.Errorf("the second process is called %q, after the first", got)
+	}
+	name(reused, "two")
+	var got []trace.Process
+	for _, p := range c.processes() {
+		if p.PID == reused {
+			got = append(got, p)
+		}
+	}
+	if want := []trace.Process{{PID: reused, Parent: other, Command: "two"}}; !slices.Equal(got, want) {
+		t.Errorf("processes %+v, want %+v", got, want)
 	}
 }
