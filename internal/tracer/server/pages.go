@@ -38,6 +38,7 @@ type pageLog struct {
 	max      int   // files
 	start    int64 // CLOCK_MONOTONIC at arming, in nanoseconds
 
+	begun   bool
 	done    chan struct{}
 	err     error // of reading; nil at the regular end
 	files   pageFiles
@@ -95,7 +96,7 @@ func (l *pageLog) arm() error {
 
 // begin starts the clock and the reading.
 func (l *pageLog) begin() {
-	l.start = monotonic()
+	l.begun, l.start = true, monotonic()
 	go l.run()
 }
 
@@ -201,8 +202,7 @@ func (l *pageLog) process(thread int32) int32 {
 
 // stop reads what happened before and ends the log. It returns what is known to be missing.
 func (l *pageLog) stop() []trace.Loss {
-	l.reader.Stop()
-	<-l.done
+	l.quit()
 	var losses []trace.Loss
 	if l.err != nil {
 		losses = append(losses, trace.Loss{Reason: "pages", Count: -1, Detail: fmt.Sprintf("page events could not be read: %v", l.err)})
@@ -222,8 +222,17 @@ func (l *pageLog) stop() []trace.Loss {
 	return losses
 }
 
-// close gives up the descriptors.
+// quit waits until nobody reads any more.
+func (l *pageLog) quit() {
+	if l.begun {
+		l.reader.Stop()
+		<-l.done
+	}
+}
+
+// close ends the log, if nobody has, and gives up the descriptors.
 func (l *pageLog) close() error {
+	l.quit()
 	var err error
 	if l.widener != nil {
 		err = l.widener.Close()
