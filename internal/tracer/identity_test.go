@@ -106,6 +106,13 @@ func identityOf(r tracer.Result) []string {
 func TestIdentity(t *testing.T) {
 	boxes := map[string]func(t *testing.T) *box{
 		"one filesystem": func(t *testing.T) *box { return newDiskBox(t, identitySetup) },
+		"writable layer out of sight": func(t *testing.T) *box { // as where it is in a mount of the container's own
+			b := newDiskBox(t, identitySetup)
+			if err := os.Rename(b.upper, b.upper+".away"); err != nil {
+				t.Fatal(err)
+			}
+			return b
+		},
 		"layer and writable layer apart": func(t *testing.T) *box {
 			return &newColdBox(t, "cp "+workload(t)+" program; mkdir s; "+identitySetup).box
 		},
