@@ -504,3 +504,49 @@ func TestRefRefuses(t *testing.T) {
 		}
 	}
 }
+
+// TestRefLikeNydus holds an image over a layer against the one that nydus-image makes over it: the same chunks in the same order, the
+// same kind of blob, and no more places to decompress from.
+func TestRefLikeNydus(t *testing.T) {
+	t.Parallel()
+	nydus := testenv.Tool(t, "nydus-image")
+	var files []file // no equal chunks in a file: ours keep a distance that nydusd wants
+	for i := range 400 {
+		files = append(files, reg(fmt.Sprintf("d/%03d", i), string(noise(uint64(i), i*97))+strings.Repeat(fmt.Sprint("text", i), i*50)))
+	}
+	files = append(files, reg("d/same", files[300].data), reg("d/big", string(noise(1000, 3<<20))), link("d/link", "d/007"))
+	layer := gzLayer(t, makeTar(t, append([]file{dir("d", 0o755)}, files...)...))
+	src := atRandom(t, source(t, layer))
+	ours := openImage(t, convert(t, src, refOptions()))
+
+	work := t.TempDir()
+	name, boot, blobs := filepath.Join(work, "layer.tar.gz"), filepath.Join(work, "image.boot"), filepath.Join(work, "blobs")
+	if err := errors.Join(os.WriteFile(name, stored1(t, layer), 0o600), os.Mkdir(blobs, 0o700)); err != nil {
+		t.Fatal(err)
+	}
+	if out, err := exec.Command(nydus, "create", "-t", "targz-ref", "--features", "blob-toc", "--bootstrap", boot, "--blob-dir", blobs, name).CombinedOutput(); err != nil {
+		t.Fatalf("nydus-image create: %v\n%s", err, out)
+	}
+	l := looseImage(t, boot, blobs)
+	l.blobs[layer.Descriptor.Digest.Encoded()] = &counted{data: stored1(t, layer)}
+	theirs := l.open(t)
+
+	a, b := ours.Blobs[0], theirs.Blobs[0]
+	if a.ID != b.ID || a.Features != b.Features || a.ChunkCount != b.ChunkCount || a.CompressedSize != b.CompressedSize ||
+		a.UncompressedSize != b.UncompressedSize || a.Digester != b.Digester || a.Compressor != b.Compressor || a.MetaCompressor != b.MetaCompressor {
+		t.Errorf("blob %+v\nnydus-image makes %+v", a, b)
+	}
+	// A context ends before 2 MiB of tar. nydus-image counts a chunk that is to come as one of full size, and so ends some earlier.
+	const record = 24
+	if n, m := a.MetaUncompressed-uint64(a.ChunkCount)*record, b.MetaUncompressed-uint64(b.ChunkCount)*record; n > m || n < m/3 {
+		t.Errorf("contexts take %d bytes, those of nydus-image %d", n, m)
+	}
+	x, y := ours.BlobChunks(0), theirs.BlobChunks(0)
+	for i := range x {
+		p, q := x[i], y[i]
+		if p.Digest != q.Digest || p.Index != q.Index || p.UncompressedOffset != q.UncompressedOffset || p.UncompressedSize != q.UncompressedSize || p.Compressed != q.Compressed {
+			t.Fatalf("chunk %d is %+v, nydus-image has %+v", i, p, q)
+		}
+	}
+	t.Logf("%d chunks, tables of %d and %d bytes", len(x), a.MetaBlobSize, b.MetaBlobSize)
+}
