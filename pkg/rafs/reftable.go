@@ -130,7 +130,13 @@ func (t *refTable) write(w io.Writer, b *Blob) error {
 		b.Features |= disk.FeatureTarHeader | disk.FeatureTOC | disk.FeatureInlinedDigest
 	}
 	b.UncompressedSize = t.uncompressed
-	meta := metaContent{table: t.table, records: uint64(len(t.table)), contexts: uint32(len(t.contexts))} //nolint:gosec // at most MaxChunks
+	meta := metaContent{records: uint64(len(t.table)), contexts: uint32(len(t.contexts))} //nolint:gosec // at most MaxChunks
+	size := len(t.table)
+	for _, c := range t.contexts {
+		size += disk.SizeZranContext + len(c.window)
+	}
+	meta.table = append(make([]byte, 0, size), t.table...)
+	t.table = nil
 	var dicts uint64
 	for _, c := range t.contexts {
 		meta.table = appendRecord(meta.table, &disk.ZranContext{
@@ -143,7 +149,9 @@ func (t *refTable) write(w io.Writer, b *Blob) error {
 	}
 	for _, c := range t.contexts {
 		meta.table = append(meta.table, c.window...)
+		c.window = nil // for the garbage collector
 	}
+	t.contexts = nil
 	tail := tailWriter{w: w, sum: sha256.New()}
 	entries, err := tail.writeMeta(b, meta)
 	if err == nil && t.options.TOC {
