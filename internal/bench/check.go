@@ -28,11 +28,21 @@ func benchCheck(ctx context.Context, b *bench) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
-	one, err := makeOneBlob(ctx, peer, dir, img)
+	for i := range img.Manifest.Layers {
+		if err := b.checkLayer(ctx, peer, filepath.Join(dir, fmt.Sprint(i)), img, i); err != nil {
+			return fmt.Errorf("layer %d: %w", i, err)
+		}
+	}
+	return nil
+}
+
+// checkLayer runs the rows for an image of one layer.
+func (b *bench) checkLayer(ctx context.Context, peer, dir string, img *workload.Image, layer int) error {
+	one, err := makeOneBlob(ctx, peer, dir, img, layer)
 	if err != nil {
 		return err
 	}
-	fmt.Fprintf(b.out, "\ncheck and unpack of %s, %s stored in one blob, RAFS v6, zstd; median of %d interleaved runs\n", img.Reference, mb(one.size), b.runs)
+	fmt.Fprintf(b.out, "\ncheck and unpack of layer %d of %s, %s stored in one blob, RAFS v6, zstd; median of %d interleaved runs\n", layer, img.Reference, mb(one.size), b.runs)
 	fmt.Fprintf(b.out, "%-34s %10s %10s %10s %10s %10s %10s\n", "", "wall", "cpu", "memory", "peer wall", "peer cpu", "ratio")
 	ours := []string{b.bin + "optimizer", "--bootstrap", one.boot, "--blob-dir", one.blobs, "--quiet"}
 	verb := func(name string, args ...string) []string {
@@ -76,16 +86,11 @@ type oneBlob struct {
 	size              int64  // of the blob in bytes
 }
 
-// makeOneBlob has nydus-image make an image of the largest layer.
-func makeOneBlob(ctx context.Context, peer, dir string, img *workload.Image) (o oneBlob, err error) {
-	layer := img.Manifest.Layers[0]
-	for _, l := range img.Manifest.Layers {
-		if l.Size > layer.Size {
-			layer = l
-		}
-	}
+// makeOneBlob has nydus-image make an image of one layer in dir.
+func makeOneBlob(ctx context.Context, peer, dir string, img *workload.Image, n int) (o oneBlob, err error) {
+	layer := img.Manifest.Layers[n]
 	o.boot, o.blobs = filepath.Join(dir, "one.boot"), filepath.Join(dir, "one")
-	if err := os.Mkdir(o.blobs, 0o755); err != nil {
+	if err := os.MkdirAll(o.blobs, 0o755); err != nil {
 		return o, err
 	}
 	if _, err := timed(ctx, []string{

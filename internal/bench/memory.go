@@ -78,6 +78,12 @@ func writeSynthetic(dir string, files int, size int64) error {
 	if err != nil {
 		return err
 	}
+	return writeLayout(dir, []ocispec.Descriptor{layer}, []digest.Digest{diffID})
+}
+
+// writeLayout makes an OCI layout with the tag bench of layers that lie in dir already.
+func writeLayout(dir string, layers []ocispec.Descriptor, diffIDs []digest.Digest) error {
+	blobs := filepath.Join(dir, "blobs", "sha256")
 	put := func(mediaType string, v any) (ocispec.Descriptor, error) {
 		body, err := json.Marshal(v)
 		if err != nil {
@@ -88,13 +94,13 @@ func writeSynthetic(dir string, files int, size int64) error {
 	}
 	config, err := put(ocispec.MediaTypeImageConfig, ocispec.Image{
 		Platform: ocispec.Platform{OS: "linux", Architecture: "amd64"},
-		RootFS:   ocispec.RootFS{Type: "layers", DiffIDs: []digest.Digest{diffID}},
+		RootFS:   ocispec.RootFS{Type: "layers", DiffIDs: diffIDs},
 	})
 	if err != nil {
 		return err
 	}
 	manifest, err := put(ocispec.MediaTypeImageManifest, ocispec.Manifest{
-		Versioned: specs.Versioned{SchemaVersion: 2}, MediaType: ocispec.MediaTypeImageManifest, Config: config, Layers: []ocispec.Descriptor{layer},
+		Versioned: specs.Versioned{SchemaVersion: 2}, MediaType: ocispec.MediaTypeImageManifest, Config: config, Layers: layers,
 	})
 	if err != nil {
 		return err

@@ -2,11 +2,13 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 
 	"github.com/headstart-oci/headstart/internal/nydusimage"
 	"github.com/headstart-oci/headstart/internal/workload"
@@ -17,7 +19,7 @@ import (
 const optimizeFiles = 320
 
 // benchOptimize gives a Nydus image of about 300 MB unpacked a prefetch blob for some of its
-// files, as they are stored and compressed anew. There is no peer: nydus-image 2.2.0 does not
+// files, as they are stored and compressed anew, and for its largest, most of its data. There is no peer: nydus-image 2.2.0 does not
 // do it, and what later ones make of v6 images is refused by their own check.
 func benchOptimize(ctx context.Context, b *bench) (err error) {
 	img, err := workload.Build(ctx, workload.GoTool, workload.Options{Log: b.log})
@@ -37,12 +39,20 @@ func benchOptimize(ctx context.Context, b *bench) (err error) {
 		if _, err := timed(ctx, []string{b.bin + "optimizer", "convert", "--quiet", "--temp-dir", dir, "--fs-version", version, "oci:" + img.Dir, source}); err != nil {
 			return err
 		}
-		if err := everyNth(ctx, source, list); err != nil {
-			return err
-		}
-		for _, more := range [][]string{nil, {"--recompress"}} {
+		for _, c := range []struct {
+			name    string
+			largest bool
+			more    []string
+		}{
+			{name: "as stored"},
+			{name: "compressed anew", more: []string{"--recompress"}},
+			{name: "the largest, as stored", largest: true},
+		} {
+			if err := listFiles(ctx, source, list, c.largest); err != nil {
+				return err
+			}
 			target := source + "-fast"
-			line := append([]string{b.bin + "optimizer", "optimize", "--quiet", "--temp-dir", dir, "--prefetch-files", list, source, target}, more...)
+			line := append([]string{b.bin + "optimizer", "optimize", "--quiet", "--temp-dir", dir, "--prefetch-files", list, source, target}, c.more...)
 			var runs []sample
 			for i := range b.runs + 1 {
 				s, err := timed(ctx, line)
@@ -57,26 +67,23 @@ func benchOptimize(ctx context.Context, b *bench) (err error) {
 			if err != nil {
 				return err
 			}
-			name := "RAFS v" + version + ", chunks as they are stored"
-			if more != nil {
-				name = "RAFS v" + version + ", compressed anew"
-			}
-			printSide(b, name, runs, size)
+			printSide(b, "RAFS v"+version+", "+c.name, runs, size)
 		}
 	}
 	return nil
 }
 
-// everyNth writes a list of optimizeFiles files of an image, evenly spread in the order of paths.
-func everyNth(ctx context.Context, ref, list string) error {
+// listFiles writes a list of optimizeFiles files of an image: the largest, or evenly spread ones in the order of paths.
+func listFiles(ctx context.Context, ref, list string, largest bool) error {
 	img, err := nydusimage.Open(ctx, ref, nydusimage.Options{})
 	if err != nil {
 		return err
 	}
 	var paths []string
+	sizes := map[string]uint64{}
 	err = img.RAFS.Walk(func(p string, ino *rafs.Inode) error {
 		if ino.IsRegular() && ino.Size > 0 {
-			paths = append(paths, p)
+			paths, sizes[p] = append(paths, p), ino.Size
 		}
 		return nil
 	})
@@ -85,6 +92,10 @@ func everyNth(ctx context.Context, ref, list string) error {
 	}
 	if len(paths) < optimizeFiles {
 		return fmt.Errorf("the image has %d files, want %d", len(paths), optimizeFiles)
+	}
+	if largest {
+		slices.SortStableFunc(paths, func(a, b string) int { return cmp.Compare(sizes[b], sizes[a]) })
+		paths = paths[:optimizeFiles]
 	}
 	var text bytes.Buffer
 	for i := range optimizeFiles {
