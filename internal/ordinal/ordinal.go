@@ -47,7 +47,7 @@ func (x *Index[T]) Add(p *T) {
 	if x.count >= len(x.slots)*3/4 {
 		x.slots = make([]uint32, 2*len(x.slots))
 		for i := range x.count {
-			*x.slot(x.at(i)) = uint32(i + 1) //nolint:gosec // below 2^32, as New says
+			*x.slot(x.at(i)) = uint32(i + 1)
 		}
 	}
 	x.count++

@@ -48,7 +48,7 @@ func (d *dir) find(name string) (uint32, bool) {
 	}
 	for i := range d.names {
 		if d.names[i].Name == name && name != "" {
-			return uint32(i), true //nolint:gosec // at most fewNames
+			return uint32(i), true
 		}
 	}
 	return 0, false
@@ -133,7 +133,7 @@ func (d *dir) len() int { return len(d.names) - d.gone }
 func (d *dir) all() iter.Seq2[string, entry] {
 	return func(yield func(string, entry) bool) {
 		for i := range d.names {
-			if name := d.names[i].Name; name != "" && !yield(name, d.at(uint32(i))) { //nolint:gosec // bounded by put
+			if name := d.names[i].Name; name != "" && !yield(name, d.at(uint32(i))) {
 				return
 			}
 		}
@@ -218,7 +218,7 @@ func (x *nameIndex) grow(names []rafs.Dirent) {
 	x.slots = make([]uint32, size)
 	for i := range names {
 		if name := names[i].Name; name != "" {
-			*x.slot(names, name) = uint32(i + 1) //nolint:gosec // bounded by put
+			*x.slot(names, name) = uint32(i + 1)
 		}
 	}
 }

@@ -255,7 +255,7 @@ func (w *v6Walk) add(n v6Node, name string) (uint32, error) {
 	p.nodes = append(p.nodes, n)
 	p.index.Add(n.inode)
 	for i := range n.inode.Chunks {
-		p.chunk = append(p.chunk, v6ChunkRef{at, uint32(i)}) //nolint:gosec // memory bounds the chunks of a file far below
+		p.chunk = append(p.chunk, v6ChunkRef{at, uint32(i)})
 	}
 	return at, nil
 }
