@@ -110,32 +110,35 @@ func (b *batch) run(enc *rafs.Encoder) {
 	defer func() { b.done <- struct{}{} }()
 	for i := range b.pieces {
 		p := &b.pieces[i]
-		src := b.raw[p.off : p.off+p.n]
-		sum := b.digester.Sum(src)
+		sum := b.digester.Sum(b.raw[p.off : p.off+p.n])
 		if known, ok := b.dict.find(sum, p.n); ok {
 			p.known = &known
 			continue
 		}
-		if uint32(p.n) < b.together { //nolint:gosec // at most the chunk size
-			p.chunk = rafs.EncodedChunk{Digest: sum, Data: src, UncompressedSize: uint32(p.n)} //nolint:gosec // at most the chunk size
-			continue
-		}
-		tail := b.out[len(b.out):]
-		data, compressed, err := enc.EncodeMatches(tail, src, b.matchesOf(i))
-		if err != nil {
-			b.err = err
+		if b.err = b.encode(enc, i, sum); b.err != nil {
 			return
 		}
-		if compressed && len(data) <= cap(tail) {
-			b.out = b.out[:len(b.out)+len(data)]
-		}
-		p.chunk = rafs.EncodedChunk{
-			Digest:           sum,
-			Data:             data,
-			Compressed:       compressed,
-			UncompressedSize: uint32(p.n), //nolint:gosec // at most the chunk size
-		}
 	}
+}
+
+// encode makes the chunk of piece i as it is to be stored, in the batch's own array where there is room.
+func (b *batch) encode(enc *rafs.Encoder, i int, sum rafs.Digest) error {
+	p := &b.pieces[i]
+	src := b.raw[p.off : p.off+p.n]
+	p.chunk = rafs.EncodedChunk{Digest: sum, Data: src, UncompressedSize: uint32(p.n)} //nolint:gosec // at most the chunk size
+	if p.chunk.UncompressedSize < b.together {
+		return nil
+	}
+	tail := b.out[len(b.out):]
+	data, compressed, err := enc.EncodeMatches(tail, src, b.matchesOf(i))
+	if err != nil {
+		return err
+	}
+	if compressed && len(data) <= cap(tail) {
+		b.out = b.out[:len(b.out)+len(data)]
+	}
+	p.chunk.Data, p.chunk.Compressed = data, compressed
+	return nil
 }
 
 // chunker cuts files into chunks, hands them to the pool in batches, and appends the
@@ -149,8 +152,9 @@ type chunker struct {
 	blob      *rafs.BlobWriter
 	ref       *rafs.RefBuilder // instead of blob, when the chunks stay in the layer
 	dict      *dict
-	known     int    // chunks that the dictionary has; commit counts
-	together  uint32 // smaller chunks go into batches of the blob
+	known     int           // chunks that the dictionary has; commit counts
+	encoder   *rafs.Encoder // of commit, for chunks that the dictionary has in vain; made when first needed
+	together  uint32        // smaller chunks go into batches of the blob
 
 	stream *layerStream // what the tar is read from; nil: nothing is known of its bytes
 
@@ -303,6 +307,9 @@ func (c *chunker) commit(ctx context.Context) error {
 		}
 		for i := range b.pieces {
 			p := &b.pieces[i]
+			if err := c.setApart(b, i); err != nil {
+				return fmt.Errorf("compress chunk: %w", err)
+			}
 			if err := c.store(p); err != nil {
 				return fmt.Errorf("write blob: %w", err)
 			}
@@ -310,6 +317,25 @@ func (c *chunker) commit(ctx context.Context) error {
 		}
 		c.free <- b // never blocks: it has room for all batches there are
 	}
+}
+
+// setApart has the chunk of piece i stored although the dictionary has it, where that one would be misread behind the
+// chunk before it in the file. Which chunk that is only commit knows, so that the workers have not compressed this one.
+func (c *chunker) setApart(b *batch, i int) error {
+	p := &b.pieces[i]
+	n := len(p.ino.Chunks)
+	if p.known == nil || n == 0 || !rafs.Misread(&p.ino.Chunks[n-1], p.known) {
+		return nil
+	}
+	if c.encoder == nil {
+		var err error
+		if c.encoder, err = rafs.NewEncoder(c.blob.Compressor(), rafs.LevelDefault); err != nil {
+			return err
+		}
+	}
+	sum := p.known.Digest
+	p.known = nil
+	return b.encode(c.encoder, i, sum)
 }
 
 // store stores p's chunk, unless the dictionary has it, and gives its inode the record.

@@ -26,7 +26,7 @@ const MediaTypeRecord = "application/vnd.headstart.layer-record.v1+zstd"
 
 // recordMagic begins a record. Its number changes whenever the form of records or what a
 // layer's blob depends on does.
-const recordMagic = "headstart layer record 1\n"
+const recordMagic = "headstart layer record 2\n"
 
 // Record is what a later conversion needs to use a layer's blob without reading the layer:
 // its tree, and where in the blob its chunks are. See [Layer].Record.

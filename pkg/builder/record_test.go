@@ -12,6 +12,7 @@ import (
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+	"golang.org/x/sys/unix"
 
 	"github.com/headstart-oci/headstart/pkg/builder"
 	"github.com/headstart-oci/headstart/pkg/rafs"
@@ -194,6 +195,49 @@ func TestDict(t *testing.T) {
 		}
 		checkOCI(t, &together)
 	}
+}
+
+// TestDictChunksThatNydusdMisreads: a file has two chunks of the dictionary that lie near each other in its blob, with a few
+// bytes between. The second one is stored again.
+func TestDictChunksThatNydusdMisreads(t *testing.T) {
+	eachVersion(t, func(t *testing.T, o builder.Options) {
+		a, b := string(noise(1, testChunk)), string(noise(2, testChunk))
+		z, far := strings.Repeat("z", testChunk), string(noise(3, 3*testChunk))
+		base := convert(t, tars(t, makeTar(t, reg("x", a+z+b+far+a[:9]))), o)
+		o.Dict = dictOf(t, base)
+		// The last file's clash is in the middle of it, behind more than a batch.
+		src := tars(t, makeTar(t, reg("near", a+b), reg("far", a+far+b+"end"), reg("back", b+a+z+b), reg("touching", a+z+b+far),
+			reg("long", string(noise(4, 1<<20-testChunk))+a+b+z+a+b)))
+		res := convert(t, src, o)
+		// Stored are the noise, "end", b once for near and long, and the first chunk of far, which lies behind z and b.
+		if st := res.Stats; st.DictBlobs != 1 || st.DictChunks != 1+4+4+6+3 || st.Chunks != 255+1+1+1 {
+			t.Errorf("Stats = %+v, want 258 chunks, and 18 times one of a dictionary's blob", st)
+		}
+		together := withBlobs(res, base)
+		img := openImage(t, res)
+		for _, name := range []string{"near", "far", "back", "touching", "long"} {
+			for i, c := range img.Lookup(name).Chunks[1:] {
+				if prev := img.Lookup(name).Chunks[i]; rafs.Misread(&prev, &c) {
+					t.Errorf("/%s: chunk %d is stored at %d behind one that ends at %d", name, i+1, c.CompressedOffset, prev.CompressedOffset+uint64(prev.CompressedSize))
+				}
+			}
+		}
+		var packed bytes.Buffer
+		if _, err := builder.PackLayer(t.Context(), &packed, bytes.NewReader(makeTar(t, reg("near", a+b))), o); err != nil {
+			t.Fatal(err)
+		} else if packed.Len() < testChunk {
+			t.Errorf("a packed layer has %d bytes, too few for a chunk", packed.Len())
+		}
+		want := dumpImage(t, &together)
+		root := mountNydusd(t, &together)
+		for range 3 {
+			for path, w := range want {
+				if w.Mode&unix.S_IFMT == unix.S_IFREG && sum(readUncached(t, root+path)) != w.Data {
+					t.Errorf("%s: nydusd gives other bytes", path)
+				}
+			}
+		}
+	})
 }
 
 // withBlobs is res with the paths of the blobs that base has stored.

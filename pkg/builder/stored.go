@@ -41,7 +41,7 @@ func (s *StoredBlob) check() error {
 }
 
 // Dict is a chunk dictionary: the chunks of an image that is kept where the result is going
-// to be. Chunks that it has are not stored again: the result refers to its blobs.
+// to be. Chunks that it has are not stored again, but where nydusd would misread them: the result refers to its blobs.
 type Dict struct {
 	// ID names the dictionary, by its manifest's digest perhaps: the blobs of layers depend on it.
 	ID string

@@ -9,6 +9,13 @@ const readGap = 8 << 10
 // misread reports whether nydusd would read a chunk stored at offset wrongly behind one that ends at end.
 func misread(end, offset uint64) bool { return offset > end && offset-end <= readGap }
 
+// Misread reports whether nydusd would read next wrongly behind prev in a file: both are in one blob, neither in a
+// batch, and next is stored a little behind prev's end. [BlobWriter.AppendAfter] avoids that within the blob it
+// writes; for chunks of other blobs it is for who refers to them to do.
+func Misread(prev, next *Chunk) bool {
+	return prev.Blob == next.Blob && misread(storedEnd(prev), next.CompressedOffset)
+}
+
 func storedEnd(c *Chunk) uint64 { return c.CompressedOffset + uint64(c.CompressedSize) }
 
 // AppendAfter is [BlobWriter.Append] for a chunk that follows the chunks before, all of this blob, in files. It
