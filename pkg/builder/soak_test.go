@@ -3,6 +3,7 @@ package builder_test
 import (
 	"bytes"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"math/rand/v2"
@@ -266,9 +267,11 @@ func (g *randomImage) optimizeNydus(t *testing.T, r *rand.Rand) {
 	if err := os.Mkdir(blobs, 0o755); err != nil {
 		t.Fatal(err)
 	}
-	args := []string{"create", "--type", "directory", "--bootstrap", boot, "--blob-dir", blobs, "--whiteout-spec", "none",
+	args := []string{
+		"create", "--type", "directory", "--bootstrap", boot, "--blob-dir", blobs, "--whiteout-spec", "none",
 		"--compressor", []string{"none", "lz4_block", "zstd"}[r.IntN(3)], "--digester", []string{"blake3", "sha256"}[r.IntN(2)],
-		"--chunk-size", fmt.Sprintf("%#x", 1<<[]int{12, 16, 20, 24}[r.IntN(4)]), "--fs-version", fmt.Sprint(5 + r.IntN(2))}
+		"--chunk-size", fmt.Sprintf("%#x", 1<<[]int{12, 16, 20, 24}[r.IntN(4)]), "--fs-version", fmt.Sprint(5 + r.IntN(2)),
+	}
 	if args[len(args)-1] == "5" && r.IntN(2) == 0 {
 		args = append(args, "--aligned-chunk")
 	}
@@ -357,7 +360,7 @@ func (g *randomImage) readAtRandom(t *testing.T, r *rand.Rand, root string) {
 		_ = unix.Fadvise(int(f.Fd()), 0, 0, unix.FADV_DONTNEED) // to ask nydusd again
 		_, err = f.ReadAt(buf, int64(off))
 		f.Close()
-		if err != nil && err != io.EOF {
+		if err != nil && !errors.Is(err, io.EOF) {
 			t.Errorf("nydusd: read %d bytes at %d of %q: %v", len(buf), off, p, err)
 			return
 		}
