@@ -130,6 +130,25 @@ func TestLateTracerIsALoss(t *testing.T) {
 	}
 }
 
+// TestLateTracerThatMissedNothing has a start that went on without its tracer, which was armed before the container's
+// command began all the same.
+func TestLateTracerThatMissedNothing(t *testing.T) {
+	s := newFakeSession()
+	s.result.Early = true
+	w := &world{t: t, start: func(tracer.Options) (nriplugin.Session, error) { return s, nil }}
+	w.open(func(c *nriplugin.Config, _ *nriplugin.Options) { c.StartDeadline = 20 * time.Millisecond })
+	w.startContainer("c1")
+	s.arm()
+	s.end("exit", nil, "/bin/sh")
+	w.idle()
+	if lists := w.saved(); len(lists) != 1 || !lists[0].Complete() || len(w.queued()) != 1 {
+		t.Errorf("lists %+v, queued %d; want a complete one that is built from", lists, len(w.queued()))
+	}
+	if err := w.close(); err != nil {
+		t.Error(err)
+	}
+}
+
 func TestLossIsKeptNotBuilt(t *testing.T) {
 	w := &world{t: t}
 	w.open(nil)

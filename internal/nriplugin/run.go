@@ -300,7 +300,7 @@ func (r *run) list(res tracer.Result, image Image) *persist.List {
 	l.Losses = slices.Clone(l.Losses)
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if r.held > 0 {
+	if r.held > 0 && !res.Early {
 		detail := fmt.Sprintf("the container went on after %v, the tracer was ready after %v",
 			r.held.Round(time.Millisecond), r.late.Round(time.Millisecond))
 		if r.late == 0 {

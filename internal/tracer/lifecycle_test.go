@@ -281,8 +281,8 @@ func TestNoTracer(t *testing.T) {
 		"exits":          {script: "echo oops >&2; exit 3", pid: 1, err: tracer.ErrKilled, text: `exit status 3), it said "oops"`},
 		"other program":  {script: `echo '{"path":"/x"}'; exec sleep 600`, pid: 1, err: tracer.ErrKilled, text: "not a trace stream"},
 		"upstream style": {script: `echo '{"path":"/bin/sh","size":1,"elapsed":2}'`, pid: 1, err: tracer.ErrKilled, text: "not a trace stream"},
-		"bad frame":      {script: `sleep 2 & printf 'HSTRACE\002\001\000\000\000X'; wait`, pid: 1, err: tracer.ErrKilled, text: "invalid trace frame"},
-		"huge frame":     {script: `printf 'HSTRACE\002\377\377\377\377X'; exec sleep 600`, pid: 1, err: tracer.ErrKilled, text: "invalid trace frame"},
+		"bad frame":      {script: `sleep 2 & printf 'HSTRACE\003\001\000\000\000X'; wait`, pid: 1, err: tracer.ErrKilled, text: "invalid trace frame"},
+		"huge frame":     {script: `printf 'HSTRACE\003\377\377\377\377X'; exec sleep 600`, pid: 1, err: tracer.ErrKilled, text: "invalid trace frame"},
 	}
 	for name, tt := range tests {
 		t.Run(name, func(t *testing.T) {
@@ -334,6 +334,34 @@ func TestPrivileges(t *testing.T) {
 	r := result(t, startUnarmed(t, c.pid(), tracer.Options{Server: name}))
 	if !errors.Is(r.Err, tracer.ErrPrivilege) || lossOf(r) != "late -1" {
 		t.Errorf("error %v, losses %q; want %v", r.Err, lossOf(r), tracer.ErrPrivilege)
+	}
+}
+
+// TestEarly holds that a session knows whether it was armed before the container's command began.
+func TestEarly(t *testing.T) {
+	b := newBox(t, "mkdir s; echo x > s/f; cp "+workload(t)+" program")
+	for _, mode := range []string{pivot, chroot} {
+		c := b.create(t, mode, "/program", "read", "/s/f")
+		early := start(t, c, tracer.Options{})
+		c.run(t)
+		if r := result(t, early); !r.Early || !r.Trace.Complete() {
+			t.Errorf("%s: early %t, losses %q; want all of the run", mode, r.Early, lossOf(r))
+		}
+		c = b.create(t, mode, "/program", "files", "read:/s/f", "pause:60s")
+		c.letGo(t)
+		for end := time.Now().Add(limit); ; time.Sleep(time.Millisecond) {
+			if exe, err := os.Readlink(fmt.Sprintf("/proc/%d/exe", c.pid())); err == nil && filepath.Base(exe) == "program" {
+				break
+			}
+			if time.Now().After(end) {
+				t.Fatal("the command does not begin")
+			}
+		}
+		late := start(t, c, tracer.Options{})
+		_ = c.cmd.Process.Kill()
+		if r := result(t, late); r.Early {
+			t.Errorf("%s: says that it was there before a command that ran", mode)
+		}
 	}
 }
 

@@ -110,6 +110,7 @@ type receiver struct {
 	s       *Session
 	rec     trace.Recorder
 	armed   time.Time
+	early   bool
 	began   time.Time // monotonic
 	mark    string
 	engine  string
@@ -144,7 +145,7 @@ func (r *receiver) frame(f stream.Frame) error {
 		if !r.began.IsZero() {
 			return fmt.Errorf("%w: ready twice", stream.ErrInvalid)
 		}
-		r.armed, r.began, r.mark, r.engine = f.Armed, time.Now(), f.Mark, f.Engine
+		r.armed, r.early, r.began, r.mark, r.engine = f.Armed, f.Early, time.Now(), f.Mark, f.Engine
 		if f.Note != "" {
 			r.s.filesOnly(f.Note)
 		}
@@ -187,7 +188,7 @@ func (r *receiver) result(err error, exit string) Result {
 	s.mu.Lock()
 	why := s.why
 	s.mu.Unlock()
-	res := Result{Armed: r.armed, Mark: r.mark, End: why, Engine: r.engine, Grade: trace.GradeFile}
+	res := Result{Armed: r.armed, Early: r.early, Mark: r.mark, End: why, Engine: r.engine, Grade: trace.GradeFile}
 	switch {
 	case r.end != nil && err == nil:
 		r.rec.Saw(r.end.Events)

@@ -79,6 +79,7 @@ type Result struct {
 	Trace    trace.Trace
 	End      string        // one of the End constants, or the reason handed to Stop
 	Armed    time.Time     // wall clock of arming; zero when it never armed
+	Early    bool          // the container's command had not begun then: nothing of it was missed, however late that was
 	Duration time.Duration // from arming to the end
 	Engine   string        // what recorded: "fanotify", or that and what told the pages
 	Grade    string        // how exact the ranges are: one of the trace package's grades

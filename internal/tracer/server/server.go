@@ -141,7 +141,7 @@ func arm(c Config, out *output) (*session, error) {
 	if s.pages != nil {
 		s.pages.begin()
 	}
-	out.send(stream.Ready{Armed: s.armed, Mark: kind.String(), Engine: s.engine, Note: note})
+	out.send(stream.Ready{Armed: s.armed, Mark: kind.String(), Engine: s.engine, Note: note, Early: t.unstarted()})
 	return s, nil
 }
 

@@ -225,6 +225,15 @@ func (t *target) ownSuperblock() bool {
 	return dev != t.hostDev
 }
 
+// unstarted reports whether the process has yet to execute the container's command: what it executes still, the
+// container runtime's program, is on no mount that the container has. It is false where that cannot be told, as
+// before Linux 5.8.
+func (t *target) unstarted() bool {
+	var st unix.Statx_t
+	err := unix.Statx(t.proc, strconv.Itoa(t.pid)+"/exe", 0, unix.STATX_MNT_ID, &st)
+	return err == nil && st.Mask&unix.STATX_MNT_ID != 0 && len(t.mounts) > 0 && findMount(t.mounts, st.Mnt_id) == nil
+}
+
 // ended reports whether the process has ended.
 func (t *target) ended() bool {
 	fds := []unix.PollFd{{Fd: pollFD(t.pidfd), Events: unix.POLLIN}}

@@ -16,7 +16,7 @@ import (
 )
 
 // Magic opens a stream; its last byte is the version of the format.
-const Magic = "HSTRACE\x02"
+const Magic = "HSTRACE\x03"
 
 // MaxFrame bounds the bytes of one frame after its length. A path that the kernel
 // names is at most 4096 bytes; one found by walking the tree can be longer.
@@ -54,6 +54,7 @@ type Ready struct {
 	Mark   string    // what was marked: "filesystem" or "mount"
 	Engine string    // what records besides fanotify; empty: nothing
 	Note   string    // why not a better engine; may be empty
+	Early  bool      // the container's command had not begun
 }
 
 // Touch is the first touch of a file of the image. Ranges of the access are not sent.
@@ -148,7 +149,7 @@ func frameLen(b []byte, start int) uint32 {
 }
 
 func (f Ready) append(b []byte) []byte {
-	b = put64(append(b, kindReady), f.Armed.UnixNano())
+	b = putBool(put64(append(b, kindReady), f.Armed.UnixNano()), f.Early)
 	return append(putString(putString(b, f.Mark), f.Engine), clip(f.Note, MaxFrame/2)...)
 }
 
@@ -177,10 +178,7 @@ func (f Ranges) append(b []byte) []byte { return putRanges(append(b, kindRanges)
 func putRanges(b []byte, id uint32, ranges []trace.Range) []byte {
 	b = binary.LittleEndian.AppendUint32(b, id)
 	for _, r := range ranges {
-		b = append(put64(put64(put64(b, r.Offset), r.Length), int64(r.Elapsed)), 0)
-		if r.Certain {
-			b[len(b)-1] = 1
-		}
+		b = putBool(put64(put64(put64(b, r.Offset), r.Length), int64(r.Elapsed)), r.Certain)
 	}
 	return b
 }
@@ -206,6 +204,13 @@ func (f End) append(b []byte) []byte {
 
 func put64(b []byte, v int64) []byte {
 	return binary.LittleEndian.AppendUint64(b, uint64(v)) //nolint:gosec // the bits are kept
+}
+
+func putBool(b []byte, v bool) []byte {
+	if v {
+		return append(b, 1)
+	}
+	return append(b, 0)
 }
 
 // putString writes a length byte and at most 255 bytes of s.
@@ -269,7 +274,7 @@ func decode(b []byte, last *string) (Frame, error) {
 	var f Frame
 	switch b[0] {
 	case kindReady:
-		f = Ready{Armed: time.Unix(0, c.int64()), Mark: c.string(), Engine: c.string(), Note: c.rest()}
+		f = Ready{Armed: time.Unix(0, c.int64()), Early: c.bool(), Mark: c.string(), Engine: c.string(), Note: c.rest()}
 	case kindTouch:
 		f = Touch{ID: c.uint32(), Access: c.access()}
 	case kindFound:
@@ -340,7 +345,14 @@ func (c *cursor) command() string {
 	return *c.last
 }
 
-// ranges takes ranges to the frame's end; a certainty that is neither 0 nor 1 spoils the frame.
+// bool takes a byte; one that is neither 0 nor 1 spoils the frame.
+func (c *cursor) bool() bool {
+	v := c.byte()
+	c.short = c.short || v > 1
+	return v == 1
+}
+
+// ranges takes ranges to the frame's end.
 func (c *cursor) ranges() []trace.Range {
 	if len(c.b)%sizeRange != 0 || len(c.b)/sizeRange > MaxRanges {
 		c.short = true
@@ -348,10 +360,8 @@ func (c *cursor) ranges() []trace.Range {
 	}
 	var out []trace.Range
 	for len(c.b) > 0 {
-		r := trace.Range{Offset: c.int64(), Length: c.int64(), Elapsed: time.Duration(c.int64())}
-		sure := c.byte()
-		r.Certain = sure == 1
-		if sure > 1 || r.Offset < 0 || r.Length <= 0 || r.Offset > math.MaxInt64-r.Length {
+		r := trace.Range{Offset: c.int64(), Length: c.int64(), Elapsed: time.Duration(c.int64()), Certain: c.bool()}
+		if c.short || r.Offset < 0 || r.Length <= 0 || r.Offset > math.MaxInt64-r.Length {
 			c.short = true
 			return nil
 		}

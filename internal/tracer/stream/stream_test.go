@@ -20,6 +20,7 @@ import (
 func frames() []stream.Frame {
 	return []stream.Frame{
 		stream.Ready{Armed: time.Unix(1700000000, 123456789), Mark: "filesystem", Engine: "filemap", Note: "a\nnote"},
+		stream.Ready{Armed: time.Unix(1700000000, 0), Mark: "mount", Early: true},
 		stream.Touch{ID: 0, Access: trace.Access{Path: "/a\nb\xff\x00c", How: trace.Opened | trace.Executed, Size: math.MaxInt64, Elapsed: 5, PID: math.MaxInt32, Command: "c d\n"}},
 		stream.Touch{ID: math.MaxUint32, Access: trace.Access{Path: "/" + strings.Repeat("x", 4095), PID: -1}},
 		stream.Pending{},
