@@ -2,6 +2,7 @@ package persist
 
 import (
 	"cmp"
+	"container/heap"
 	"fmt"
 	"math"
 	"slices"
@@ -177,12 +178,12 @@ func (m *merger) ranges(of []touch) []trace.Range {
 	for i := 0; i < len(edges); {
 		at := edges[i].at
 		for ; i < len(edges) && edges[i].at == at; i++ {
-			sweep.pass(edges[i])
+			sweep.pass(&edges[i])
 		}
 		if i == len(edges) || !m.enough(sweep.counted, sweep.all) {
 			continue
 		}
-		r := trace.Range{Offset: at, Length: edges[i].at - at, Elapsed: sweep.elapsed(), Certain: m.enough(sweep.sureCounted, sweep.sure)}
+		r := trace.Range{Offset: at, Length: edges[i].at - at, Elapsed: sweep.elapsed(at), Certain: m.enough(sweep.sureCounted, sweep.sure)}
 		if n := len(out) - 1; n >= 0 && out[n].Offset+out[n].Length == at && out[n].Elapsed == r.Elapsed && out[n].Certain == r.Certain {
 			out[n].Length += r.Length
 			continue
@@ -214,40 +215,61 @@ func whole(ranges []trace.Range) bool {
 // sweep knows which runs touched the byte that it stands at.
 type sweep struct {
 	of    []touch
-	open  [][]trace.Range // by touch: ranges that hold the byte
+	open  []opened        // by touch
 	times []time.Duration // scratch
 
 	all, counted      int // runs that touched the byte
 	sure, sureCounted int // of which certain
 }
 
+// opened are the ranges of one run that hold a byte: they may overlap, as lists may come from anywhere.
+type opened struct {
+	n, sure int
+	byTime  firstTouches
+}
+
+// firstTouches is a heap of ranges' begins, the first touch at its top. Those that ended are taken out when
+// they come there.
+type firstTouches []*edge
+
+func (h firstTouches) Len() int           { return len(h) }
+func (h firstTouches) Less(i, j int) bool { return h[i].r.Elapsed < h[j].r.Elapsed }
+func (h firstTouches) Swap(i, j int)      { h[i], h[j] = h[j], h[i] }
+func (h *firstTouches) Push(e any)        { *h = append(*h, e.(*edge)) }
+func (h *firstTouches) Pop() any {
+	last := len(*h) - 1
+	e := (*h)[last]
+	*h = (*h)[:last]
+	return e
+}
+
 // reset makes the sweep stand before the first byte of another file.
 func (s *sweep) reset(of []touch) {
 	for len(s.open) < len(of) {
-		s.open = append(s.open, nil)
+		s.open = append(s.open, opened{})
 	}
 	for i := range s.open {
-		s.open[i] = s.open[i][:0]
+		s.open[i] = opened{byTime: s.open[i].byTime[:0]}
 	}
 	s.of, s.all, s.counted, s.sure, s.sureCounted = of, 0, 0, 0, 0
 }
 
-func certain(ranges []trace.Range) bool {
-	return slices.ContainsFunc(ranges, func(r trace.Range) bool { return r.Certain })
-}
-
-// pass takes note of a range's begin or end.
-func (s *sweep) pass(e edge) {
-	open := &s.open[e.touch]
-	had, sure := len(*open) > 0, certain(*open)
+// pass takes note of a range's begin or end. It keeps e until the next reset.
+func (s *sweep) pass(e *edge) {
+	o := &s.open[e.touch]
+	had, sure := o.n > 0, o.sure > 0
+	d := 1
 	if e.begin {
-		*open = append(*open, e.r)
+		heap.Push(&o.byTime, e)
 	} else {
-		i := slices.Index(*open, e.r)
-		*open = slices.Delete(*open, i, i+1)
+		d = -1
 	}
-	s.count(&s.all, &s.counted, e.touch, had, len(*open) > 0)
-	s.count(&s.sure, &s.sureCounted, e.touch, sure, certain(*open))
+	o.n += d
+	if e.r.Certain {
+		o.sure += d
+	}
+	s.count(&s.all, &s.counted, e.touch, had, o.n > 0)
+	s.count(&s.sure, &s.sureCounted, e.touch, sure, o.sure > 0)
 }
 
 func (s *sweep) count(all, counted *int, touch int, before, after bool) {
@@ -264,18 +286,20 @@ func (s *sweep) count(all, counted *int, touch int, before, after bool) {
 	}
 }
 
-// elapsed returns the median of the runs' first touches of the byte; a range without a
-// time was touched at an unknown time after the file was.
-func (s *sweep) elapsed() time.Duration {
+// elapsed returns the median of the runs' first touches of the byte at at, where all edges were passed; a
+// range without a time was touched at an unknown time after the file was.
+func (s *sweep) elapsed(at int64) time.Duration {
 	s.times = s.times[:0]
-	for i, open := range s.open {
-		if len(open) == 0 {
+	for i := range s.open {
+		o := &s.open[i]
+		if o.n == 0 {
+			o.byTime = o.byTime[:0]
 			continue
 		}
-		first := time.Duration(math.MaxInt64)
-		for _, r := range open {
-			first = min(first, r.Elapsed)
+		for o.byTime[0].r.Offset+o.byTime[0].r.Length <= at {
+			heap.Pop(&o.byTime)
 		}
+		first := o.byTime[0].r.Elapsed
 		if first == 0 {
 			first = s.of[i].access.Elapsed
 		}
