@@ -31,7 +31,8 @@ type Run struct {
 // value: [Merge] returns a new one. The zero value is a profile without runs.
 //
 // Runs with losses are kept and marked, but take part in the union alone: what they did
-// not see says nothing, so they count neither for an intersection nor for a weight.
+// not see says nothing, so they count neither for an intersection nor for a weight, unless
+// no run is complete: all count then.
 type Profile struct {
 	// Runs are ordered: complete ones first, then the latest by its start, then by ID. There
 	// are at most [MaxRuns], those that come first in this order.

@@ -30,7 +30,8 @@ type File struct {
 	trace.Access
 	// Runs is how many complete runs touched the file, Lossy how many with losses did.
 	Runs, Lossy int
-	// Weight is the share of the complete runs that touched the file, 0 to 1.
+	// Weight is the share of the complete runs that touched the file, 0 to 1; of all runs where
+	// none is complete.
 	Weight float64
 }
 
@@ -53,7 +54,7 @@ func (p *Profile) Files(policy Policy) []File {
 		// A share of 0.3 of 10 runs is 3 runs, whatever 0.3 × 10 is in binary.
 		need = max(1, int(math.Ceil(float64(policy)*float64(total)-1e-9)))
 	}
-	m := merger{need: need, any: policy <= Union}
+	m := merger{total: total, need: need, any: policy <= Union}
 	byPath := map[string]int{}
 	var touches [][]touch
 	for _, r := range p.Runs {
@@ -76,9 +77,6 @@ func (p *Profile) Files(policy Policy) []File {
 	var found []placed
 	for _, of := range touches {
 		if f, place, ok := m.file(of); ok {
-			if c := p.Complete(); c > 0 {
-				f.Weight = float64(f.Runs) / float64(c)
-			}
 			found = append(found, placed{f, place})
 		}
 	}
@@ -102,8 +100,9 @@ type touch struct {
 
 // merger makes one file of what the runs know of it.
 type merger struct {
-	need int  // counted runs that have to have touched a byte
-	any  bool // one run of any kind is enough
+	total int  // runs that count
+	need  int  // counted runs that have to have touched a byte
+	any   bool // one run of any kind is enough
 
 	edges []edge // scratch, as is sweep
 	sweep sweep
@@ -132,7 +131,7 @@ func (m *merger) file(of []touch) (f File, place int, ok bool) {
 	if !m.enough(counted, len(of)) {
 		return File{}, 0, false
 	}
-	f.Path = of[0].access.Path
+	f.Path, f.Weight = of[0].access.Path, float64(counted)/float64(m.total)
 	f.Elapsed = median(elapsed)
 	f.Ranges = m.ranges(of)
 	return f, median(places), true

@@ -201,6 +201,11 @@ func TestProfileOfLossyRuns(t *testing.T) {
 	if got := len(p.Files(persist.Intersection)); got != 1 {
 		t.Errorf("%d files in the intersection, want 1", got)
 	}
+	for _, f := range p.Files(persist.Union) {
+		if want := map[string]float64{"/a": 1, "/b": .5}[f.Path]; f.Weight != want || f.Runs != 0 {
+			t.Errorf("%s has the weight %v of %d complete runs, want %v of none", f.Path, f.Weight, f.Runs, want)
+		}
+	}
 	l := p.List(persist.Union)
 	if len(l.Losses) != 2 || l.Complete() || l.Losses[0].Reason != "overflow" || !strings.HasSuffix(l.Losses[1].Detail, ": x") || l.Grade != persist.GradeFile {
 		t.Errorf("List = %+v", l)
