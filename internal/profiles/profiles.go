@@ -298,7 +298,7 @@ func (p place) read(ctx context.Context, src remote.Source, d ocispec.Descriptor
 	if len(m.Layers) != 1 || m.Layers[0].MediaType != MediaType {
 		return nil, fmt.Errorf("%w: %d layers, want one %s", remote.ErrInvalid, len(m.Layers), MediaType)
 	}
-	data, err := remote.ReadAll(ctx, src, m.Layers[0], persist.MaxListSize)
+	data, err := remote.ReadAll(ctx, src, m.Layers[0], persist.MaxProfileSize)
 	if err != nil {
 		return nil, err
 	}

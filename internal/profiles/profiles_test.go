@@ -2,6 +2,8 @@ package profiles_test
 
 import (
 	"errors"
+	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"slices"
@@ -226,5 +228,37 @@ func TestForeign(t *testing.T) {
 	f, err := profiles.Pull(t.Context(), ref, options)
 	if err != nil || f.Artifacts != 1 || len(f.Skipped) != 3 || !slices.Equal(paths(f.Profile), []string{"/app/main"}) {
 		t.Errorf("pull: %+v, %v", f, err)
+	}
+}
+
+// A profile may be larger than a list: what Push takes, Pull reads.
+func TestLarge(t *testing.T) {
+	t.Parallel()
+	if testing.Short() {
+		t.Skip("writes 140 MB")
+	}
+	ref, image := zoo(t)
+	const runs, files, escaped = 3, 3000, 4000 // a byte takes four when it is escaped
+	var all []*persist.Profile
+	for n := range runs {
+		var paths []string
+		for i := range files {
+			paths = append(paths, fmt.Sprintf("/%d%s", i, strings.Repeat("\x01", escaped)))
+		}
+		all = append(all, run(t, image, n, paths...))
+	}
+	p, err := persist.Merge(persist.MergeOptions{}, all...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if n, err := p.WriteTo(io.Discard); err != nil || n <= persist.MaxListSize {
+		t.Fatalf("profile of %d bytes, %v, want more than a list has", n, err)
+	}
+	if _, err := profiles.Push(t.Context(), ref, p, options); err != nil {
+		t.Fatal(err)
+	}
+	f, err := profiles.Pull(t.Context(), ref, options)
+	if err != nil || len(f.Skipped) > 0 || len(f.Profile.Runs) != runs {
+		t.Errorf("pull: %d artifacts, skipped %q, %v", f.Artifacts, f.Skipped, err)
 	}
 }
