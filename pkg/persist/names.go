@@ -56,8 +56,8 @@ func short(s string) string {
 // the store: the repository without its host, a colon and the tag. It is
 // "library/nginx:latest" for nginx, and alias is then "nginx:latest"; alias is empty for
 // images outside docker.io/library. A reference by digest, for which upstream has no
-// name, gives "<repository>@sha256-<hex>". ok is false when ref is no image reference or its
-// name is longer than a file's can be.
+// name, gives "<repository>@sha256-<hex>". ok is false when ref is no image reference, its
+// name is longer than a file's can be, or its tag ends like the names that say that a list has losses.
 func upstreamNames(ref string) (name, alias string, ok bool) {
 	named, err := reference.ParseDockerRef(ref)
 	if err != nil {
@@ -74,8 +74,8 @@ func upstreamNames(ref string) (name, alias string, ok bool) {
 	}
 	repo := reference.Path(named)
 	name = repo + suffix
-	const most = 220 // bytes; the longest addition is ".timeout<19 digits>s.json"
-	if len(path.Base(name)) > most || len(name) > 4*most {
+	const most = 210 // bytes; the longest addition is ".timeout<19 digits>s.incomplete"
+	if strings.HasSuffix(name, lossExt) || len(path.Base(name)) > most || len(name) > 4*most {
 		return "", "", false
 	}
 	if rest, official := strings.CutPrefix(repo, "library/"); official && reference.Domain(named) == "docker.io" {

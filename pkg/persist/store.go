@@ -124,21 +124,34 @@ func (s *Store) saveUpstream(l *List, o SaveOptions, saved *Saved) error {
 	// A link there is a short name of another image, which yields to the image's own.
 	info, err := s.root.Lstat(name)
 	_, lossErr := s.root.Lstat(name + lossExt)
+	others := otherNames(name, alias, o.Timeout)
 	if o.Overwrite || (lossErr == nil && !o.Partial) || err != nil || !info.Mode().IsRegular() {
-		if err := s.writeUpstream(l, o.Readable, name, saved); err != nil {
+		if err := s.writeUpstream(l, o.Readable, name, others, saved); err != nil {
 			return err
 		}
 	}
-	var limit string
-	if seconds := o.Timeout / time.Second; seconds > 0 {
-		limit = fmt.Sprintf(".timeout%ds", seconds)
+	return s.links(name, others)
+}
+
+// otherNames returns the other names of the files at name: the short one of an official image,
+// and for each name the one with the time limit.
+func otherNames(name, alias string, timeout time.Duration) []string {
+	names := []string{name}
+	if alias != "" {
+		names = append(names, alias)
 	}
-	return s.links(name, alias, limit)
+	if seconds := timeout / time.Second; seconds > 0 {
+		for _, n := range names {
+			names = append(names, fmt.Sprintf("%s.timeout%ds", n, seconds))
+		}
+	}
+	return names[1:]
 }
 
 // writeUpstream writes the files at name. Their formats have no place for losses, so a file
-// beside them says that there are some: it comes before them and goes after them.
-func (s *Store) writeUpstream(l *List, readable bool, name string, saved *Saved) error {
+// beside them, and links to it beside those at others, say that there are some: they come
+// before them and go after them.
+func (s *Store) writeUpstream(l *List, readable bool, name string, others []string, saved *Saved) error {
 	if !l.Complete() {
 		err := s.write(name+lossExt, func(w io.Writer) error {
 			for _, loss := range l.Losses {
@@ -149,6 +162,9 @@ func (s *Store) writeUpstream(l *List, readable bool, name string, saved *Saved)
 			}
 			return nil
 		})
+		if err == nil {
+			err = s.linkLoss(name, others, true)
+		}
 		if err != nil {
 			return err
 		}
@@ -171,30 +187,42 @@ func (s *Store) writeUpstream(l *List, readable bool, name string, saved *Saved)
 	if !l.Complete() {
 		return nil
 	}
+	if err := s.linkLoss(name, others, false); err != nil {
+		return err
+	}
 	if err := s.root.Remove(name + lossExt); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
 	return nil
 }
 
-// links gives the files at name their other names: the short one of an official image,
-// and for each name the one with the time limit.
-func (s *Store) links(name, alias, limit string) error {
+// links gives the files at name their other names.
+func (s *Store) links(name string, others []string) error {
 	for _, ext := range []string{"", csvExt, jsonExt} {
-		var others []string
-		if alias != "" {
-			others = append(others, alias+ext)
-		}
-		if limit != "" {
-			others = append(others, name+limit+ext)
-			if alias != "" {
-				others = append(others, alias+limit+ext)
-			}
-		}
 		for _, other := range others {
-			if err := s.link(name+ext, other); err != nil {
+			if err := s.link(name+ext, other+ext); err != nil {
 				return err
 			}
+		}
+	}
+	return nil
+}
+
+// linkLoss makes or removes the links to the losses of name beside its other names, but not where
+// another image's files have one of these names.
+func (s *Store) linkLoss(name string, others []string, there bool) error {
+	for _, other := range others {
+		if info, err := s.root.Lstat(other); err == nil && info.Mode()&fs.ModeSymlink == 0 {
+			continue
+		}
+		var err error
+		if there {
+			err = s.link(name+lossExt, other+lossExt)
+		} else if info, lerr := s.root.Lstat(other + lossExt); lerr == nil && info.Mode()&fs.ModeSymlink != 0 {
+			err = s.root.Remove(other + lossExt)
+		}
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
 		}
 	}
 	return nil
