@@ -11,8 +11,10 @@ import (
 	"time"
 
 	containerd "github.com/containerd/containerd/v2/client"
+	"github.com/containerd/containerd/v2/core/containers"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/errdefs"
+	"github.com/opencontainers/image-spec/identity"
 
 	"github.com/headstart-oci/headstart/internal/readylog"
 	"github.com/headstart-oci/headstart/pkg/persist"
@@ -72,16 +74,15 @@ func (o *recordOptions) attach(ctx context.Context, l *persist.List) (err error)
 		l.Reference = info.Image
 	}
 	if l.Digest == "" && info.Image != "" {
-		o.imageOf(ctx, namespace, info.Image, l)
+		o.imageOf(ctx, client, namespace, info, l)
 	}
 	return nil
 }
 
-// imageOf notes digest and platform of the container's image; without them the list is
-// good all the same.
-func (o *recordOptions) imageOf(ctx context.Context, namespace, name string, l *persist.List) {
+// imageOf notes the digest of the container's image; without it the list is good all the same.
+func (o *recordOptions) imageOf(ctx context.Context, client *containerd.Client, namespace string, info containers.Container, l *persist.List) {
 	err := func() (err error) {
-		ref, err := remote.Containerd(namespace, name)
+		ref, err := remote.Containerd(namespace, info.Image)
 		if err != nil {
 			return err
 		}
@@ -92,15 +93,25 @@ func (o *recordOptions) imageOf(ctx context.Context, namespace, name string, l *
 			return err
 		}
 		defer func() { err = errors.Join(err, src.Close()) }()
-		img, err := remote.Select(ctx, src, "")
+		snapshot, err := client.SnapshotService(info.Snapshotter).Stat(ctx, info.SnapshotKey)
 		if err != nil {
-			return err
+			return fmt.Errorf("the container's snapshot: %w", err)
 		}
-		l.Digest = img.Descriptor.Digest.String()
-		return nil
+		for _, choose := range []func(context.Context, remote.Source, string) (remote.Image, error){remote.Select, remote.SelectNydus} {
+			img, err := choose(ctx, src, "")
+			if err != nil {
+				return err
+			}
+			// The name may have been given to another image since the container was made.
+			if identity.ChainID(img.Config.RootFS.DiffIDs).String() == snapshot.Parent {
+				l.Digest = img.Descriptor.Digest.String()
+				return nil
+			}
+		}
+		return fmt.Errorf("%s has other layers today than the container", info.Image)
 	}()
 	if err != nil {
-		o.warn("the list will not name the image's digest: %v", err)
+		o.warn("the list will not name the image's digest (--digest does): %v", err)
 	}
 }
 

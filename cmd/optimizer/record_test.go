@@ -347,6 +347,12 @@ func TestRecordContainer(t *testing.T) {
 	if code, _, errs := invoke(t, "check", out); code != 0 {
 		t.Errorf("check: %s", errs)
 	}
+	// The tag is another image's by now: the container's list does not name that one.
+	critest.ImportStatic(t, e, ref, helloPackage, map[string][]byte{"/etc/greeting": []byte("from another image")})
+	code, _, text = invoke(t, "record", "--container", c.ID, "--containerd-address", e.Address(), "--server-path", server, "-o", name, "--timeout", "200ms")
+	if l := readListFile(t, name); code != 0 || l.Reference != ref || l.Digest != "" || !strings.Contains(text, ref+" has other layers today than the container") {
+		t.Errorf("another image: %d, list of %s %s, %s", code, l.Reference, l.Digest, text)
+	}
 	if code, _, errs := invoke(t, "record", "--container", "zzz", "--containerd-address", e.Address(), "--server-path", server, "-o", name); code != exitFailed || !strings.Contains(errs, "container zzz in namespace k8s.io: there is none") {
 		t.Errorf("unknown container: %d, %s", code, errs)
 	}
