@@ -44,7 +44,10 @@ var hookBuckets = []float64{.0005, .001, .0025, .005, .01, .025, .05, .1, .2, .5
 
 // reasons are the words that losses are counted by; others are "other", so that the number of
 // series is bounded. Source: trace.Loss.
-var reasons = map[string]bool{"overflow": true, "late": true, "killed": true, "unresolved": true, "limit": true, "overrun": true}
+var reasons = map[string]bool{
+	"overflow": true, "late": true, "killed": true, "unresolved": true, "limit": true,
+	"overrun": true, "pages": true, "exec": true,
+}
 
 const otherReason = "other"
 

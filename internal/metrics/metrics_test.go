@@ -97,6 +97,20 @@ headstart_runs_total{verdict="incomplete"} 1
 	none.Ended()
 }
 
+// Each reason that trace.Loss documents is a series of its own.
+func TestLossReasons(t *testing.T) {
+	m := metrics.New()
+	// Sorted, as a scrape is.
+	want := "# HELP headstart_losses_total Losses that lists say of themselves, by reason; one loss may be of many events.\n# TYPE headstart_losses_total counter\n"
+	for _, reason := range []string{"exec", "killed", "late", "limit", "overflow", "overrun", "pages", "unresolved"} {
+		m.Loss(reason, -1)
+		want += "headstart_losses_total{reason=\"" + reason + "\"} 1\n"
+	}
+	if err := testutil.GatherAndCompare(m.Gatherer(), strings.NewReader(want), "headstart_losses_total"); err != nil {
+		t.Error(err)
+	}
+}
+
 func TestCheckAddress(t *testing.T) {
 	for address, ok := range map[string]bool{
 		"": true, "127.0.0.1:9464": true, "127.0.0.2:0": true, "[::1]:9464": true, "localhost:9464": true, "unix:/run/x.sock": true,

@@ -60,7 +60,7 @@ const (
 // Loss is something a trace is known to miss.
 type Loss struct {
 	// Reason is a short word: "overflow", "overrun", "late", "killed",
-	// "unresolved", "pages", "limit".
+	// "unresolved", "pages", "exec", "limit".
 	Reason string
 	// Count is how many events or files are missing; -1 when nobody knows.
 	Count int64
