@@ -80,17 +80,23 @@ type shown struct {
 }
 
 type shownRun struct {
-	ID        string       `json:"id"`
-	Container string       `json:"container,omitempty"`
-	Started   time.Time    `json:"started,omitzero"`
-	Duration  int64        `json:"duration_ns"`
-	End       string       `json:"ended,omitempty"`
-	Engine    string       `json:"engine,omitempty"`
-	Grade     string       `json:"grade,omitempty"`
-	Verdict   string       `json:"verdict"`
-	Files     int          `json:"files"`
-	Skipped   int64        `json:"skipped"`
-	Losses    []trace.Loss `json:"losses,omitempty"`
+	ID        string      `json:"id"`
+	Container string      `json:"container,omitempty"`
+	Started   time.Time   `json:"started,omitzero"`
+	Duration  int64       `json:"duration_ns"`
+	End       string      `json:"ended,omitempty"`
+	Engine    string      `json:"engine,omitempty"`
+	Grade     string      `json:"grade,omitempty"`
+	Verdict   string      `json:"verdict"`
+	Files     int         `json:"files"`
+	Skipped   int64       `json:"skipped"`
+	Losses    []shownLoss `json:"losses,omitempty"`
+}
+
+type shownLoss struct {
+	Reason string `json:"reason"`
+	Count  int64  `json:"count"` // -1 when nobody knows
+	Detail string `json:"detail,omitempty"`
 }
 
 type shownTotal struct {
@@ -128,10 +134,14 @@ func newShown(p *persist.Profile, policy persist.Policy, policyText string, limi
 		Policy: policyText, Grade: l.Grade, Verdict: l.Verdict(), Runs: []shownRun{}, Files: []shownFile{},
 	}
 	for _, r := range p.Runs {
+		var losses []shownLoss
+		for _, x := range r.List.Losses {
+			losses = append(losses, shownLoss(x))
+		}
 		s.Runs = append(s.Runs, shownRun{
 			ID: r.ID, Container: r.List.Container, Started: r.List.Started, Duration: int64(r.List.Duration), End: r.List.End,
 			Engine: r.List.Engine, Grade: r.List.Grade, Verdict: r.List.Verdict(),
-			Files: len(r.List.Accesses), Skipped: r.List.Skipped, Losses: r.List.Losses,
+			Files: len(r.List.Accesses), Skipped: r.List.Skipped, Losses: losses,
 		})
 	}
 	for i, f := range p.Files(policy) {
