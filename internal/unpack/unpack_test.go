@@ -27,10 +27,7 @@ func TestMain(m *testing.M) { testenv.Main(m) }
 func cmpTree(t *testing.T, dir string) {
 	t.Helper()
 	fixtures := testenv.Fixtures(t)
-	python, err := exec.LookPath("python3")
-	if err != nil {
-		t.Skip("skipped: no python3")
-	}
+	python := testenv.Tool(t, "python3")
 	out, err := exec.Command(python, filepath.Join(fixtures, "cmp_tree.py"), dir, filepath.Join(fixtures, "expected.json")).CombinedOutput()
 	if err != nil {
 		t.Errorf("cmp_tree.py: %v\n%s", err, out)
@@ -76,10 +73,7 @@ func TestDirOfFixtures(t *testing.T) {
 func TestTarOfFixtures(t *testing.T) {
 	testenv.Root(t)
 	t.Parallel()
-	gnu, err := exec.LookPath("tar")
-	if err != nil {
-		t.Skip("skipped: no tar")
-	}
+	gnu := testenv.Tool(t, "tar")
 	_, src := variant(t, variants[0])
 	var b bytes.Buffer
 	skipped, err := unpack.Tar(t.Context(), src, &b)

@@ -200,10 +200,7 @@ func checkMount(t *testing.T, res *builder.Result) {
 	t.Helper()
 	t.Run("kernel", func(t *testing.T) {
 		testenv.Root(t)
-		python, err := exec.LookPath("python3")
-		if err != nil {
-			t.Skip("skipped: no python3")
-		}
+		python := testenv.Tool(t, "python3")
 		root := testenv.MountEROFS(t, res.BootstrapPath, expandAll(t, res)...)
 		fixtures := testenv.Fixtures(t)
 		out, err := exec.Command(python, filepath.Join(fixtures, "cmp_tree.py"), root, filepath.Join(fixtures, "expected.json")).CombinedOutput()

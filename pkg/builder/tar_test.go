@@ -77,10 +77,7 @@ func makeTree(t *testing.T, root, format string) {
 // is the judge.
 func TestTarFormats(t *testing.T) {
 	testenv.Root(t)
-	tool, err := exec.LookPath("tar")
-	if err != nil {
-		t.Skip("skipped: no tar")
-	}
+	tool := testenv.Tool(t, "tar")
 	tests := map[string][]string{
 		"v7":                {"--format=v7"},
 		"ustar":             {"--format=ustar"},

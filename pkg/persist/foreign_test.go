@@ -11,6 +11,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
+	"github.com/headstart-oci/headstart/internal/testenv"
 	"github.com/headstart-oci/headstart/pkg/persist"
 	"github.com/headstart-oci/headstart/pkg/trace"
 )
@@ -146,10 +147,7 @@ func TestWriteJSONOnce(t *testing.T) {
 // Python's reader is the judge: strict JSON, and a list without ranges means the whole file.
 func TestWriteJSONForPython(t *testing.T) {
 	t.Parallel()
-	python, err := exec.LookPath("python3")
-	if err != nil {
-		t.Skip("skipped: no python3")
-	}
+	python := testenv.Tool(t, "python3")
 	var b bytes.Buffer
 	if _, err := awkward().WriteJSON(&b); err != nil {
 		t.Fatal(err)
