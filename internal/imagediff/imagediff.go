@@ -17,7 +17,8 @@ import (
 type Side struct {
 	Image *rafs.Image
 	// Read returns the uncompressed, verified bytes of a chunk. It is called only where digests
-	// cannot tell whether files are equal: in images of other chunk sizes or digesters.
+	// cannot tell whether files are equal: in images of other chunk sizes or digesters, and of files with chunks
+	// that have none (tarfs).
 	Read func(ctx context.Context, c rafs.Chunk) ([]byte, error)
 }
 
@@ -50,7 +51,7 @@ type Summary struct {
 	Changed int `json:"changed"`
 	Same    int `json:"same"`
 	// SharedBytes of ABytes and BBytes are in chunks that both images have; bytes are uncompressed and each chunk
-	// counts once. With other digesters nothing is known to be shared.
+	// counts once. With other digesters, and of chunks without digests (tarfs), nothing is known to be shared.
 	ABytes      uint64 `json:"a_bytes"`
 	BBytes      uint64 `json:"b_bytes"`
 	SharedBytes uint64 `json:"shared_bytes"`
@@ -224,9 +225,12 @@ func sameXattrs(a, b []rafs.Xattr) bool {
 		func(x, y rafs.Xattr) bool { return x.Name == y.Name && bytes.Equal(x.Value, y.Value) })
 }
 
+// noDigest reports whether nothing is known of the bytes of c: chunks of tarfs images have zeros for a digest.
+func noDigest(c rafs.Chunk) bool { return c.Digest == rafs.Digest{} }
+
 // sameContent compares two files of one size.
 func (c *comparer) sameContent(ctx context.Context, a, b *rafs.Inode) (bool, error) {
-	if c.digests {
+	if c.digests && !slices.ContainsFunc(a.Chunks, noDigest) && !slices.ContainsFunc(b.Chunks, noDigest) {
 		return slices.EqualFunc(a.Chunks, b.Chunks, func(x, y rafs.Chunk) bool {
 			return x.Digest == y.Digest && x.UncompressedSize == y.UncompressedSize
 		}), nil
@@ -277,23 +281,28 @@ func (s *Summary) measure(a, b *rafs.Image) {
 		digest rafs.Digest
 		size   uint32
 	}
-	unique := func(img *rafs.Image) map[key]struct{} {
-		set := map[key]struct{}{}
+	// unique returns the chunks with digests, and the bytes of all chunks.
+	unique := func(img *rafs.Image) (map[key]struct{}, uint64) {
+		set, size := map[key]struct{}{}, uint64(0)
 		for n := range img.Blobs {
 			for _, c := range img.BlobChunks(n) {
-				set[key{c.Digest, c.UncompressedSize}] = struct{}{}
+				k := key{c.Digest, c.UncompressedSize}
+				if _, ok := set[k]; ok {
+					continue
+				}
+				if size += uint64(c.UncompressedSize); !noDigest(c) {
+					set[k] = struct{}{}
+				}
 			}
 		}
-		return set
+		return set, size
 	}
-	inA, inB := unique(a), unique(b)
+	var inA, inB map[key]struct{}
+	inA, s.ABytes = unique(a)
+	inB, s.BBytes = unique(b)
 	for k := range inA {
-		s.ABytes += uint64(k.size)
 		if _, ok := inB[k]; ok && a.Digester == b.Digester {
 			s.SharedBytes += uint64(k.size)
 		}
-	}
-	for k := range inB {
-		s.BBytes += uint64(k.size)
 	}
 }

@@ -144,6 +144,43 @@ func TestCompareByBytes(t *testing.T) {
 	}
 }
 
+// TestCompareWithoutDigests compares images whose chunks have no digests, as those of tarfs images:
+// only the bytes tell, also against an image that has digests.
+func TestCompareWithoutDigests(t *testing.T) {
+	t.Parallel()
+	tarfs := func(content string) *image {
+		i := newImage(4, rafs.DigesterSHA256)
+		ino := i.file(content)
+		for n := range ino.Chunks {
+			ino.Chunks[n].Digest = rafs.Digest{}
+		}
+		return i.add("f", ino)
+	}
+	digests := func(content string) *image {
+		i := newImage(4, rafs.DigesterSHA256)
+		return i.add("f", i.file(content))
+	}
+	const text = "twelve bytes"
+	for name, other := range map[string]struct {
+		*image
+		same bool
+	}{
+		"tarfs, equal":           {tarfs(text), true},
+		"tarfs, other bytes":     {tarfs("twelve BYTES"), false},
+		"with digests, equal":    {digests(text), true},
+		"with digests, other":    {digests("twelve BYTES"), false},
+		"with digests, one byte": {digests("twelve byteS"), false},
+	} {
+		sum, changes := compare(t, tarfs(text), other.image)
+		if same := len(changes) == 0; same != other.same || same != sum.Equal() {
+			t.Errorf("%s: changes %+v, summary %+v", name, changes, sum)
+		}
+		if sum.ABytes != uint64(len(text)) || sum.BBytes != uint64(len(text)) || sum.SharedBytes != 0 {
+			t.Errorf("%s: %d of %d and %d bytes shared, want 0 of %d", name, sum.SharedBytes, sum.ABytes, sum.BBytes, len(text))
+		}
+	}
+}
+
 func TestCompareErrors(t *testing.T) {
 	t.Parallel()
 	a, b := newImage(4, rafs.DigesterBLAKE3), newImage(8, rafs.DigesterBLAKE3)
