@@ -105,8 +105,9 @@ type summary struct {
 
 // summarize digests everything that an image says.
 func summarize(img *rafs.Image) summary {
-	s := summarizer{h: sha256.New()}
-	s.index = ordinal.New(0, func(i int) *rafs.Inode { return s.met[i] })
+	names := countNames(img.Root)
+	s := summarizer{h: sha256.New(), met: make([]*rafs.Inode, 0, names)}
+	s.index = ordinal.New(names, func(i int) *rafs.Inode { return s.met[i] })
 	s.u64(uint64(img.ChunkSize), uint64(img.Compressor), uint64(img.Digester), uint64(len(img.Blobs)))
 	for _, b := range img.Blobs {
 		s.str(fmt.Sprintf("%+v", b))
@@ -119,6 +120,15 @@ func summarize(img *rafs.Image) summary {
 	}
 	s.flush()
 	return summary{entries: s.entries, sum: hex.EncodeToString(s.h.Sum(nil))}
+}
+
+// countNames returns how many entries the directories below and with dir have.
+func countNames(dir *rafs.Inode) int {
+	n := len(dir.Children)
+	for _, d := range dir.Children {
+		n += countNames(d.Inode)
+	}
+	return n
 }
 
 type summarizer struct {

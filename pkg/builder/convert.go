@@ -238,6 +238,7 @@ func (c *conversion) run(ctx context.Context, cfg sourceConfig) error {
 	if err := c.writeBootstrap(img); err != nil {
 		return fmt.Errorf("bootstrap: %w", err)
 	}
+	collectTree() // the plan of the bootstrap
 	want, chunks := summarize(img), c.chunksToVerify(img)
 	c.progress(Event{Stage: StageVerify})
 	return c.complete(ctx, cfg, want, chunks)
