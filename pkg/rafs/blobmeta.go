@@ -225,14 +225,15 @@ func (t *metaTable) check(i uint32) error {
 	case r.batch && r.zran:
 		return invalid(section, at, "flags", "batch and ZRAN", "one of them")
 	case r.batch:
-		return t.checkBatch(r, section, at)
+		return t.checkBatch(i, r, section, at)
 	case r.zran:
 		return t.checkZran(i, r, section, at)
 	}
 	return nil
 }
 
-func (t *metaTable) checkBatch(r metaRecord, section string, at int64) error {
+// checkBatch verifies record i, which lies in a batch.
+func (t *metaTable) checkBatch(i uint32, r metaRecord, section string, at int64) error {
 	if uint64(r.batchIndex) >= uint64(len(t.batches)) {
 		return invalid(section, at, "batch index", r.batchIndex, fmt.Sprintf("below %d", len(t.batches)))
 	}
@@ -245,6 +246,17 @@ func (t *metaTable) checkBatch(r metaRecord, section string, at int64) error {
 	}
 	if end := uint64(r.batchOffset) + uint64(r.uncompressedSize); end > uint64(c.UncompressedSize) {
 		return invalid(section, at, "end in its batch", end, fmt.Sprintf("at most %d", c.UncompressedSize))
+	}
+	if i == 0 {
+		return nil
+	}
+	switch prev := t.record(i - 1); {
+	case !prev.batch:
+	case prev.batchIndex > r.batchIndex:
+		return invalid(section, at, "batch index", r.batchIndex, fmt.Sprintf("at least %d", prev.batchIndex))
+	case prev.batchIndex == r.batchIndex && prev.compressedOffset != r.compressedOffset:
+		// The context does not say where its batch is: each of its records does.
+		return invalid(section, at, "compressed offset of its batch", r.compressedOffset, prev.compressedOffset)
 	}
 	return nil
 }

@@ -25,7 +25,7 @@ type BlobReader struct {
 
 	mu        sync.Mutex // guards the last batch
 	batch     []byte     // uncompressed; nil: none yet
-	batchAt   uint32     // its index
+	batchAt   batchPlace // which it is
 	batchHits int64      // how often it was used, for tests
 
 	zran zranCursors
@@ -130,10 +130,17 @@ func (b *BlobReader) record(c Chunk) (metaRecord, error) {
 	return r, nil
 }
 
+// batchPlace is what tells a batch: its records say where it is stored, and of records apart from each other nobody has
+// compared that.
+type batchPlace struct {
+	index  uint32
+	offset uint64
+}
+
 func (b *BlobReader) readBatched(r metaRecord) ([]byte, error) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if b.batch == nil || b.batchAt != r.batchIndex {
+	if at := (batchPlace{r.batchIndex, r.compressedOffset}); b.batch == nil || b.batchAt != at {
 		c := b.meta.batches[r.batchIndex]
 		stored, err := b.readRange(r.compressedOffset, c.CompressedSize, MaxChunkSize)
 		if err != nil {
@@ -144,7 +151,7 @@ func (b *BlobReader) readBatched(r metaRecord) ([]byte, error) {
 				return nil, err
 			}
 		}
-		b.batch, b.batchAt = stored, r.batchIndex
+		b.batch, b.batchAt = stored, at
 	}
 	b.batchHits++
 	// checkBatch has made sure that the chunk lies inside.

@@ -303,3 +303,102 @@ func TestDecodeGzip(t *testing.T) {
 		t.Errorf("decode with compressor 9 = %v, want ErrUnsupported", err)
 	}
 }
+
+// TestBatchPlaces moves a record of a batch, so that two of one batch name different places, and so that batches go
+// backwards: check says so, also when their neighbors have been read.
+func TestBatchPlaces(t *testing.T) {
+	t.Parallel()
+	var out bytes.Buffer
+	w, err := NewBlobWriter(&out, BlobOptions{BatchSize: 1 << 14})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var chunks []Chunk
+	for i := range 8 { // two batches of three, one of one, and a chunk of its own
+		p := bytes.Repeat([]byte{byte(i + 1)}, 5000+i/7*5000)
+		c, err := w.Append(EncodedChunk{Digest: DigesterBLAKE3.Sum(p), Data: p, UncompressedSize: uint32(len(p))})
+		if err != nil {
+			t.Fatal(err)
+		}
+		chunks = append(chunks, c)
+	}
+	b, err := w.Close()
+	if err != nil || b.MetaCompressor != CompressorNone {
+		t.Fatalf("Close = %+v, %v, want a raw table", b, err)
+	}
+	for name, tt := range map[string]struct {
+		record, word int
+		change       func(v uint64) uint64
+		want         string // of check of that record
+	}{
+		"unchanged":       {1, 1, func(v uint64) uint64 { return v }, ""},
+		"compressed_size": {1, 1, func(v uint64) uint64 { return v + 1<<disk.V2CompSizeShift }, ""}, // says nothing in a batch
+		"offset":          {2, 1, func(v uint64) uint64 { return v + 77 }, "compressed offset of its batch"},
+		"index":           {4, 2, func(v uint64) uint64 { return v & disk.V2DataOffsetMask }, "batch index"},
+	} {
+		p := bytes.Clone(out.Bytes())
+		at := p[b.MetaOffset+uint64(tt.record*disk.SizeMetaV2+8*tt.word):]
+		binary.LittleEndian.PutUint64(at, tt.change(binary.LittleEndian.Uint64(at)))
+		r, err := OpenBlob(bytes.NewReader(p), b)
+		if err != nil {
+			t.Fatal(err)
+		}
+		table, err := r.table()
+		if err != nil {
+			t.Fatal(err)
+		}
+		for i := range table.count {
+			err := table.check(i)
+			if bad := int(i) == tt.record && tt.want != ""; bad != errors.Is(err, ErrInvalid) || bad && !strings.Contains(err.Error(), tt.want) {
+				t.Errorf("%s: check(%d) = %v, want %q", name, i, err, tt.want)
+			}
+		}
+		for i, c := range chunks {
+			_, first := r.ReadChunk(t.Context(), c)
+			if bad := i == tt.record && tt.want != ""; (first != nil) != bad {
+				t.Errorf("%s: ReadChunk(%d) = %v", name, i, first)
+			}
+		}
+	}
+}
+
+// TestBatchApart moves a record of a batch behind one that is in none, where check does not compare it: what it
+// reads as does not depend on what was read before.
+func TestBatchApart(t *testing.T) {
+	t.Parallel()
+	stored := append(bytes.Repeat([]byte("a"), 5000), bytes.Repeat([]byte("b"), 5000)...)
+	stored = append(stored, make([]byte, 100)...)
+	var records []byte
+	for i, r := range []metaRecord{
+		{compressed: true, batch: true},
+		{compressedSize: 5000}, // raw
+		{compressed: true, batch: true, batchOffset: 5000, compressedOffset: 77},
+	} {
+		r.uncompressedOffset, r.uncompressedSize = uint64(i)*8192, 5000
+		records = appendV2(records, r)
+	}
+	b := Blob{
+		ID: "x", ChunkSize: 1 << 14, ChunkCount: 3, Features: disk.FeatureV2 | disk.FeatureBatch | disk.FeatureAligned,
+		CompressedSize: uint64(len(stored)), UncompressedSize: 3 * 8192, MetaOffset: uint64(len(stored)),
+	}
+	table := &metaTable{blob: b, records: records, size: disk.SizeMetaV2, count: 3, batches: []disk.BatchContext{{CompressedSize: 10000, UncompressedSize: 10000}}}
+	read := func(r *BlobReader, i uint32) string {
+		if err := table.check(i); err != nil {
+			t.Fatal(err)
+		}
+		p, err := r.readBatched(table.record(i))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return string(p)
+	}
+	one := &BlobReader{r: bytes.NewReader(stored), blob: b, meta: table}
+	first, last := read(one, 0), read(one, 2)
+	other := &BlobReader{r: bytes.NewReader(stored), blob: b, meta: table}
+	if again := read(other, 2); again != last {
+		t.Error("record 2 reads as another chunk behind record 0")
+	}
+	if again := read(other, 0); again != first {
+		t.Error("record 0 reads as another chunk behind record 2")
+	}
+}
