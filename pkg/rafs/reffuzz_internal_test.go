@@ -2,10 +2,14 @@ package rafs
 
 import (
 	"bytes"
+	"compress/flate"
 	"context"
 	"errors"
 	"io"
+	"strings"
 	"testing"
+
+	"github.com/headstart-oci/headstart/pkg/rafs/internal/disk"
 )
 
 // FuzzRefBuilder refers to any bytes as a layer: what was read of it while the table was made is read again through the table.
@@ -80,4 +84,71 @@ func FuzzInspectBlob(f *testing.F) {
 			}
 		}
 	})
+}
+
+// TestZranWorkIsBounded makes tables that would have a reader decompress the same bytes again and again, or many that are
+// not there.
+func TestZranWorkIsBounded(t *testing.T) {
+	t.Parallel()
+	const size, out = 4096, 1 << 20
+	var z bytes.Buffer
+	w, err := flate.NewWriter(&z, flate.BestCompression)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = w.Write(make([]byte, out))
+	if err := errors.Join(err, w.Close()); err != nil {
+		t.Fatal(err)
+	}
+	in := uint32(z.Len())
+	zran := func(offset uint32) metaRecord {
+		return metaRecord{uncompressedSize: size, compressedSize: 10, compressed: true, zran: true, batchOffset: offset}
+	}
+	for name, tt := range map[string]struct {
+		outSize uint32
+		records []metaRecord
+		want    string // of check of the last record, or of the table
+	}{
+		"one pass":           {out, []metaRecord{zran(0), zran(size), zran(out - size)}, ""},
+		"all that can be":    {(in + 1) * 1032, []metaRecord{zran(0)}, ""},
+		"overlap":            {out, []metaRecord{zran(0), zran(out - size - 1), zran(out - size)}, "offset in its ZRAN context"},
+		"again":              {out, []metaRecord{zran(out - size), zran(out - size)}, "offset in its ZRAN context"},
+		"back behind no one": {out, []metaRecord{zran(out - size), {uncompressedSize: size, compressedSize: size}, zran(0)}, "flags"},
+		"more than there is": {(in+1)*1032 + 1, []metaRecord{zran(0)}, "out_len"},
+	} {
+		var table []byte
+		for i, r := range tt.records {
+			r.uncompressedOffset = uint64(i) * size
+			table = appendV2(table, r)
+		}
+		n := uint32(len(tt.records))
+		b := Blob{
+			ID: "x", ChunkSize: size, ChunkCount: n, Compressor: CompressorGzip, MetaCompressor: CompressorNone,
+			Features:       disk.FeatureZran | disk.FeatureSeparate | disk.FeatureV2 | disk.FeatureAligned,
+			CompressedSize: uint64(in), UncompressedSize: uint64(n) * size,
+		}
+		table = appendRecord(table, &disk.ZranContext{InSize: in, OutSize: tt.outSize})
+		b.MetaCompressed, b.MetaUncompressed = uint64(len(table)), uint64(len(table))
+		m, err := parseMeta(b, table, appendRecord(nil, &disk.MetaHeader{
+			Magic: disk.MetaMagic, Magic2: disk.MetaMagic, Entries: n, CompressedSize: b.MetaCompressed, UncompressedSize: b.MetaUncompressed,
+			ContextOffset: uint64(n) * disk.SizeMetaV2, ContextSize: disk.SizeZranContext, ContextCount: 1,
+		}))
+		for i := uint32(0); err == nil && i < n; i++ {
+			if err = m.check(i); err != nil && i < n-1 {
+				t.Errorf("%s: check(%d) = %v", name, i, err)
+			}
+		}
+		if bad := tt.want != ""; bad != errors.Is(err, ErrInvalid) || bad && !strings.Contains(err.Error(), tt.want) {
+			t.Errorf("%s: %v, want %q", name, err, tt.want)
+		}
+		if err != nil {
+			continue
+		}
+		r := &BlobReader{r: bytes.NewReader(z.Bytes()), blob: b, meta: m}
+		for i := range n {
+			if p, err := r.readZran(m.record(i)); err != nil || !bytes.Equal(p, make([]byte, size)) {
+				t.Errorf("%s: record %d reads as %d bytes, %v", name, i, len(p), err)
+			}
+		}
+	}
 }

@@ -36,6 +36,7 @@ func (t *metaTable) parseZran(h disk.MetaHeader, table []byte) error {
 			{c.DictSize <= inflate.WindowSize, "dict_size", c.DictSize, fmt.Sprintf("at most %d", inflate.WindowSize)},
 			{inside(dict, uint64(len(t.dicts))), "place of the dictionary", dict, fmt.Sprintf("inside %d bytes", len(t.dicts))},
 			{c.Bits < 8, "ctx_bits", c.Bits, "at most 7"},
+			{uint64(c.OutSize) <= maxInflated(c.InSize), "out_len", c.OutSize, fmt.Sprintf("at most %d", maxInflated(c.InSize))},
 			// Contexts overlap by a chunk or a deflate block; many that claim the same bytes would be work without end.
 			{total <= 4*t.blob.CompressedSize+1<<20, "in_len of all contexts", total, fmt.Sprintf("at most %d", 4*t.blob.CompressedSize+1<<20)},
 		})
@@ -45,6 +46,10 @@ func (t *metaTable) parseZran(h disk.MetaHeader, table []byte) error {
 	}
 	return nil
 }
+
+// maxInflated is what size bytes of deflate data can become, and what the bits before them can: 258 bytes for a length and a
+// distance of a bit each. RFC 1951, 3.2.5.
+func maxInflated(size uint32) uint64 { return (uint64(size) + 1) * 8 / 2 * 258 }
 
 // checkZran verifies record i, which lies in a gzip stream.
 func (t *metaTable) checkZran(i uint32, r metaRecord, section string, at int64) error {
@@ -58,10 +63,15 @@ func (t *metaTable) checkZran(i uint32, r metaRecord, section string, at int64) 
 	if i == 0 {
 		return nil
 	}
-	// Chunks come in the order of the stream, so that reading all of them is one pass.
-	if prev := t.record(i - 1); prev.zran && (prev.batchIndex > r.batchIndex || prev.batchIndex == r.batchIndex && prev.batchOffset > r.batchOffset) {
-		return invalid(section, at, "ZRAN context and offset", [2]uint32{r.batchIndex, r.batchOffset},
-			fmt.Sprintf("not before %d", [2]uint32{prev.batchIndex, prev.batchOffset}))
+	// Chunks come in the order of the stream and none overlaps the next, so that reading all of them is one pass.
+	prev := t.record(i - 1)
+	switch least := uint64(prev.batchOffset) + uint64(prev.uncompressedSize); {
+	case !prev.zran:
+		return invalid(section, at, "flags", "ZRAN", "none, as the record before")
+	case prev.batchIndex > r.batchIndex:
+		return invalid(section, at, "ZRAN context", r.batchIndex, fmt.Sprintf("at least %d", prev.batchIndex))
+	case prev.batchIndex == r.batchIndex && uint64(r.batchOffset) < least:
+		return invalid(section, at, "offset in its ZRAN context", r.batchOffset, fmt.Sprintf("at least %d", least))
 	}
 	return nil
 }
