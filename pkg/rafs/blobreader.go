@@ -250,7 +250,7 @@ func (b *BlobReader) readTable() (table, header []byte, err error) {
 	// A record has at most 24 bytes, a context 40 and a dictionary 32 KiB; a table compresses to far less than that.
 	limit := uint64(m.ChunkCount) * (disk.SizeMetaV2 + disk.SizeBatchContext)
 	if m.Features&disk.FeatureZran != 0 {
-		limit += uint64(m.ChunkCount) * inflate.WindowSize
+		limit += min(uint64(m.ChunkCount)*inflate.WindowSize, b.maxDictionaries())
 	}
 	if m.MetaUncompressed > limit {
 		return nil, nil, invalid("blob "+short(m.ID), -1, "ci_uncompressed_size", m.MetaUncompressed, fmt.Sprintf("at most %d", limit))
@@ -297,6 +297,19 @@ func (b *BlobReader) CopyTable(w io.Writer) (int64, error) {
 		}
 	}
 	return n, nil
+}
+
+// maxDictionaries bounds the bytes of all dictionaries of a ZRAN table, which may be compressed to very little, by the layer: a
+// context with a dictionary begins at the earliest [refContextIn] bytes of it, or [refContextOut] decompressed bytes, behind the
+// one before. The layer has no more bytes than its reader, where that knows. What is little memory may be in any case.
+func (b *BlobReader) maxDictionaries() uint64 {
+	const little = 64 << 20
+	layer := min(b.blob.CompressedSize, disk.MaxBlobStored)
+	if size, ok := sizeOf(b.r); ok {
+		layer = min(layer, size)
+	}
+	contexts := layer/refContextIn + layer*maxDeflateRatio/refContextOut + 1
+	return max(little, contexts*inflate.WindowSize)
 }
 
 // maxMetaRatio bounds what a blob.meta table is believed to compress to.

@@ -152,3 +152,40 @@ func TestZranWorkIsBounded(t *testing.T) {
 		}
 	}
 }
+
+// unread is a file that must not be read.
+type unread struct{}
+
+var errUnread = errors.New("not to be read")
+
+func (unread) ReadAt([]byte, int64) (int, error) { return 0, errUnread }
+
+// TestZranTableIsBounded opens tables that decompress to more than the contexts of their layer can need; those that do not
+// get as far as to be read.
+func TestZranTableIsBounded(t *testing.T) {
+	t.Parallel()
+	const chunks, records = 1 << 17, 1 << 17 * (disk.SizeMetaV2 + disk.SizeZranContext)
+	for name, tt := range map[string]struct {
+		layer   io.ReaderAt
+		claimed uint64 // size of the layer
+		table   uint64
+		ok      bool
+	}{
+		"little":                 {bytes.NewReader(nil), 1000, records + 64<<20, true},
+		"more":                   {bytes.NewReader(nil), 1000, records + 64<<20 + 1, false},
+		"more of a small layer":  {unread{}, 1000, records + 64<<20 + 1, false},
+		"much of a claimed one":  {bytes.NewReader(make([]byte, 1000)), 1 << 40, 4 << 30, false},
+		"much of a large one":    {io.NewSectionReader(unread{}, 0, 1<<30), 1 << 30, 4 << 30, true},
+		"nobody knows the layer": {unread{}, 1 << 30, 4 << 30, true},
+	} {
+		b := Blob{
+			ID: "x", ChunkSize: 1 << 20, ChunkCount: chunks, Compressor: CompressorGzip, MetaCompressor: CompressorZstd,
+			Features:       disk.FeatureZran | disk.FeatureSeparate | disk.FeatureV2 | disk.FeatureAligned,
+			CompressedSize: tt.claimed, UncompressedSize: chunks << 12, MetaCompressed: 5 << 20, MetaUncompressed: tt.table,
+		}
+		r := &BlobReader{r: tt.layer, metaFile: unread{}, blob: b}
+		if _, err := r.table(); errors.Is(err, errUnread) != tt.ok || errors.Is(err, ErrInvalid) == tt.ok {
+			t.Errorf("%s: table = %v, to be read: %v", name, err, tt.ok)
+		}
+	}
+}

@@ -47,9 +47,11 @@ func (t *metaTable) parseZran(h disk.MetaHeader, table []byte) error {
 	return nil
 }
 
-// maxInflated is what size bytes of deflate data can become, and what the bits before them can: 258 bytes for a length and a
-// distance of a bit each. RFC 1951, 3.2.5.
-func maxInflated(size uint32) uint64 { return (uint64(size) + 1) * 8 / 2 * 258 }
+// maxDeflateRatio is what a byte of deflate data can become: 258 bytes for a length and a distance of a bit each. RFC 1951, 3.2.5.
+const maxDeflateRatio = 258 * 8 / 2
+
+// maxInflated is what size bytes of deflate data can become, and the bits before them.
+func maxInflated(size uint32) uint64 { return (uint64(size) + 1) * maxDeflateRatio }
 
 // checkZran verifies record i, which lies in a gzip stream.
 func (t *metaTable) checkZran(i uint32, r metaRecord, section string, at int64) error {
