@@ -105,7 +105,7 @@ func (h *helpers) build(ctx context.Context, o Options, src remote.Source, img r
 	o.Build.Records = true
 	reused := h.cache.apply(ctx, &from, o.Build, h.stored)
 	res, err := builder.Convert(ctx, from, o.Build)
-	if err != nil && reused > 0 && ctx.Err() == nil {
+	if reused > 0 && errors.Is(err, builder.ErrReuse) && ctx.Err() == nil {
 		h.cache.warn("it is not used: %v", err)
 		h.cache.forget(reused)
 		report.again()

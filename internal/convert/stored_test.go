@@ -193,6 +193,42 @@ func TestBuildCacheDamage(t *testing.T) {
 	}
 }
 
+// A source that fails is no reason to build the image again without the cache.
+func TestBuildCacheSourceFails(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	o := options(t, "oci:"+dir+"/out")
+	o.BuildCache, o.BuildCacheMax, o.Build.Workers = "oci:"+dir+"/cache:cache", 1, 1 // the first layer's; one layer after the other
+	run(t, o)
+	source := filepath.Join(dir, "source")
+	if err := os.CopyFS(source, os.DirFS(strings.TrimPrefix(o.Source, "oci:"))); err != nil {
+		t.Fatal(err)
+	}
+	src, err := remote.OpenSource(t.Context(), remote.Layout(source, ""), remote.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	img, err := remote.Select(t.Context(), src, "linux/amd64")
+	if err := errors.Join(err, src.Close()); err != nil {
+		t.Fatal(err)
+	}
+	gone := img.Layers[1].Descriptor.Digest.Encoded()
+	if err := os.Remove(filepath.Join(source, "blobs", "sha256", gone)); err != nil {
+		t.Fatal(err)
+	}
+	o.Source = "oci:" + source
+	built := 0 // times that the first layer, which the source has, was made
+	o.Progress = func(e convert.Event) {
+		if e.Finished && e.Task == "layer 1/2" {
+			built++
+		}
+	}
+	if _, err := convert.Run(t.Context(), o); err == nil || !strings.Contains(err.Error(), gone) || built != 1 {
+		t.Errorf("Run = %v after the first layer was made %d times, want one time and an error about %s", err, built, gone)
+	}
+	empty(t, o.Build.TempDir)
+}
+
 func TestHelperErrors(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()

@@ -205,6 +205,9 @@ var (
 	ErrUnsupported = errors.New("unsupported image")
 	// ErrDigest is returned when stored bytes or a tar do not have the digest they are named by.
 	ErrDigest = errors.New("digest mismatch")
+	// ErrReuse is returned, with the cause, when [Layer].Record or what it goes with is at fault, or may be: without
+	// records the conversion may succeed. What fails to be written, and other layers that fail, are not it.
+	ErrReuse = errors.New("reuse of a built layer")
 )
 
 // Close removes the files of r. It may be called more than once.

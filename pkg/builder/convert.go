@@ -190,6 +190,14 @@ func (c *conversion) run(ctx context.Context, cfg sourceConfig) error {
 	if err := c.buildLayers(ctx); err != nil {
 		return err
 	}
+	if err := c.assemble(ctx, cfg); err != nil {
+		return c.blame(err)
+	}
+	return nil
+}
+
+// assemble makes the image of the layers.
+func (c *conversion) assemble(ctx context.Context, cfg sourceConfig) error {
 	merged := newTree()
 	for i := range c.layers {
 		l := &c.layers[i]
@@ -314,7 +322,11 @@ func (c *conversion) buildLayer(ctx context.Context, p *pool, free chan *batch, 
 		return builtLayer{}, err
 	}
 	if c.src.Layers[i].Record != nil {
-		return c.readRecord(ctx, i)
+		l, err := c.readRecord(ctx, i)
+		if err != nil {
+			return builtLayer{}, fmt.Errorf("%w: %w", ErrReuse, err)
+		}
+		return l, nil
 	}
 	if c.o.OCIRef {
 		return c.buildRef(ctx, p, free, i)

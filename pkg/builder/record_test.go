@@ -130,6 +130,18 @@ func TestBadRecords(t *testing.T) {
 		"a blob that is gone": func(l *builder.Layer, _ *builder.Options) {
 			l.Stored.Open = func(context.Context) (io.ReaderAt, error) { return nil, os.ErrNotExist }
 		},
+		"a blob that cannot be read": func(l *builder.Layer, _ *builder.Options) {
+			l.Stored.Open = func(context.Context) (io.ReaderAt, error) { return brokenReader{}, nil }
+		},
+		"a blob that is cut off": func(l *builder.Layer, _ *builder.Options) {
+			l.Stored.Open = func(context.Context) (io.ReaderAt, error) { return bytes.NewReader(blob[:1]), nil }
+		},
+		"a chunk of other data": func(l *builder.Layer, o *builder.Options) {
+			o.List = listOf("/a")
+			bad := bytes.Clone(blob)
+			bad[0] ^= 1
+			l.Stored.Open = func(context.Context) (io.ReaderAt, error) { return bytes.NewReader(bad), nil }
+		},
 		"a blob of other data": func(l *builder.Layer, o *builder.Options) {
 			o.VerifyData = true
 			bad := bytes.Clone(blob)
@@ -142,13 +154,45 @@ func TestBadRecords(t *testing.T) {
 		o := o
 		o.TempDir = t.TempDir()
 		change(&src.Layers[0], &o)
-		if res, err := builder.Convert(t.Context(), src, o); err == nil || res != nil {
-			t.Errorf("%s: Convert = %v, %v, want an error", name, res, err)
-		} else {
-			t.Logf("%s: %v", name, err)
+		if res, err := builder.Convert(t.Context(), src, o); !errors.Is(err, builder.ErrReuse) || res != nil {
+			t.Errorf("%s: Convert = %v, %v, want ErrReuse", name, res, err)
 		}
 		if left, _ := os.ReadDir(o.TempDir); len(left) != 0 {
 			t.Errorf("%s: left %v", name, left)
+		}
+	}
+}
+
+var errBroken = errors.New("broken")
+
+// brokenReader cannot be read.
+type brokenReader struct{}
+
+func (brokenReader) ReadAt([]byte, int64) (int, error) { return 0, errBroken }
+
+// TestFaultsBesideRecords has other things fail than the record that is used: to go without it is no remedy.
+func TestFaultsBesideRecords(t *testing.T) {
+	one, two := makeTar(t, reg("a", chunked("abc"))), makeTar(t, reg("b", "2"))
+	o := builder.DefaultOptions()
+	o.Records = true
+	first := convert(t, tars(t, one, two), o)
+	img := openImage(t, first)
+	bad := bytes.Clone(two)
+	bad[len(bad)/4] ^= 1
+	for name, open := range map[string]func(context.Context) (io.ReadCloser, error){
+		"a layer that is not there": func(context.Context) (io.ReadCloser, error) { return nil, errBroken },
+		"a layer that cannot be read": func(context.Context) (io.ReadCloser, error) {
+			return io.NopCloser(io.NewSectionReader(brokenReader{}, 0, 512)), nil
+		},
+		"a layer that is not what it is": func(context.Context) (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(bad)), nil },
+	} {
+		src := tars(t, one, two)
+		src.Layers[0] = reused(t, src.Layers[0], first.Records[0], img)
+		src.Layers[1].Open = open
+		o := o
+		o.TempDir = t.TempDir()
+		if res, err := builder.Convert(t.Context(), src, o); err == nil || res != nil || errors.Is(err, builder.ErrReuse) {
+			t.Errorf("%s: Convert = %v, %v, want an error that is not ErrReuse", name, res, err)
 		}
 	}
 }

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"slices"
 
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -117,6 +118,7 @@ type builtBlob struct {
 	path   string // with layer: of the file that holds the table
 	stored *StoredBlob
 	layer  *Layer // where the chunks are, when they stay in a layer of the source
+	reused bool   // stored came with a layer's record
 }
 
 // open returns the blob's bytes; who closes them must ask whether they can be.
@@ -125,10 +127,45 @@ func (b *builtBlob) open(ctx context.Context) (io.ReaderAt, error) {
 		return os.Open(b.path)
 	}
 	r, err := b.stored.Open(ctx)
-	if err != nil {
+	switch {
+	case err != nil && b.reused:
+		return nil, fmt.Errorf("%w: stored blob %s: %w", ErrReuse, b.ID, err)
+	case err != nil:
 		return nil, fmt.Errorf("stored blob %s: %w", b.ID, err)
+	case b.reused:
+		return reusedReader{r}, nil
 	}
 	return r, nil
+}
+
+// reusedReader reads the stored blob of a record.
+type reusedReader struct{ io.ReaderAt }
+
+// ReadAt reads; its errors are ErrReuse.
+func (r reusedReader) ReadAt(p []byte, off int64) (int, error) {
+	n, err := r.ReaderAt.ReadAt(p, off)
+	if err != nil && !errors.Is(err, io.EOF) {
+		err = fmt.Errorf("%w: %w", ErrReuse, err)
+	}
+	return n, err
+}
+
+// Close closes the reader, if it can be.
+func (r reusedReader) Close() error { return closeReader(r.ReaderAt) }
+
+// blame makes err, of what was made of all layers, ErrReuse when bytes are not what they should be and some of them
+// are of a record. Errors of writing are of no such class.
+func (c *conversion) blame(err error) error {
+	reused := slices.ContainsFunc(c.layers, func(l builtLayer) bool { return l.reused })
+	if !reused || errors.Is(err, ErrReuse) {
+		return err
+	}
+	for _, class := range []error{ErrInvalid, ErrDigest, rafs.ErrInvalid, rafs.ErrUnsupported, rafs.ErrDigest, io.ErrUnexpectedEOF} {
+		if errors.Is(err, class) {
+			return fmt.Errorf("%w: %w", ErrReuse, err)
+		}
+	}
+	return err
 }
 
 // file describes a blob for a manifest.

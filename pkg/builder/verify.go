@@ -35,7 +35,7 @@ func (c *conversion) verifyBootstrap(ctx context.Context, want summary) (err err
 		return err
 	}
 	if got := summarize(img); got != want {
-		return fmt.Errorf("the bootstrap reads back with %d entries (%s), was written with %d (%s)", got.entries, got.sum, want.entries, want.sum)
+		return fmt.Errorf("%w: the bootstrap reads back with %d entries (%s), was written with %d (%s)", ErrDigest, got.entries, got.sum, want.entries, want.sum)
 	}
 	c.res.Stats.VerifiedEntries = want.entries
 	return nil
