@@ -40,9 +40,15 @@ func WriteBlock(ctx context.Context, w io.WriterAt, bootstrap io.ReaderAt, size 
 	}
 	end := alignUp(uint64(size), disk.BlockSize) //nolint:gosec // not negative
 	for n, slot := range info.Devices {
-		start := alignUp(end, disk.MappedAlign)
+		before, start := end, alignUp(end, disk.MappedAlign)
 		if end, err = mapDevice(w, slot, start, img.Blobs[n].UncompressedSize, info.Superblock.BlockSize); err != nil {
 			return 0, fmt.Errorf("device slot %d: %w", n, err)
+		}
+		// The image ends with a whole block, whatever the last blob ends with, which is written over this.
+		if end > before {
+			if _, err := w.WriteAt([]byte{0}, clampOffset(end-1)); err != nil {
+				return 0, err
+			}
 		}
 		r, err := open(n)
 		if err != nil {
@@ -52,8 +58,6 @@ func WriteBlock(ctx context.Context, w io.WriterAt, bootstrap io.ReaderAt, size 
 			return 0, err
 		}
 	}
-	// The image ends with a whole block, whatever the last blob ends with.
-	end = alignUp(end, disk.BlockSize)
 	if end > uint64(size) && len(info.Devices) == 0 { //nolint:gosec // not negative
 		if _, err := w.WriteAt([]byte{0}, clampOffset(end-1)); err != nil {
 			return 0, err

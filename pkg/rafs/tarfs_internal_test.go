@@ -88,6 +88,46 @@ func tarfsImage(t *testing.T, files map[string][]byte) (bootstrap, data []byte) 
 	return append(p, make([]byte, -len(p)&(disk.BlockSize-1))...), data
 }
 
+// TestWriteBlockTarfs writes tarfs images as one raw image: it has the size that is returned, whether the
+// tar ends with a whole block of 4096 bytes or not, and no byte of the file is lost.
+func TestWriteBlockTarfs(t *testing.T) {
+	t.Parallel()
+	whole := false
+	for n := range 8 { // the tar grows by a block of 512
+		content := append(bytes.Repeat([]byte("x"), n*512+511), 'e')
+		boot, data := tarfsImage(t, map[string][]byte{"f": content})
+		whole = whole || len(data)%disk.BlockSize == 0
+		name := filepath.Join(t.TempDir(), "image.erofs")
+		f, err := os.Create(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		size, err := WriteBlock(t.Context(), f, bytes.NewReader(boot), int64(len(boot)), func(int) (*BlobReader, error) {
+			img, err := Open(bytes.NewReader(boot), int64(len(boot)))
+			if err != nil {
+				return nil, err
+			}
+			return OpenBlob(bytes.NewReader(data), img.Blobs[0])
+		})
+		if err := errors.Join(err, f.Close()); err != nil {
+			t.Fatal(err)
+		}
+		got, err := os.ReadFile(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if int64(len(got)) != size || size%disk.BlockSize != 0 {
+			t.Errorf("tar of %d bytes: the file has %d bytes, WriteBlock says %d; want the same, a multiple of %d", len(data), len(got), size, disk.BlockSize)
+		}
+		if !bytes.Contains(got, content) {
+			t.Errorf("tar of %d bytes: the file's bytes are not in the image", len(data))
+		}
+	}
+	if !whole {
+		t.Error("no tar was a multiple of 4096 bytes")
+	}
+}
+
 // TestTarfs reads an image whose blob is a plain tar with 512-byte blocks; the kernel says the same of it.
 func TestTarfs(t *testing.T) {
 	files := map[string][]byte{"empty": {}, "one": []byte("x"), "block": bytes.Repeat([]byte("b"), 512)}
