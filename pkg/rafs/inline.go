@@ -139,11 +139,14 @@ func inlineOf(r io.ReaderAt, size uint64, entries []disk.TOCEntry) ([]byte, erro
 		if e.UncompressedSize/maxMetaRatio > e.CompressedSize {
 			return nil, invalid(section, -1, "size", e.UncompressedSize, fmt.Sprintf("at most %d times %d", maxMetaRatio, e.CompressedSize))
 		}
-		p, err := readExactly(r, e.Offset, e.CompressedSize)
+		compressor, err := tocCompressor(e.Flags)
 		if err != nil {
 			return nil, err
 		}
-		compressor, err := tocCompressor(e.Flags)
+		if compressor == CompressorNone && e.CompressedSize != e.UncompressedSize {
+			return nil, invalid(section, -1, "stored size", e.CompressedSize, fmt.Sprintf("%d: it is not compressed", e.UncompressedSize))
+		}
+		p, err := readExactly(r, e.Offset, e.CompressedSize)
 		if err != nil {
 			return nil, err
 		}
