@@ -23,6 +23,9 @@ type sourceBlobs struct {
 // open gives the reader of a blob; its file and, where that is another one, the file of its table.
 func (s *sourceBlobs) open(ctx context.Context, b rafs.Blob) (*rafs.BlobReader, error) {
 	return rafs.OpenBlobFrom(func(f rafs.Blob) (io.ReaderAt, error) {
+		if c, ok := s.caches[f.ID]; ok { // blobs may share the file of their tables
+			return c, nil
+		}
 		d, err := s.layer(f)
 		if err != nil {
 			return nil, err
