@@ -49,6 +49,7 @@ type recordOptions struct {
 	idle       time.Duration
 	untilLog   *regexp.Regexp
 	said       chan struct{} // closed when a line matched untilLog
+	watched    chan struct{} // closed when the container's log is read no more; nil: it is not
 	pages      recordPages
 	serverPath string
 
@@ -298,7 +299,13 @@ func (o *recordOptions) run(ctx context.Context) (err error) {
 		return o.runInRoot(ctx, server, l)
 	}
 	if o.container != "" {
-		if err := o.attach(ctx, l); err != nil {
+		watch, stop := context.WithCancel(ctx)
+		defer func() {
+			if stop(); o.watched != nil {
+				<-o.watched
+			}
+		}()
+		if err := o.attach(watch, l); err != nil {
 			return err
 		}
 	}
