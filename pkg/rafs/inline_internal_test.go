@@ -16,7 +16,7 @@ func TestReadInlineSizes(t *testing.T) {
 	t.Parallel()
 	boot := make([]byte, 5000)
 	for i := range boot {
-		boot[i] = byte(rand.Uint32()) //nolint:gosec // nothing compresses it
+		boot[i] = byte(rand.Uint32()) // nothing compresses it
 	}
 	var b bytes.Buffer
 	w, err := NewBlobWriter(&b, BlobOptions{Version: V6, Compressor: CompressorZstd, ChunkSize: 1 << 20, TOC: true})
