@@ -23,11 +23,12 @@ func (c *checker) sections(ctx context.Context, b Blob, r io.ReaderAt) error {
 		return c.add(err)
 	}
 	for _, e := range entries {
-		if err := c.add(checkEntryPlace(e, b, size)); err != nil {
+		misplaced := checkEntryPlace(e, b, size)
+		if err := c.add(misplaced); err != nil {
 			return err
 		}
-		if !c.options.Data {
-			continue
+		if misplaced != nil || !c.options.Data {
+			continue // what is not inside the file is not to be read
 		}
 		if err := ctx.Err(); err != nil {
 			return err
@@ -109,7 +110,11 @@ func checkEntryPlace(e disk.TOCEntry, b Blob, size uint64) error {
 	return nil
 }
 
-// checkEntryDigest hashes a section as its entry wants it.
+// maxSection bounds the sections that are held in memory, in bytes, stored and decompressed: the tables of a
+// hundred million chunks.
+const maxSection = 4 << 30
+
+// checkEntryDigest hashes a section as its entry, which [checkEntryPlace] has passed, wants it.
 func checkEntryDigest(ctx context.Context, e disk.TOCEntry, b Blob, r io.ReaderAt) error {
 	section := fmt.Sprintf("TOC entry %q of %s", cString(e.Name[:]), short(b.ID))
 	offset, length := dataEntryPlace(e)
@@ -127,6 +132,8 @@ func checkEntryDigest(ctx context.Context, e disk.TOCEntry, b Blob, r io.ReaderA
 		err = hashRange(ctx, sum, r, offset, length)
 	case e.UncompressedSize > 1<<20 && e.UncompressedSize/maxMetaRatio > length:
 		err = invalid(section, -1, "uncompressed size", e.UncompressedSize, fmt.Sprintf("at most %d times the stored size", maxMetaRatio))
+	case e.UncompressedSize > maxSection || length > e.UncompressedSize+e.UncompressedSize/64+1<<16: // no compressor adds that much
+		err = invalid(section, -1, "stored and uncompressed size", [2]uint64{length, e.UncompressedSize}, fmt.Sprintf("at most %d, the first no larger", uint64(maxSection)))
 	default:
 		var p []byte
 		if p, err = readExactly(r, offset, length); err == nil {

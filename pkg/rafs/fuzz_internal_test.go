@@ -207,6 +207,13 @@ func FuzzTOC(f *testing.F) {
 			f.Add(p[1][n-1024:])
 			f.Add(p[1])
 		}
+		// A section that the TOC says to be compressed, and larger than any memory.
+		if at := bytes.LastIndex(p[1], []byte("blob.meta\x00")); at > 8 && at+64 < len(p[1]) {
+			evil := bytes.Clone(p[1])
+			binary.LittleEndian.PutUint32(evil[at-8:], disk.TOCZstd)
+			binary.LittleEndian.PutUint64(evil[at+16+32+8:], 1<<40)
+			f.Add(evil)
+		}
 	}
 	f.Fuzz(func(t *testing.T, p []byte) {
 		blob := Blob{ID: "x", Features: disk.FeatureTOC, CompressedSize: uint64(len(p))}
@@ -218,8 +225,9 @@ func FuzzTOC(f *testing.F) {
 			return
 		}
 		for _, e := range entries {
-			_ = checkEntryPlace(e, blob, uint64(len(p)))
-			_ = checkEntryDigest(context.Background(), e, blob, bytes.NewReader(p))
+			if checkEntryPlace(e, blob, uint64(len(p))) == nil {
+				_ = checkEntryDigest(context.Background(), e, blob, bytes.NewReader(p))
+			}
 		}
 		from, to := digestSection(bytes.NewReader(p), uint64(len(p)), blob)
 		if from > to || to > uint64(len(p)) {

@@ -27,6 +27,9 @@ func TestMutatedFixtures(t *testing.T) {
 	if testing.Short() {
 		total = 600
 	}
+	if raceEnabled {
+		total = 150
+	}
 	for i, dir := range names {
 		name := filepath.Base(dir)
 		t.Run(name, func(t *testing.T) {

@@ -24,6 +24,9 @@ func TestRandomImagesV5(t *testing.T) {
 		if o.v2 || o.batch > 0 {
 			continue // v6 only
 		}
+		if raceEnabled && i%4 != 0 {
+			continue
+		}
 		t.Run(o.String(), func(t *testing.T) {
 			b := randomImage(t, uint64(500+i), o)
 			b.img.Version = rafs.V5

@@ -1,0 +1,5 @@
+//go:build !race
+
+package rafs_test
+
+const raceEnabled = false
