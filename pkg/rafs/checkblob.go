@@ -137,7 +137,7 @@ func checkEntryDigest(ctx context.Context, e disk.TOCEntry, b Blob, r io.ReaderA
 	default:
 		var p []byte
 		if p, err = readExactly(r, offset, length); err == nil {
-			p, err = new(decoder).decode(compressor, p, int(e.UncompressedSize)) //nolint:gosec // bounded above
+			p, err = new(decoder).decode(compressor, p, int(e.UncompressedSize))
 		}
 		sum.Write(p)
 	}
