@@ -58,7 +58,8 @@ func tracerOf(pid int) string {
 		children, _ := os.ReadFile(file) // the thread may be gone
 		for child := range strings.FieldsSeq(string(children)) {
 			name, err := os.ReadFile(filepath.Join("/proc", child, "comm"))
-			if err == nil && strings.HasPrefix("optimizer-server", strings.TrimSpace(string(name))) {
+			const truncated = "optimizer-serve" // proc(5): 15 bytes; before it executes a child has its parent's
+			if err == nil && strings.TrimSpace(string(name)) == truncated {
 				return child
 			}
 		}
