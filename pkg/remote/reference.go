@@ -1,6 +1,7 @@
 package remote
 
 import (
+	"errors"
 	"fmt"
 	"net/netip"
 	"regexp"
@@ -228,8 +229,12 @@ func parseRegistry(whole, s string) (Reference, error) {
 	return ref, nil
 }
 
-// checkHost refuses what the reference grammar lets through and no URL can carry.
+// checkHost refuses what the reference grammar lets through and no URL can carry, and the
+// empty host that it gives for one it cannot read (an underscore in it).
 func checkHost(host string) error {
+	if host == "" {
+		return errors.New("what precedes the first slash is not a host: want letters, digits, - and dots, then at most a port")
+	}
 	inner, ok := strings.CutPrefix(host, "[")
 	if !ok {
 		return nil

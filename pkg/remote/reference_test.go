@@ -106,6 +106,8 @@ func TestParseRefuses(t *testing.T) {
 		"containerd:-bad-/docker.io/x":   "containerd namespace",
 		"containerd:k8s.io/":             "invalid reference format",
 		"containerd:../docker.io/x":      "namespace",
+		"dock_r.io/x":                    "not a host",
+		"containerd:s.io/dock_r.io/x":    "not a host",
 		"nginx\x00":                      "control character at byte 5",
 		"oci:a\nb":                       "control character",
 		strings.Repeat("a", 10_000):      "10000 bytes",
@@ -118,8 +120,8 @@ func TestParseRefuses(t *testing.T) {
 }
 
 func FuzzParse(f *testing.F) {
-	for _, s := range []string{"nginx", "a/b:c@sha256:" + hex64, "oci:a:b/c:d", "oci-archive:x", "containerd:k8s.io/docker.io/x", "[::1]:5/x", "oci:x@sha256:" + hex64, "containerd:0A0/0"} {
-		f.Add(s) // the last one failed once
+	for _, s := range []string{"nginx", "a/b:c@sha256:" + hex64, "oci:a:b/c:d", "oci-archive:x", "containerd:k8s.io/docker.io/x", "[::1]:5/x", "oci:x@sha256:" + hex64, "containerd:0A0/0", "containerd:s.io/dock_r.io/x"} {
+		f.Add(s) // the last two failed once
 	}
 	f.Fuzz(func(t *testing.T, s string) {
 		ref, err := remote.Parse(s)
