@@ -8,7 +8,9 @@ import (
 	"errors"
 	"io"
 	"os"
+	"os/exec"
 	"path/filepath"
+	"strings"
 	"testing"
 
 	"github.com/opencontainers/go-digest"
@@ -154,5 +156,69 @@ func writeLarge(t testing.TB, w io.Writer, size int64, texts map[int64]string) {
 	}
 	if err := tw.Close(); err != nil {
 		t.Fatal(err)
+	}
+}
+
+// sparseTar is a tar with a file that has a hole.
+func sparseTar(t testing.TB) []byte {
+	t.Helper()
+	dir := t.TempDir()
+	f, err := os.Create(filepath.Join(dir, "sparse"))
+	if err == nil {
+		_, err = f.WriteAt([]byte("island"), 5<<20)
+	}
+	if err := errors.Join(err, f.Close()); err != nil {
+		t.Fatal(err)
+	}
+	b, err := exec.Command(testenv.Tool(t, "tar"), "-C", dir, "--sparse", "--format=posix", "-cf", "-", "sparse").Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return b
+}
+
+// TestRefRefuses holds the errors for what cannot be referred to.
+func TestRefRefuses(t *testing.T) {
+	t.Parallel()
+	plain := makeTar(t, reg("a", string(noise(1, 100_000))), reg("b", "2"))
+	bad := gz(t, plain)
+	bad[len(bad)/2] ^= 1
+	cut := gz(t, plain)
+	cut = cut[:len(cut)-9]
+	sparse := sparseTar(t)
+	long := stored(ocispec.MediaTypeImageLayerGzip, plain, gz(t, plain))
+	long.Descriptor.Digest = digest.SHA512.FromBytes(gz(t, plain))
+	other := gzLayer(t, plain)
+	other.DiffID = digest.FromString("another tar")
+	for name, c := range map[string]struct {
+		layer  builder.Layer
+		change func(o *builder.Options)
+		want   error
+		text   string
+	}{
+		"zstd":      {stored(ocispec.MediaTypeImageLayerZstd, plain, zst(t, plain)), nil, builder.ErrUnsupported, "compressed with zstd"},
+		"bzip2":     {stored(ocispec.MediaTypeImageLayer, plain, []byte("BZh91AY&SY")), nil, builder.ErrUnsupported, "bzip2"},
+		"damage":    {stored(ocispec.MediaTypeImageLayerGzip, plain, bad), nil, builder.ErrInvalid, "layer 0"},
+		"cut off":   {stored(ocispec.MediaTypeImageLayerGzip, plain, cut), nil, builder.ErrInvalid, "cut off"},
+		"diff ID":   {other, nil, builder.ErrDigest, "diff ID"},
+		"sha512":    {long, nil, builder.ErrUnsupported, "sha256"},
+		"sparse":    {gzLayer(t, sparse), nil, builder.ErrUnsupported, `entry "sparse"`},
+		"v5":        {gzLayer(t, plain), func(o *builder.Options) { o.FSVersion = rafs.V5 }, builder.ErrUnsupported, "want v6"},
+		"batches":   {gzLayer(t, plain), func(o *builder.Options) { o.BatchSize = 1 << 20 }, builder.ErrUnsupported, "batches"},
+		"records":   {gzLayer(t, plain), func(o *builder.Options) { o.Records = true }, builder.ErrUnsupported, "records"},
+		"no random": {gzLayer(t, plain), func(o *builder.Options) { o.List = listOf("/a") }, builder.ErrInvalid, "cannot be read at random"},
+	} {
+		o := refOptions()
+		o.TempDir = t.TempDir()
+		if c.change != nil {
+			c.change(&o)
+		}
+		res, err := builder.Convert(t.Context(), source(t, c.layer), o)
+		if res != nil || !errors.Is(err, c.want) || !strings.Contains(err.Error(), c.text) {
+			t.Errorf("%s: %v, want %v with %q", name, err, c.want, c.text)
+		}
+		if left, err := os.ReadDir(o.TempDir); err != nil || len(left) > 0 {
+			t.Errorf("%s: left behind: %v, %v", name, left, err)
+		}
 	}
 }
