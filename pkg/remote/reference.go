@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net/netip"
 	"regexp"
+	"strconv"
 	"strings"
 
 	"github.com/distribution/reference"
@@ -35,6 +36,9 @@ const DefaultNamespace = "k8s.io"
 
 // maxReference bounds the text of a reference: twice a path of PATH_MAX (4096) bytes.
 const maxReference = 8192
+
+// maxHost bounds a host and its port in bytes. RFC 1035, 2.3.4: labels and their lengths take 255, which is 253 as text.
+const maxHost = 253 + len(":65535")
 
 // String returns the kind's name as it is used in messages.
 func (k Kind) String() string {
@@ -235,13 +239,20 @@ func checkHost(host string) error {
 	if host == "" {
 		return errors.New("what precedes the first slash is not a host: want letters, digits, - and dots, then at most a port")
 	}
-	inner, ok := strings.CutPrefix(host, "[")
-	if !ok {
-		return nil
+	name, port := host, ""
+	if colon := strings.LastIndexByte(host, ':'); colon > strings.LastIndexByte(host, ']') {
+		name, port = host[:colon], host[colon+1:]
+		if _, err := strconv.ParseUint(port, 10, 16); err != nil {
+			return fmt.Errorf("port %.20q of host %.100q: want a number below 65536", port, name)
+		}
 	}
-	addr, _, _ := strings.Cut(inner, "]")
-	if _, err := netip.ParseAddr(addr); err != nil {
-		return fmt.Errorf("host %q: not an IPv6 address", host)
+	if inner, ok := strings.CutPrefix(name, "["); ok {
+		if _, err := netip.ParseAddr(strings.TrimSuffix(inner, "]")); err != nil {
+			return fmt.Errorf("host %q: not an IPv6 address", host)
+		}
+	}
+	if len(host) > maxHost {
+		return fmt.Errorf("host of %d bytes, at most %d", len(host), maxHost)
 	}
 	return nil
 }

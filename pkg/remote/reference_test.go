@@ -83,34 +83,39 @@ func checkRoundTrip(t *testing.T, ref remote.Reference) {
 func TestParseRefuses(t *testing.T) {
 	t.Parallel()
 	for in, part := range map[string]string{
-		"":                               "empty reference",
-		"https://nginx":                  "no scheme",
-		"docker://nginx":                 "no scheme",
-		"Nginx":                          "lowercase",
-		"a b":                            "invalid reference format",
-		"nginx:":                         "invalid reference format",
-		"nginx:ta:g":                     "invalid reference format",
-		"nginx@sha256:12":                "invalid",
-		"nginx@md5:" + hex64:             "",
-		hex64:                            "64-byte hex",
-		"[::zz]/x":                       "",
-		"[12345::]/x":                    "not an IPv6 address",
-		"a/../b":                         "invalid reference format",
-		"oci:":                           "no path",
-		"oci::tag":                       "no path",
-		"oci:dir:":                       `tag ""`,
-		"oci:dir:-x":                     `tag "-x"`,
-		"oci:dir:" + hex64 + hex64 + "a": "at most 127",
-		"oci-archive:":                   "no path",
-		"containerd:":                    "empty reference",
-		"containerd:-bad-/docker.io/x":   "containerd namespace",
-		"containerd:k8s.io/":             "invalid reference format",
-		"containerd:../docker.io/x":      "namespace",
-		"dock_r.io/x":                    "not a host",
-		"containerd:s.io/dock_r.io/x":    "not a host",
-		"nginx\x00":                      "control character at byte 5",
-		"oci:a\nb":                       "control character",
-		strings.Repeat("a", 10_000):      "10000 bytes",
+		"":                                       "empty reference",
+		"https://nginx":                          "no scheme",
+		"docker://nginx":                         "no scheme",
+		"Nginx":                                  "lowercase",
+		"a b":                                    "invalid reference format",
+		"nginx:":                                 "invalid reference format",
+		"nginx:ta:g":                             "invalid reference format",
+		"nginx@sha256:12":                        "invalid",
+		"nginx@md5:" + hex64:                     "",
+		hex64:                                    "64-byte hex",
+		"[::zz]/x":                               "",
+		"[12345::]/x":                            "not an IPv6 address",
+		"a/../b":                                 "invalid reference format",
+		"oci:":                                   "no path",
+		"oci::tag":                               "no path",
+		"oci:dir:":                               `tag ""`,
+		"oci:dir:-x":                             `tag "-x"`,
+		"oci:dir:" + hex64 + hex64 + "a":         "at most 127",
+		"oci-archive:":                           "no path",
+		"containerd:":                            "empty reference",
+		"containerd:-bad-/docker.io/x":           "containerd namespace",
+		"containerd:k8s.io/":                     "invalid reference format",
+		"containerd:../docker.io/x":              "namespace",
+		"dock_r.io/x":                            "not a host",
+		"containerd:s.io/dock_r.io/x":            "not a host",
+		"dock.r:65536/x":                         "below 65536",
+		"[::1]:65536/x":                          "below 65536",
+		"a:" + strings.Repeat("0", 8000) + "1/x": "at most 259",
+		strings.Repeat("a.", 4090) + "io/x":      "at most 259",
+		"containerd:" + strings.Repeat("A", 8160) + "/x": "at most 259",
+		"nginx\x00":                 "control character at byte 5",
+		"oci:a\nb":                  "control character",
+		strings.Repeat("a", 10_000): "10000 bytes",
 	} {
 		ref, err := remote.Parse(in)
 		if !errors.Is(err, remote.ErrInvalid) || !strings.Contains(err.Error(), part) || ref != (remote.Reference{}) {
@@ -123,6 +128,7 @@ func FuzzParse(f *testing.F) {
 	for _, s := range []string{"nginx", "a/b:c@sha256:" + hex64, "oci:a:b/c:d", "oci-archive:x", "containerd:k8s.io/docker.io/x", "[::1]:5/x", "oci:x@sha256:" + hex64, "containerd:0A0/0", "containerd:s.io/dock_r.io/x"} {
 		f.Add(s) // the last two failed once
 	}
+	f.Add(strings.Repeat("a.", 4091) + "io/x") // its canonical form would be too long
 	f.Fuzz(func(t *testing.T, s string) {
 		ref, err := remote.Parse(s)
 		if err != nil {
