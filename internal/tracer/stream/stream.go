@@ -98,6 +98,9 @@ const MaxRanges = MaxFrame / 2 / sizeRange
 
 const sizeRange = 3*8 + 1
 
+// maxText bounds the text that ends a frame, but for paths, in bytes.
+const maxText = MaxFrame / 2
+
 // Process is one process of the run.
 type Process struct{ trace.Process }
 
@@ -150,7 +153,7 @@ func frameLen(b []byte, start int) uint32 {
 
 func (f Ready) append(b []byte) []byte {
 	b = putBool(put64(append(b, kindReady), f.Armed.UnixNano()), f.Early)
-	return append(putString(putString(b, f.Mark), f.Engine), clip(f.Note, MaxFrame/2)...)
+	return append(putString(putString(b, f.Mark), f.Engine), clip(f.Note, maxText)...)
 }
 
 func (f Touch) append(b []byte) []byte { return putAccess(append(b, kindTouch), f.ID, &f.Access) }
@@ -186,11 +189,11 @@ func putRanges(b []byte, id uint32, ranges []trace.Range) []byte {
 func (f Process) append(b []byte) []byte {
 	b = binary.LittleEndian.AppendUint32(append(b, kindProcess), uint32(f.PID)) //nolint:gosec // the bits are kept
 	b = binary.LittleEndian.AppendUint32(b, uint32(f.Parent))                   //nolint:gosec // the bits are kept
-	return append(b, clip(f.Command, MaxFrame/2)...)
+	return append(b, clip(f.Command, maxText)...)
 }
 
 func (f Failure) append(b []byte) []byte {
-	return append(putString(append(b, kindFailure), f.Code), clip(f.Text, MaxFrame/2)...)
+	return append(putString(append(b, kindFailure), f.Code), clip(f.Text, maxText)...)
 }
 
 func (f End) append(b []byte) []byte {
@@ -274,7 +277,7 @@ func decode(b []byte, last *string) (Frame, error) {
 	var f Frame
 	switch b[0] {
 	case kindReady:
-		f = Ready{Armed: time.Unix(0, c.int64()), Early: c.bool(), Mark: c.string(), Engine: c.string(), Note: c.rest()}
+		f = Ready{Armed: time.Unix(0, c.int64()), Early: c.bool(), Mark: c.string(), Engine: c.string(), Note: c.text()}
 	case kindTouch:
 		f = Touch{ID: c.uint32(), Access: c.access()}
 	case kindFound:
@@ -284,13 +287,13 @@ func decode(b []byte, last *string) (Frame, error) {
 	case kindRanges:
 		f = Ranges{ID: c.uint32(), Ranges: c.ranges()}
 	case kindProcess:
-		f = Process{trace.Process{PID: c.int32(), Parent: c.int32(), Command: c.rest()}}
+		f = Process{trace.Process{PID: c.int32(), Parent: c.int32(), Command: c.text()}}
 	case kindPending:
 		f = Pending{}
 	case kindMerge:
 		f = Merge{ID: c.uint32(), How: trace.How(c.byte())}
 	case kindFailure:
-		f = Failure{Code: c.string(), Text: c.rest()}
+		f = Failure{Code: c.string(), Text: c.text()}
 	case kindEnd:
 		f = c.end()
 	default:
@@ -323,6 +326,12 @@ func (c *cursor) byte() byte     { return c.take(1)[0] }
 func (c *cursor) uint32() uint32 { return binary.LittleEndian.Uint32(c.take(4)) }
 func (c *cursor) string() string { return string(c.take(int(c.byte()))) }
 func (c *cursor) rest() string   { return string(c.take(len(c.b))) }
+
+// text takes the rest, which is as long as it can be written.
+func (c *cursor) text() string {
+	c.short = c.short || len(c.b) > maxText
+	return c.rest()
+}
 
 func (c *cursor) int64() int64 {
 	return int64(binary.LittleEndian.Uint64(c.take(8))) //nolint:gosec // the bits are kept
