@@ -174,9 +174,10 @@ func TestTee(t *testing.T) {
 func FuzzWait(f *testing.F) {
 	f.Add([]byte(stamp + "stdout P a\n" + stamp + "stdout F b\n"))
 	f.Add([]byte("\n \n  \n   \n stdout P \nx stderr F"))
+	f.Add([]byte(stamp + "stderr P " + strings.Repeat("x", readylog.MaxLine))) // what is begun is ended below
 	f.Fuzz(func(t *testing.T, log []byte) {
 		path := filepath.Join(t.TempDir(), "log")
-		if err := os.WriteFile(path, append(bytes.Clone(log), "\nt stderr F the end\n"...), 0o600); err != nil {
+		if err := os.WriteFile(path, append(bytes.Clone(log), "\nt stderr F\nt stderr F the end\n"...), 0o600); err != nil {
 			t.Fatal(err)
 		}
 		line, err := readylog.Wait(t.Context(), path, regexp.MustCompile("the end$"))
