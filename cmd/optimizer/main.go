@@ -9,6 +9,7 @@ import (
 	"io"
 	"os"
 	"os/signal"
+	"runtime"
 	"runtime/debug"
 	"syscall"
 
@@ -27,10 +28,17 @@ func main() {
 		os.Exit(runroot.Child())
 	}
 	if os.Getenv("GOGC") == "" {
-		// Half of the default's garbage: a conversion of 100,000 files stays under 150 MiB.
-		debug.SetGCPercent(50)
+		collectFrugally()
 	}
 	os.Exit(mainCode())
+}
+
+// collectFrugally has the garbage collector keep half of its usual garbage, so that a conversion of 100,000 files
+// stays under 150 MiB, but begin only when the heap has 16 MiB: a short command ends before it collects anything.
+func collectFrugally() {
+	debug.SetGCPercent(400) // of the 4 MiB from which the runtime counts; runtime/mgcpacer.go heapMinimum
+	first := new([16]byte)  // too large for the tiny allocator, which would keep it with others
+	runtime.AddCleanup(first, func(percent int) { debug.SetGCPercent(percent) }, 50)
 }
 
 // mainCode runs the command line of this process and returns its exit code.

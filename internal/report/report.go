@@ -13,6 +13,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/headstart-oci/headstart/internal/progress"
@@ -55,15 +56,15 @@ type Options struct {
 //go:embed page.html
 var source string
 
-// page is the parsed template; it is not changed.
-var page = template.Must(template.New("page").Parse(source))
+// page returns the template, parsed by the first call; it is not changed.
+var page = sync.OnceValue(func() *template.Template { return template.Must(template.New("page").Parse(source)) })
 
 // Write writes the page of p. Its length is bounded, whatever the number of files: of long
 // tables it has the first [MaxRows] rows and says how many more there are. Nothing that a
 // profile holds can become markup.
 func Write(w io.Writer, p *persist.Profile, o Options) error {
 	d := newData(p, o)
-	return page.Execute(w, d)
+	return page().Execute(w, d)
 }
 
 // file is a file of the profile with its numbers.

@@ -11,6 +11,7 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+	"sync"
 	"unicode/utf8"
 
 	"github.com/headstart-oci/headstart/pkg/trace"
@@ -107,7 +108,7 @@ func (l *List) WriteSOCI(w io.Writer) (omitted int, err error) {
 // DynamicPrefetcher: it ignores lines that its expression does not match, and the whole file when it is longer.
 const overlaybdListSize = 65536
 
-var overlaybdPath = regexp.MustCompile(`^/([a-zA-Z0-9_.-]+/)*[a-zA-Z0-9_.-]+$`)
+var overlaybdPath = sync.OnceValue(func() *regexp.Regexp { return regexp.MustCompile(`^/([a-zA-Z0-9_.-]+/)*[a-zA-Z0-9_.-]+$`) })
 
 // WriteOverlayBDFiles writes the list of files to prefetch that overlaybd reads ("ctr record-trace
 // --priority_list", recordTracePath), a path per line. It takes paths of ASCII letters,
@@ -117,7 +118,7 @@ var overlaybdPath = regexp.MustCompile(`^/([a-zA-Z0-9_.-]+/)*[a-zA-Z0-9_.-]+$`)
 func (l *List) WriteOverlayBDFiles(w io.Writer) (omitted int, err error) {
 	var out []byte
 	for a := range l.wanted {
-		if !overlaybdPath.MatchString(a.Path) || len(out)+len(a.Path)+1 > overlaybdListSize {
+		if !overlaybdPath().MatchString(a.Path) || len(out)+len(a.Path)+1 > overlaybdListSize {
 			omitted++
 			continue
 		}

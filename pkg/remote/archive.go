@@ -11,6 +11,7 @@ import (
 	"path"
 	"regexp"
 	"strings"
+	"sync"
 
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
@@ -20,7 +21,9 @@ const maxArchiveEntries = 1 << 17
 
 // blobPattern is the name of a blob in an archive.
 // Source: image-spec image-layout.md, "blobs".
-var blobPattern = regexp.MustCompile(`^blobs/[a-z0-9]+(?:[+._-][a-z0-9]+)*/[a-zA-Z0-9=_-]{1,200}$`)
+var blobPattern = sync.OnceValue(func() *regexp.Regexp {
+	return regexp.MustCompile(`^blobs/[a-z0-9]+(?:[+._-][a-z0-9]+)*/[a-zA-Z0-9=_-]{1,200}$`)
+})
 
 // archiveFiles is a layout in a tar that is read in place.
 type archiveFiles struct {
@@ -124,7 +127,7 @@ func indexTar(r io.ReadSeeker, size int64) (map[string]extent, error) {
 func layoutName(name string) (string, bool) {
 	clean := path.Clean(strings.TrimPrefix(name, "./"))
 	switch {
-	case clean == ocispec.ImageLayoutFile, clean == ocispec.ImageIndexFile, clean == "manifest.json", blobPattern.MatchString(clean):
+	case clean == ocispec.ImageLayoutFile, clean == ocispec.ImageIndexFile, clean == "manifest.json", blobPattern().MatchString(clean):
 		return clean, true
 	}
 	return "", false

@@ -7,6 +7,7 @@ import (
 	"regexp"
 	"strconv"
 	"strings"
+	"sync"
 
 	"github.com/distribution/reference"
 	"github.com/opencontainers/go-digest"
@@ -82,15 +83,16 @@ type Reference struct {
 	Digest digest.Digest
 }
 
-// tagPattern is the tag grammar of the distribution specification.
-var tagPattern = regexp.MustCompile(`^[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}$`)
+// tagPattern is the tag grammar of the distribution specification. Like the other patterns it is compiled
+// when it is first needed: commands that need none start faster.
+var tagPattern = sync.OnceValue(func() *regexp.Regexp { return regexp.MustCompile(`^[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}$`) })
 
 // imageID is a containerd image name that is an image ID, as containerd's CRI plugin makes.
-var imageID = regexp.MustCompile(`^sha256:[0-9a-f]{64}$`)
+var imageID = sync.OnceValue(func() *regexp.Regexp { return regexp.MustCompile(`^sha256:[0-9a-f]{64}$`) })
 
 // namespacePattern is containerd's grammar of a namespace.
 // Source: containerd pkg/identifiers identifierRegexp; 76 bytes at most.
-var namespacePattern = regexp.MustCompile(`^[A-Za-z0-9]+([._-][A-Za-z0-9]+)*$`)
+var namespacePattern = sync.OnceValue(func() *regexp.Regexp { return regexp.MustCompile(`^[A-Za-z0-9]+([._-][A-Za-z0-9]+)*$`) })
 
 // Parse reads a reference as a user types it:
 //
@@ -135,7 +137,7 @@ func Containerd(namespace, name string) (Reference, error) {
 		return Reference{}, fmt.Errorf("%w: containerd namespace %q", ErrInvalid, namespace)
 	}
 	var ref Reference
-	if imageID.MatchString(name) {
+	if imageID().MatchString(name) {
 		ref.Tag = name
 	} else {
 		var err error
@@ -147,7 +149,7 @@ func Containerd(namespace, name string) (Reference, error) {
 	return ref, nil
 }
 
-func validNamespace(ns string) bool { return len(ns) <= 76 && namespacePattern.MatchString(ns) }
+func validNamespace(ns string) bool { return len(ns) <= 76 && namespacePattern().MatchString(ns) }
 
 // parsePath splits rest into a path and a tag or digest.
 func parsePath(kind Kind, s, rest string) (Reference, error) {
@@ -159,7 +161,7 @@ func parsePath(kind Kind, s, rest string) (Reference, error) {
 	}
 	if colon := trailingColon(ref.Path); colon >= 0 {
 		ref.Path, ref.Tag = ref.Path[:colon], ref.Path[colon+1:]
-		if !tagPattern.MatchString(ref.Tag) {
+		if !tagPattern().MatchString(ref.Tag) {
 			return Reference{}, fmt.Errorf("%w: reference %q: tag %q: want a letter, digit or _, then at most 127 of these and . -",
 				ErrInvalid, s, ref.Tag)
 		}
@@ -198,7 +200,7 @@ func parseContainerd(s, rest string) (Reference, error) {
 // beginsFull reports whether s is an image ID or begins with a registry host.
 // Source: splitDockerDomain in github.com/distribution/reference.
 func beginsFull(s string) bool {
-	if imageID.MatchString(s) {
+	if imageID().MatchString(s) {
 		return true
 	}
 	host, _, ok := strings.Cut(s, "/")
