@@ -1,0 +1,181 @@
+package hold
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"os/exec"
+	"os/signal"
+	"time"
+
+	"go.uber.org/zap"
+	"golang.org/x/sys/unix"
+)
+
+// holder is the state of a holder's process.
+type holder struct {
+	log    *zap.Logger
+	argv   []string
+	files  map[string]*os.File
+	whole  bool
+	conn   *net.UnixConn
+	daemon int // pidfd
+	child  *exec.Cmd
+}
+
+// Run is the holder: it is called in a process that [Join] started, and returns when the
+// daemon said that it is done, or ended with nothing kept. It heeds no signal that can be
+// ignored: who wants it to end ends what the daemon is there for. Cancelling ctx ends it
+// between two daemons.
+func Run(ctx context.Context, log *zap.Logger) error {
+	if log == nil {
+		log = zap.NewNop()
+	}
+	signal.Ignore(unix.SIGINT, unix.SIGTERM, unix.SIGHUP, unix.SIGPIPE)
+	// The last process to choose when memory is short; it may not be allowed to say so.
+	_ = os.WriteFile("/proc/self/oom_score_adj", []byte("-999"), 0)
+	unix.CloseOnExec(fdLink)
+	unix.CloseOnExec(fdPeer)
+	conn, err := adopt(fdLink)
+	if err != nil {
+		return fmt.Errorf("a holder is started by its daemon only: %w", err)
+	}
+	h := &holder{log: log, files: map[string]*os.File{}, conn: conn, daemon: fdPeer}
+	pause, born := time.Duration(0), time.Time{}
+	for {
+		done, err := h.serve()
+		if done || err != nil {
+			return err
+		}
+		if len(h.files) == 0 {
+			log.Info("the daemon is gone and had nothing kept")
+			return nil
+		}
+		pause = backoff(pause, time.Since(born))
+		log.Warn("the daemon is gone; starting another", zap.Int("kept", len(h.files)), zap.Duration("pause", pause))
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(pause):
+		}
+		born = time.Now()
+		if err := h.restart(); err != nil {
+			log.Error("start the daemon", zap.Error(err)) // serve sees that it is not there
+		}
+	}
+}
+
+// serve obeys a daemon until it has ended as a process; done is what it said before.
+func (h *holder) serve() (done bool, err error) {
+	for !done {
+		m, files, err := receive(h.conn)
+		if errors.Is(err, io.EOF) {
+			break
+		}
+		if err != nil {
+			// A daemon that talks nonsense must not cost what is kept already.
+			h.log.Error("message of the daemon", zap.Error(err))
+			if errors.Is(err, unix.ECONNRESET) || errors.Is(err, net.ErrClosed) {
+				break
+			}
+			continue
+		}
+		done = h.obey(m, files)
+	}
+	if err := h.conn.Close(); err != nil {
+		h.log.Warn("close socket", zap.Error(err))
+	}
+	if done {
+		return true, nil
+	}
+	return false, h.waitDaemon()
+}
+
+func (h *holder) obey(m message, files []*os.File) (done bool) {
+	switch m.Op {
+	case opDaemon:
+		h.argv = m.Argv
+	case opKeep:
+		for i, n := range m.Names {
+			h.drop(n)
+			h.files[n] = files[i]
+		}
+	case opEnd:
+		h.whole = m.Whole
+	case opDrop:
+		for _, n := range m.Names {
+			h.drop(n)
+		}
+	case opDone:
+		return true
+	default:
+		h.log.Error("message of the daemon is not known", zap.String("op", m.Op))
+	}
+	return false
+}
+
+func (h *holder) drop(name string) {
+	f := h.files[name]
+	if f == nil {
+		return
+	}
+	delete(h.files, name)
+	if err := f.Close(); err != nil {
+		h.log.Warn("close", zap.String("name", name), zap.Error(err))
+	}
+}
+
+// waitDaemon waits until no thread of the daemon is left.
+func (h *holder) waitDaemon() error {
+	if h.daemon < 0 {
+		return nil
+	}
+	poll := []unix.PollFd{{Fd: int32(h.daemon), Events: unix.POLLIN}} //nolint:gosec // a descriptor fits an int32
+	for {
+		_, err := unix.Poll(poll, -1)
+		if err == nil {
+			break
+		}
+		if !errors.Is(err, unix.EINTR) {
+			return fmt.Errorf("wait for the daemon: %w", err)
+		}
+	}
+	err := unix.Close(h.daemon)
+	h.daemon = -1
+	if h.child != nil {
+		_ = h.child.Wait() // how it ended does not matter
+		h.child = nil
+	}
+	return err
+}
+
+// restart starts the daemon and sends it what is kept.
+func (h *holder) restart() error {
+	conn, theirs, err := pair()
+	if err != nil {
+		return err
+	}
+	old := h.conn
+	h.conn = conn
+	_ = old.Close()
+	cmd := exec.Command("/proc/self/exe")
+	cmd.Args = h.argv
+	cmd.Stderr = os.Stderr
+	cmd.Dir = "/"
+	cmd.Env = append(os.Environ(), envHeld+"=1")
+	cmd.ExtraFiles = []*os.File{theirs}
+	pidfd := -1
+	cmd.SysProcAttr = &unix.SysProcAttr{Setsid: true, PidFD: &pidfd}
+	err = cmd.Start()
+	if closed := theirs.Close(); err == nil {
+		err = closed
+	}
+	if err != nil {
+		return err
+	}
+	h.child, h.daemon = cmd, pidfd
+	return sendFiles(conn, h.files, h.whole)
+}
