@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"syscall"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
@@ -25,6 +26,10 @@ type Options struct {
 	// Bounded keeps the kernel's limits on queue and marks
 	// (/proc/sys/fs/fanotify/max_queued_events and max_user_marks).
 	Bounded bool
+	// PreContent makes a group whose events come before the access and wait for an
+	// answer ([PreAccess], [Group.Answer]). Whoever closes the last descriptor of
+	// such a group lets everybody pass who waits.
+	PreContent bool
 }
 
 // Group is one fanotify group. Its methods may not be called concurrently, except that
@@ -34,7 +39,9 @@ type Group struct {
 	fd   int
 	// errs: the kernel reports files it could not open inside the event.
 	errs bool
-	buf  []byte
+	// preContent: records have information records and are read raw.
+	preContent bool
+	buf        []byte
 }
 
 // eventFlags are the open(2) flags of the descriptors in events. O_NONBLOCK, because
@@ -51,6 +58,9 @@ func New(o Options) (*Group, error) {
 		flags |= unix.FAN_UNLIMITED_QUEUE | unix.FAN_UNLIMITED_MARKS
 	}
 	errs := true
+	if o.PreContent {
+		flags |= unix.FAN_CLASS_PRE_CONTENT
+	}
 	fd, err := unix.FanotifyInit(flags|unix.FAN_REPORT_FD_ERROR, eventFlags)
 	if errors.Is(err, unix.EINVAL) { // before Linux 6.13
 		errs = false
@@ -59,8 +69,17 @@ func New(o Options) (*Group, error) {
 	if err != nil {
 		return nil, fmt.Errorf("create fanotify group: %w", explain(err))
 	}
-	return &Group{file: os.NewFile(uintptr(fd), "fanotify"), fd: fd, errs: errs}, nil
+	return &Group{file: os.NewFile(uintptr(fd), "fanotify"), fd: fd, errs: errs, preContent: o.PreContent}, nil
 }
+
+// Adopt returns the group that f, the descriptor of a group with PreContent that
+// another process made, refers to. The Group owns f.
+func Adopt(f *os.File) *Group {
+	return &Group{file: f, fd: int(f.Fd()), errs: true, preContent: true}
+}
+
+// File returns the group's descriptor, for another process to keep. It stays the group's.
+func (g *Group) File() *os.File { return g.file }
 
 // FD returns the group's descriptor, to be polled for input. It stays the group's and
 // is valid until [Group.Close].
@@ -126,17 +145,31 @@ type Mark struct {
 
 // Mark adds a mark. It returns [ErrPermission] or [ErrUnsupported] where they apply.
 func (g *Group) Mark(m Mark) error {
-	flags := unix.FAN_MARK_ADD | m.Kind.flags()
-	if m.Ignore {
-		flags |= unix.FAN_MARK_IGNORED_MASK | unix.FAN_MARK_IGNORED_SURV_MODIFY
-		if m.Kind == Inode {
-			flags |= unix.FAN_MARK_EVICTABLE
-		}
+	flags := unix.FAN_MARK_ADD | m.flags()
+	if m.Ignore && m.Kind == Inode {
+		flags |= unix.FAN_MARK_EVICTABLE
 	}
 	if err := unix.FanotifyMark(g.fd, flags, uint64(m.Mask), m.Dir, m.Path); err != nil {
 		return fmt.Errorf("add %s mark for %s: %w", m.Kind, m.Mask, explain(err))
 	}
 	return nil
+}
+
+// Unmark removes the bits of m.Mask from the mark that [Group.Mark] added; without any left
+// the mark is gone. Events already queued stay. unix.ENOENT when there is no such mark.
+func (g *Group) Unmark(m Mark) error {
+	if err := unix.FanotifyMark(g.fd, unix.FAN_MARK_REMOVE|m.flags(), uint64(m.Mask), m.Dir, m.Path); err != nil {
+		return fmt.Errorf("remove %s mark for %s: %w", m.Kind, m.Mask, explain(err))
+	}
+	return nil
+}
+
+func (m *Mark) flags() uint {
+	flags := m.Kind.flags()
+	if m.Ignore {
+		flags |= unix.FAN_MARK_IGNORED_MASK | unix.FAN_MARK_IGNORED_SURV_MODIFY
+	}
+	return flags
 }
 
 // Flush removes every mark of one kind. Events already queued stay.
@@ -150,11 +183,14 @@ func (g *Group) Flush(k Kind) error {
 // Read fills events with what is waiting and returns how many there were; it does not
 // block. Every event read opens one descriptor, so len(events) bounds how many are open
 // at once; the caller closes them. A file the kernel could not open is an event with
-// Err set. It returns [ErrEmpty] when nothing is waiting and [ErrInvalid] for bytes it
-// cannot decode.
+// Err set. It returns [ErrEmpty] when nothing is waiting, [ErrInvalid] for bytes it
+// cannot decode, and [ErrUnsupported] for groups with PreContent: see [Group.ReadRaw].
 func (g *Group) Read(events []Event) (int, error) {
 	if len(events) == 0 {
 		return 0, nil
+	}
+	if g.preContent {
+		return 0, fmt.Errorf("read events of a pre-content group: %w", ErrUnsupported)
 	}
 	if !g.errs {
 		return g.readSingly(events)
@@ -203,6 +239,29 @@ func (g *Group) readSingly(events []Event) (int, error) {
 // fatal tells the errors of read(2) itself from those of opening an event's file.
 func fatal(errno syscall.Errno) bool {
 	return errno == unix.EBADF || errno == unix.EFAULT || errno == unix.EINVAL
+}
+
+// ReadRaw fills buf with the records of waiting events, for [Decode], and returns their
+// length; it does not block. Every record opens one descriptor, which the caller closes
+// after its answer. [ErrEmpty] when nothing is waiting.
+func (g *Group) ReadRaw(buf []byte) (int, error) { return g.read(buf) }
+
+// Answer answers the permission event whose descriptor is, or was, number fd: errno 0
+// lets it pass, EPERM, EIO, EBUSY, ETXTBSY, EAGAIN, ENOSPC and EDQUOT fail it with that (Linux 6.14). Any process
+// that has the group may answer. unix.ENOENT when no event waits under that number. It
+// may overlap with every method but Close.
+// Source: fs/notify/fanotify/fanotify_user.c process_access_response.
+func (g *Group) Answer(fd int32, errno syscall.Errno) error {
+	r := unix.FanotifyResponse{Fd: fd, Response: unix.FAN_ALLOW}
+	if errno != 0 {
+		// include/uapi/linux/fanotify.h FAN_DENY_ERRNO.
+		r.Response = unix.FAN_DENY | uint32(errno)<<unix.FAN_ERRNO_SHIFT //nolint:gosec // errnos are below 256
+	}
+	p := (*[unsafe.Sizeof(r)]byte)(unsafe.Pointer(&r))[:]
+	if _, err := unix.Write(g.fd, p); err != nil {
+		return fmt.Errorf("answer event %d: %w", fd, err)
+	}
+	return nil
 }
 
 func (g *Group) read(b []byte) (int, error) {
