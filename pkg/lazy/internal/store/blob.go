@@ -1,0 +1,310 @@
+package store
+
+import (
+	"errors"
+	"fmt"
+	"math/bits"
+	"os"
+	"path/filepath"
+	"sync"
+	"sync/atomic"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/headstart-oci/headstart/pkg/lazy/internal/shm"
+	"github.com/headstart-oci/headstart/pkg/rafs"
+)
+
+// Blob is one data file with its ready bits. All images that have the blob, with the
+// same chunks at the same places, share it. Methods are safe for concurrent use, except
+// that nothing may follow the last [Blob.Close].
+type Blob struct {
+	store    *Store
+	name     string
+	blob     rafs.Blob
+	identity [32]byte
+	dir      *os.Root
+	data     *os.File
+	dev, ino uint64
+	ready    *shm.Memory
+	refs     int // guarded by store.mu
+
+	view    atomic.Pointer[view]
+	missing atomic.Int64 // needed blocks that are not ready
+	written atomic.Int64 // length of the data file
+
+	// mu guards done and which view there is. Put holds it for reading, so that missing
+	// counts what one view needs.
+	mu   sync.RWMutex
+	done chan struct{}
+	old  []*table // tables that a reader of an older view may be using
+
+	syncMu  sync.Mutex
+	durable []uint64 // the bits in the file "ready"; guarded by syncMu
+}
+
+// view is what the blob's users need of it. It does not change.
+type view struct {
+	table *table
+	need  []uint64 // one bit per block
+	total int64    // needed blocks
+}
+
+func newView(t *table, recs []chunkRecord, words int) *view {
+	v := &view{table: t, need: make([]uint64, words)}
+	for i := range recs {
+		eachWord(recs[i].first(), recs[i].end(), func(w uint64, mask uint64) bool {
+			v.need[w] |= mask
+			return true
+		})
+		v.total += int64(recs[i].end() - recs[i].first()) //nolint:gosec // at most maxBlocks
+	}
+	return v
+}
+
+// eachWord calls f with the bits of each word that lie in the blocks [first, end).
+func eachWord(first, end uint64, f func(word, mask uint64) bool) bool {
+	for first < end {
+		w := first / 64
+		stop := min(end, (w+1)*64)
+		mask := ^uint64(0) << (first % 64) & (^uint64(0) >> (63 - (stop-1)%64))
+		if !f(w, mask) {
+			return false
+		}
+		first = stop
+	}
+	return true
+}
+
+// ID returns the blob's id as the bootstrap has it.
+func (b *Blob) ID() string { return b.blob.ID }
+
+// Name returns the name of the blob's directory, by which [Store.Adopt] and
+// [Options.Kept] know it.
+func (b *Blob) Name() string { return b.name }
+
+// Path returns the absolute path of the data file, the device to give to EROFS.
+func (b *Blob) Path() string { return filepath.Join(b.store.path, "blobs", b.name, "data") }
+
+// Size returns the size of the whole data file in bytes, a multiple of [BlockSize].
+func (b *Blob) Size() int64 { return int64(b.blob.UncompressedSize) } //nolint:gosec // at most maxBlocks blocks
+
+// File returns the descriptor of the data file, which was opened before any mark was set on
+// it and therefore raises no event. It stays the Blob's.
+func (b *Blob) File() *os.File { return b.data }
+
+// Inode returns the device and inode number of the data file as fstat(2) has them.
+func (b *Blob) Inode() (dev, ino uint64) { return b.dev, b.ino }
+
+// Descriptors returns what has to be kept for a process that takes over. The files stay the
+// Blob's.
+func (b *Blob) Descriptors() Kept { return Kept{Data: b.data, Bits: b.ready.File()} }
+
+// Total returns the bytes that the images which use the blob need of it, in whole
+// blocks.
+func (b *Blob) Total() int64 { return b.view.Load().total * BlockSize }
+
+// Local returns how many of [Blob.Total] bytes are ready.
+func (b *Blob) Local() int64 {
+	b.mu.RLock()
+	defer b.mu.RUnlock()
+	return (b.view.Load().total - b.missing.Load()) * BlockSize
+}
+
+// Complete reports whether every needed block is ready. It may become false again when
+// an image is opened that needs more ([Store.OpenBlob]), or when [Blob.Sync] fails.
+func (b *Blob) Complete() bool { return b.missing.Load() == 0 }
+
+// Done returns a channel that is closed when the blob is complete. After it became
+// incomplete again there is another channel.
+func (b *Blob) Done() <-chan struct{} {
+	b.mu.RLock()
+	defer b.mu.RUnlock()
+	return b.done
+}
+
+// blocks returns the blocks of a range; a range that reaches beyond the end is cut.
+func (b *Blob) blocks(offset, length int64) (first, end uint64) {
+	if offset < 0 || length <= 0 || offset >= b.Size() {
+		return 0, 0
+	}
+	stop := b.Size()
+	if length < stop-offset {
+		stop = offset + length
+	}
+	return uint64(offset) / BlockSize, (uint64(stop) + BlockSize - 1) / BlockSize
+}
+
+// ReadyRange reports whether all needed blocks of [offset, offset+length) are ready.
+// What no chunk covers needs nothing: it reads as zeros, or not at all.
+func (b *Blob) ReadyRange(offset, length int64) bool {
+	first, end := b.blocks(offset, length)
+	v, ready := b.view.Load(), b.ready.Words()
+	return eachWord(first, end, func(w, mask uint64) bool { return v.need[w]&mask&^ready[w].Load() == 0 })
+}
+
+// Ready reports whether chunk c is in the data file.
+func (b *Blob) Ready(c rafs.Chunk) bool {
+	return b.ReadyRange(int64(c.UncompressedOffset), int64(c.UncompressedSize)) //nolint:gosec // beyond Size nothing is needed
+}
+
+// Chunks returns the chunks that overlap [offset, offset+length), by offset; all fields but
+// Blob, which is 0, are the image's. It reads the chunk table, not the data file.
+func (b *Blob) Chunks(offset, length int64) ([]rafs.Chunk, error) {
+	first, end := b.blocks(offset, length)
+	if first == end {
+		return nil, nil
+	}
+	chunks, err := b.view.Load().table.lookup(first, end)
+	if err != nil {
+		return nil, fmt.Errorf("blob %s: %w", b.name, err)
+	}
+	return chunks, nil
+}
+
+// Missing is [Blob.Chunks] without those that are ready.
+func (b *Blob) Missing(offset, length int64) ([]rafs.Chunk, error) {
+	if b.ReadyRange(offset, length) {
+		return nil, nil
+	}
+	chunks, err := b.Chunks(offset, length)
+	if err != nil {
+		return nil, err
+	}
+	out := chunks[:0]
+	for _, c := range chunks {
+		if !b.Ready(c) {
+			out = append(out, c)
+		}
+	}
+	return out, nil
+}
+
+// Put stores the verified bytes of chunk c and makes it ready. When it fails, for
+// instance because the disk is full, c stays as it was. Storing a chunk twice, at once
+// too, does no harm.
+func (b *Blob) Put(c rafs.Chunk, data []byte) error {
+	r := record(c)
+	if uint64(len(data)) != uint64(c.UncompressedSize) || len(data) == 0 {
+		return fmt.Errorf("blob %s: put chunk %d: %d bytes, want %d", b.name, c.Index, len(data), c.UncompressedSize)
+	}
+	b.mu.RLock()
+	defer b.mu.RUnlock()
+	v := b.view.Load()
+	if r.Offset%BlockSize != 0 || r.Offset >= b.blob.UncompressedSize || !v.table.has(r.first()) {
+		return fmt.Errorf("blob %s: put chunk %d at %d: %w", b.name, c.Index, c.UncompressedOffset, ErrUnknownChunk)
+	}
+	if err := b.write(data, int64(r.Offset), int64(r.end()*BlockSize)); err != nil { //nolint:gosec // below Size
+		return fmt.Errorf("blob %s: put chunk %d at %d: %w", b.name, c.Index, c.UncompressedOffset, err)
+	}
+	ready, fresh := b.ready.Words(), 0
+	eachWord(r.first(), r.end(), func(w, mask uint64) bool {
+		before := ready[w].Or(mask)
+		fresh += bits.OnesCount64(mask &^ before & v.need[w])
+		return true
+	})
+	if fresh > 0 && b.missing.Add(-int64(fresh)) == 0 {
+		close(b.done)
+	}
+	return nil
+}
+
+// write puts data at offset and makes the file reach to end, a block's, at least:
+// the kernel reads whole blocks.
+func (b *Blob) write(data []byte, offset, end int64) error {
+	if _, err := b.data.WriteAt(data, offset); err != nil {
+		return err
+	}
+	for {
+		length := b.written.Load()
+		if length >= end {
+			return nil
+		}
+		if offset+int64(len(data)) < end {
+			if _, err := b.data.WriteAt([]byte{0}, end-1); err != nil {
+				return err
+			}
+		}
+		if b.written.CompareAndSwap(length, end) {
+			return nil
+		}
+	}
+}
+
+// setView makes v what is needed. The caller holds mu, or is alone.
+func (b *Blob) setView(v *view) {
+	if before := b.view.Swap(v); before != nil {
+		b.old = append(b.old, before.table)
+	}
+	b.recount()
+}
+
+// recount counts what is missing. The caller holds mu, or is alone.
+func (b *Blob) recount() {
+	v, ready, missing := b.view.Load(), b.ready.Words(), 0
+	for w, need := range v.need {
+		if need != 0 {
+			missing += bits.OnesCount64(need &^ ready[w].Load())
+		}
+	}
+	b.missing.Store(int64(missing))
+	select {
+	case <-b.done:
+		if missing > 0 {
+			b.done = make(chan struct{})
+		}
+	default:
+		if missing == 0 {
+			close(b.done)
+		}
+	}
+}
+
+// Close gives the blob back. The last Close of what [Store.OpenBlob] and [Store.Adopt] returned
+// makes the ready bits durable and closes the descriptors; those that others keep stay. By
+// then no mount may have the data file, and no mark may be on it.
+func (b *Blob) Close() error {
+	err := b.Sync() // what takes time, without keeping others from opening blobs
+	s := b.store
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if b.refs == 0 {
+		return nil
+	}
+	if b.refs--; b.refs > 0 {
+		return err
+	}
+	delete(s.blobs, b.name)
+	return errors.Join(err, b.Sync(), b.release())
+}
+
+func (b *Blob) release() error {
+	var errs []error
+	if v := b.view.Load(); v != nil {
+		errs = append(errs, v.table.file.Close())
+	}
+	for _, t := range b.old {
+		errs = append(errs, t.file.Close())
+	}
+	if b.ready != nil {
+		errs = append(errs, b.ready.Close())
+	}
+	if b.data != nil {
+		errs = append(errs, b.data.Close())
+	}
+	return errors.Join(append(errs, b.dir.Close())...)
+}
+
+// stat fills in what identifies the data file.
+func (b *Blob) stat() error {
+	var st unix.Stat_t
+	if err := unix.Fstat(int(b.data.Fd()), &st); err != nil {
+		return fmt.Errorf("data: %w", err)
+	}
+	if st.Mode&unix.S_IFMT != unix.S_IFREG {
+		return fmt.Errorf("data: %w: mode %#o, want a regular file", errCorrupt, st.Mode)
+	}
+	b.dev, b.ino = st.Dev, st.Ino
+	b.written.Store(st.Size)
+	return nil
+}

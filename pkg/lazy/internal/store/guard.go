@@ -1,0 +1,150 @@
+package store
+
+import (
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path"
+	"strings"
+
+	"go.uber.org/zap"
+	"golang.org/x/sys/unix"
+)
+
+// asidePrefix begins the names of directories that wait for their users to go.
+const asidePrefix = ".aside-"
+
+// guard looks at every data file that was not kept: its mark is gone, so that its holes read
+// as zeros. One that is incomplete and that somebody has open is cut to nothing and put aside.
+func (s *Store) guard(kept map[string]Kept) error {
+	entries, err := fs.ReadDir(s.root.FS(), "blobs")
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for _, e := range entries {
+		name := e.Name()
+		if _, ok := kept[name]; ok {
+			continue
+		}
+		if strings.HasPrefix(name, asidePrefix) {
+			errs = append(errs, s.removeAside(name))
+			continue
+		}
+		complete, err := s.complete(name)
+		if err != nil {
+			s.log.Warn("state of a blob cannot be read", zap.String("blob", name), zap.Error(err))
+		}
+		if !complete {
+			errs = append(errs, s.guardOne(name, err != nil))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// complete reports whether all that was ever needed of a blob is durable. An error means
+// that nobody can tell.
+func (s *Store) complete(name string) (_ bool, err error) {
+	dir, err := s.root.OpenRoot(path.Join("blobs", name))
+	if err != nil {
+		return false, err
+	}
+	defer func() { err = errors.Join(err, dir.Close()) }()
+	id, err := blobOf(dir)
+	if err != nil {
+		return false, err
+	}
+	size, recs, err := readTable(dir, id)
+	if err != nil {
+		return false, err
+	}
+	info, err := dir.Stat("data")
+	if err != nil {
+		return false, err
+	}
+	durable, err := readReady(dir, id, size, info.Size())
+	if err != nil {
+		return false, err
+	}
+	return covered(durable, recs), nil
+}
+
+// covered reports whether all blocks of recs are in bits.
+func covered(bits []uint64, recs []chunkRecord) bool {
+	for i := range recs {
+		if !eachWord(recs[i].first(), recs[i].end(), func(w, mask uint64) bool {
+			return w < uint64(len(bits)) && mask&^bits[w] == 0
+		}) {
+			return false
+		}
+	}
+	return true
+}
+
+// guardOne puts one incomplete blob aside when somebody has it open, or when it is of no
+// use.
+func (s *Store) guardOne(name string, useless bool) error {
+	f, err := s.root.OpenFile(path.Join("blobs", name, "data"), os.O_RDWR, 0)
+	if errors.Is(err, fs.ErrNotExist) {
+		return s.root.RemoveAll(path.Join("blobs", name))
+	}
+	if err != nil {
+		return err
+	}
+	used := inUse(f)
+	if err := f.Close(); err != nil {
+		return err
+	}
+	if !used && !useless {
+		return nil
+	}
+	return s.putAside(name)
+}
+
+// inUse reports whether the file is open anywhere else. f must be its only descriptor
+// here. A write lease is granted to the only one who has a file open
+// (fs/locks.c check_conflicting_open); it is given back at once. An EROFS mount has its
+// devices open. Where the file system knows no leases every file counts as used.
+func inUse(f *os.File) bool {
+	if _, err := unix.FcntlInt(f.Fd(), unix.F_SETLEASE, unix.F_WRLCK); err != nil {
+		return true
+	}
+	_, err := unix.FcntlInt(f.Fd(), unix.F_SETLEASE, unix.F_UNLCK)
+	return err != nil
+}
+
+// putAside takes a blob's directory out of use. What somebody has open is cut to
+// nothing: a read of it fails, where a hole would give zeros.
+func (s *Store) putAside(name string) error {
+	aside := asidePrefix + name + "-" + rand.Text()
+	if err := s.root.Rename(path.Join("blobs", name), path.Join("blobs", aside)); err != nil {
+		return err
+	}
+	f, err := s.root.OpenFile(path.Join("blobs", aside, "data"), os.O_RDWR, 0)
+	if err == nil {
+		if inUse(f) {
+			s.log.Warn("a mount lost its data: unmount it and mount again", zap.String("blob", name))
+		}
+		err = errors.Join(f.Truncate(0), f.Close())
+	}
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("cut data of %s: %w", name, err)
+	}
+	return s.removeAside(aside)
+}
+
+// removeAside deletes a directory that was put aside once nobody uses it.
+func (s *Store) removeAside(name string) error {
+	f, err := s.root.OpenFile(path.Join("blobs", name, "data"), os.O_RDWR, 0)
+	if err == nil {
+		used := inUse(f)
+		if err := f.Close(); err != nil || used {
+			return err
+		}
+	} else if !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return s.root.RemoveAll(path.Join("blobs", name))
+}

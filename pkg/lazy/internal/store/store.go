@@ -1,0 +1,393 @@
+package store
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+
+	"go.uber.org/zap"
+	"golang.org/x/sys/unix"
+
+	"github.com/headstart-oci/headstart/internal/atomicfile"
+	"github.com/headstart-oci/headstart/pkg/lazy/internal/shm"
+	"github.com/headstart-oci/headstart/pkg/rafs"
+)
+
+// Errors of this package; all answer to errors.Is.
+var (
+	// ErrLocked is returned when another daemon has the state directory.
+	ErrLocked = errors.New("state directory is in use by another daemon")
+	// ErrUnsupported is returned for blobs that EROFS cannot read from a data file.
+	ErrUnsupported = errors.New("not supported by lazy mounts")
+	// ErrUnknownChunk is returned by [Blob.Put] for a chunk that no image has.
+	ErrUnknownChunk = errors.New("no image has this chunk")
+)
+
+// Kept are the descriptors of one blob that outlive the process.
+type Kept struct {
+	Data *os.File // the data file, opened before any mark was set
+	Bits *os.File // the ready bits
+}
+
+// Options says how [Open] opens a state directory. The zero value is a fresh start.
+type Options struct {
+	// Lock is the locked file of an earlier process ([Store.LockFile]); nil: the lock is
+	// taken. The Store owns it when Open succeeds.
+	Lock *os.File
+	// Kept are the descriptors of an earlier process by [Blob.Name]. Blobs that are not
+	// in it have nobody who guards them. The Store owns them when Open succeeds.
+	Kept map[string]Kept
+	// Log is told what was put aside; nil: nobody.
+	Log *zap.Logger
+}
+
+// Store is an open state directory. Its methods are safe for concurrent use, except for
+// Close.
+type Store struct {
+	path string
+	root *os.Root
+	lock *os.File
+	log  *zap.Logger
+
+	mu    sync.Mutex // guards kept and blobs
+	kept  map[string]Kept
+	blobs map[string]*Blob
+}
+
+// directories below the state directory.
+var directories = []string{"blobs", "bootstraps", "mounts"}
+
+// Open opens the state directory at path and creates it where it is missing. It returns
+// [ErrLocked] while another process has it.
+//
+// Incomplete data files that nobody guards and somebody has open are cut to nothing, so
+// that their mounts read errors where they would read zeros. Whether the file system is
+// fit for lazy mounts is not asked here: see [Probe].
+func Open(path string, o Options) (_ *Store, err error) {
+	path, err = filepath.Abs(path)
+	if err != nil {
+		return nil, err
+	}
+	if err := os.MkdirAll(path, 0o700); err != nil {
+		return nil, fmt.Errorf("state directory: %w", err)
+	}
+	root, err := os.OpenRoot(path)
+	if err != nil {
+		return nil, fmt.Errorf("state directory: %w", err)
+	}
+	s := &Store{path: path, root: root, lock: o.Lock, log: o.Log, kept: map[string]Kept{}, blobs: map[string]*Blob{}}
+	if s.log == nil {
+		s.log = zap.NewNop()
+	}
+	if s.lock == nil {
+		if s.lock, err = takeLock(root); err != nil {
+			return nil, fmt.Errorf("state directory %s: %w", path, errors.Join(err, root.Close()))
+		}
+		defer func() {
+			if err != nil {
+				err = errors.Join(err, s.lock.Close())
+			}
+		}()
+	}
+	for _, d := range directories {
+		err = errors.Join(err, root.MkdirAll(d, 0o700), atomicfile.Clean(root, d))
+	}
+	if err == nil {
+		err = s.guard(o.Kept)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("state directory %s: %w", path, errors.Join(err, root.Close()))
+	}
+	for name, k := range o.Kept {
+		s.kept[name] = k
+	}
+	return s, nil
+}
+
+// takeLock locks the directory until the file is closed everywhere.
+func takeLock(root *os.Root) (*os.File, error) {
+	f, err := root.OpenFile("lock", os.O_RDWR|os.O_CREATE, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+	if errors.Is(err, unix.EWOULDBLOCK) {
+		err = ErrLocked
+	}
+	if err != nil {
+		return nil, errors.Join(err, f.Close())
+	}
+	return f, nil
+}
+
+// Path returns the absolute path of the state directory.
+func (s *Store) Path() string { return s.path }
+
+// LockFile returns the descriptor that holds the lock. Whoever keeps it keeps the
+// directory locked. It stays the Store's.
+func (s *Store) LockFile() *os.File { return s.lock }
+
+// Close makes all ready bits durable and closes every descriptor.
+func (s *Store) Close() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	var errs []error
+	for _, b := range s.blobs {
+		errs = append(errs, b.Sync(), b.release())
+		b.refs = 0
+	}
+	for _, k := range s.kept {
+		errs = append(errs, k.Data.Close(), k.Bits.Close())
+	}
+	s.blobs, s.kept = map[string]*Blob{}, map[string]Kept{}
+	if s.lock != nil {
+		errs = append(errs, s.lock.Close(), s.root.Close())
+		s.lock = nil
+	}
+	return errors.Join(errs...)
+}
+
+// maxVariants bounds how many data files of one blob there are.
+const maxVariants = 64
+
+// OpenBlob returns the data file of b for an image that uses chunks of it. A file that is
+// open or was filled before is used again when it has the same chunks at the same
+// places, or has room for them; else there is another one. The caller closes the Blob.
+// It returns [ErrUnsupported] for blobs that EROFS cannot read, rafs.ErrInvalid for chunks
+// that contradict each other.
+func (s *Store) OpenBlob(b rafs.Blob, chunks []rafs.Chunk) (*Blob, error) {
+	recs, err := check(b, chunks)
+	if err != nil {
+		return nil, err
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for n := range maxVariants {
+		name := b.ID
+		if n > 0 {
+			name = fmt.Sprintf("%s.%d", b.ID, n)
+		}
+		blob, err := s.openBlob(name, b, recs)
+		if errors.Is(err, errConflict) {
+			continue
+		}
+		if err != nil {
+			return nil, fmt.Errorf("open blob %s: %w", name, err)
+		}
+		return blob, nil
+	}
+	return nil, fmt.Errorf("open blob %s: %d images with other chunks have it: %w", b.ID, maxVariants, ErrUnsupported)
+}
+
+// Adopt is [Store.OpenBlob] for the one data file called name, which a mount has that outlived its
+// daemon. fs.ErrNotExist when its descriptors were not kept.
+func (s *Store) Adopt(name string, b rafs.Blob, chunks []rafs.Chunk) (*Blob, error) {
+	recs, err := check(b, chunks)
+	if err != nil {
+		return nil, err
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.blobs[name] == nil && s.kept[name].Data == nil {
+		return nil, fmt.Errorf("adopt blob %s: its descriptors were not kept: %w", name, fs.ErrNotExist)
+	}
+	blob, err := s.openBlob(name, b, recs)
+	if err != nil {
+		return nil, fmt.Errorf("adopt blob %s: %w", name, err)
+	}
+	return blob, nil
+}
+
+// check returns the chunks of b as records.
+func check(b rafs.Blob, chunks []rafs.Chunk) ([]chunkRecord, error) {
+	if b.ID == "" || len(b.ID) > 128 || strings.Trim(b.ID, "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ-_") != "" {
+		return nil, fmt.Errorf("%w: blob id %q, want letters, digits, - and _", ErrUnsupported, b.ID)
+	}
+	if b.UncompressedSize%BlockSize != 0 || b.UncompressedSize/BlockSize > maxBlocks {
+		return nil, fmt.Errorf("%w: blob %s of %d bytes, want a multiple of %d of at most %d", ErrUnsupported, b.ID, b.UncompressedSize, BlockSize, int64(maxBlocks)*BlockSize)
+	}
+	recs, err := records(chunks, b.UncompressedSize)
+	if err != nil {
+		return nil, fmt.Errorf("blob %s: %w", b.ID, err)
+	}
+	return recs, nil
+}
+
+// openBlob opens, loads or creates the data file called name. errConflict when it cannot
+// be shared. The caller holds mu.
+func (s *Store) openBlob(name string, b rafs.Blob, recs []chunkRecord) (*Blob, error) {
+	if open := s.blobs[name]; open != nil {
+		if err := open.extend(b, recs); err != nil {
+			return nil, err
+		}
+		open.refs++
+		return open, nil
+	}
+	blob, err := s.load(name, b, recs)
+	if errors.Is(err, errCorrupt) {
+		s.log.Warn("start a blob's cache anew", zap.String("blob", name), zap.Error(err))
+		if err = s.putAside(name); err == nil {
+			blob, err = s.load(name, b, recs)
+		}
+	}
+	if err != nil {
+		return nil, err
+	}
+	delete(s.kept, name)
+	s.blobs[name] = blob
+	blob.refs = 1
+	return blob, nil
+}
+
+// extend makes an open blob have recs too.
+func (b *Blob) extend(of rafs.Blob, recs []chunkRecord) error {
+	if identity(of) != b.identity || of.UncompressedSize != b.blob.UncompressedSize {
+		return errConflict
+	}
+	_, old, err := readTable(b.dir, b.identity)
+	if err != nil {
+		return err
+	}
+	all, added, err := merge(old, recs)
+	if err != nil || !added {
+		return err
+	}
+	t, err := writeTable(b.dir, b.blob, all)
+	if err != nil {
+		return err
+	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.setView(newView(t, all, len(b.ready.Words())))
+	return nil
+}
+
+// load opens the data file called name, or creates it, with recs. errCorrupt when what is there
+// cannot be used; kept descriptors are used in any case.
+func (s *Store) load(name string, of rafs.Blob, recs []chunkRecord) (_ *Blob, err error) {
+	b := &Blob{store: s, name: name, blob: of, identity: identity(of), done: make(chan struct{})}
+	path := filepath.Join("blobs", name)
+	kept, adopted := s.kept[name]
+	if err := s.root.Mkdir(path, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
+		return nil, err
+	}
+	if b.dir, err = s.root.OpenRoot(path); err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			if adopted { // they are still the store's
+				b.data, b.ready = nil, nil
+			}
+			err = errors.Join(err, b.release())
+		}
+	}()
+	fresh := false
+	if adopted {
+		b.data = kept.Data
+	} else if b.data, fresh, err = openData(b.dir); err != nil {
+		return nil, err
+	}
+	if err := errors.Join(b.stat(), atomicfile.Clean(b.dir, ".")); err != nil {
+		return nil, err
+	}
+	used := !fresh && !adopted && inUse(b.data)
+	old, all, err := b.loadTable(recs, fresh, adopted)
+	if err != nil {
+		return nil, err
+	}
+	if err := b.loadBits(kept.Bits, fresh, adopted); err != nil {
+		return nil, err
+	}
+	if used && !covered(b.durable, old) {
+		return nil, fmt.Errorf("%w: incomplete, and open in a mount that nobody guards", errCorrupt)
+	}
+	v := newView(b.view.Load().table, all, len(b.ready.Words()))
+	b.view.Store(v)
+	b.recount()
+	if fresh {
+		return b, atomicfile.SyncDir(s.root, "blobs")
+	}
+	return b, nil
+}
+
+// openData opens the data file, and creates it in a new directory.
+func openData(dir *os.Root) (f *os.File, fresh bool, err error) {
+	f, err = dir.OpenFile("data", os.O_RDWR, 0)
+	if !errors.Is(err, fs.ErrNotExist) {
+		return f, false, err
+	}
+	f, err = dir.OpenFile("data", os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
+	return f, true, err
+}
+
+// loadTable sets a view with the blob's table and returns the records that it had, and
+// those that it has with recs.
+func (b *Blob) loadTable(recs []chunkRecord, fresh, adopted bool) (old, all []chunkRecord, err error) {
+	size, old, err := readTable(b.dir, b.identity)
+	switch {
+	case fresh || adopted && errors.Is(err, errCorrupt):
+		// The bits of a kept file say what is there, whatever became of the table.
+		size, old, err = b.blob.UncompressedSize, nil, nil
+	case errors.Is(err, errCorrupt):
+		if other, oerr := blobOf(b.dir); oerr == nil && other != b.identity {
+			return nil, nil, errors.Join(errConflict, err)
+		}
+	}
+	if err != nil {
+		return nil, nil, err
+	}
+	if size != b.blob.UncompressedSize {
+		return nil, nil, errConflict
+	}
+	all, added, err := merge(old, recs)
+	if err != nil {
+		return nil, nil, err
+	}
+	var t *table
+	if added || fresh || len(old) == 0 {
+		t, err = writeTable(b.dir, b.blob, all)
+	} else {
+		t, err = openTable(b.dir, all)
+	}
+	if err != nil {
+		return nil, nil, err
+	}
+	b.view.Store(&view{table: t})
+	return old, all, nil
+}
+
+// loadBits sets the ready bits: the kept ones, else the durable ones.
+func (b *Blob) loadBits(kept *os.File, fresh, adopted bool) error {
+	words := max(1, int((b.blob.UncompressedSize/BlockSize+63)/64)) //nolint:gosec // at most maxBlocks
+	durable, err := readReady(b.dir, b.identity, b.blob.UncompressedSize, b.written.Load())
+	if fresh || adopted && errors.Is(err, errCorrupt) {
+		durable, err = nil, nil
+	}
+	if err != nil {
+		return err
+	}
+	b.durable = durable
+	if adopted {
+		info, err := kept.Stat()
+		if err == nil && info.Size() != int64(words)*8 {
+			err = fmt.Errorf("kept ready bits: %d bytes, want %d", info.Size(), words*8)
+		}
+		if err != nil {
+			return err
+		}
+		b.ready, err = shm.Open(kept)
+		return err
+	}
+	if b.ready, err = shm.New("headstart-ready", words); err != nil {
+		return err
+	}
+	for i, w := range durable {
+		b.ready.Words()[i].Store(w)
+	}
+	return nil
+}
