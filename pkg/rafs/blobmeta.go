@@ -159,11 +159,7 @@ func parseMeta(b Blob, table, header []byte) (*metaTable, error) {
 	case b.Features&disk.FeatureZran != 0:
 		err = t.parseZran(h, table)
 	case b.Features&disk.FeatureBatch != 0:
-		var contexts []byte
-		if contexts, err = t.contexts(h, table); err == nil {
-			t.batches = make([]disk.BatchContext, h.ContextCount)
-			_, err = binary.Decode(contexts, binary.LittleEndian, t.batches)
-		}
+		err = t.parseBatches(h, table)
 	}
 	if err != nil {
 		return nil, err
@@ -188,6 +184,27 @@ func (t *metaTable) contexts(h disk.MetaHeader, table []byte) ([]byte, error) {
 		return table[records:][:size], nil
 	}
 	return table[records:][:h.ContextSize], nil
+}
+
+// parseBatches reads the contexts of batches. Every byte of a batch is a chunk's: batches that hold more than all chunks
+// would be work without end, as a chunk has all of its batch decompressed.
+func (t *metaTable) parseBatches(h disk.MetaHeader, table []byte) error {
+	p, err := t.contexts(h, table)
+	if err != nil {
+		return err
+	}
+	t.batches = make([]disk.BatchContext, h.ContextCount)
+	if _, err := binary.Decode(p, binary.LittleEndian, t.batches); err != nil {
+		return err
+	}
+	var total uint64
+	for _, c := range t.batches {
+		total += uint64(c.UncompressedSize)
+	}
+	if most := min(alignUp(t.blob.UncompressedSize, disk.BlockSize), uint64(t.count)*uint64(t.blob.ChunkSize)); total > most {
+		return invalid("blob.meta of "+short(t.blob.ID), int64(len(t.records)), "uncompressed size of all batches", total, fmt.Sprintf("at most %d", most))
+	}
+	return nil
 }
 
 // check verifies record i against the blob's limits and its predecessor, as readers of the format do.

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"hash"
 	"io"
+	"slices"
 
 	"github.com/headstart-oci/headstart/pkg/rafs/internal/disk"
 )
@@ -22,8 +23,12 @@ func (c *checker) sections(ctx context.Context, b Blob, r io.ReaderAt) error {
 	if err != nil {
 		return c.add(err)
 	}
-	for _, e := range entries {
+	for i, e := range entries {
 		misplaced := checkEntryPlace(e, b, size)
+		if slices.ContainsFunc(entries[:i], func(other disk.TOCEntry) bool { return other.Name == e.Name }) {
+			// Hundreds of entries fit that all name the whole blob.
+			misplaced = invalid(fmt.Sprintf("TOC entry %q of %s", cString(e.Name[:]), short(b.ID)), -1, "number of entries of the name", "more", 1)
+		}
 		if err := c.add(misplaced); err != nil {
 			return err
 		}
@@ -152,7 +157,7 @@ func checkEntryDigest(ctx context.Context, e disk.TOCEntry, b Blob, r io.ReaderA
 
 // hashRange adds size bytes of r to sum. A size of all bits reads to the end.
 func hashRange(ctx context.Context, sum hash.Hash, r io.ReaderAt, offset, size uint64) error {
-	buf := make([]byte, 1<<20)
+	buf := make([]byte, min(size, 1<<20))
 	for size > 0 {
 		if err := ctx.Err(); err != nil {
 			return err

@@ -153,6 +153,40 @@ func TestZranWorkIsBounded(t *testing.T) {
 	}
 }
 
+// TestBatchWorkIsBounded reads tables of batches that hold as much as their chunks, and more.
+func TestBatchWorkIsBounded(t *testing.T) {
+	t.Parallel()
+	for name, tt := range map[string]struct {
+		size  uint64 // what the blob says to hold
+		batch uint32 // what each of its two batches holds
+		ok    bool
+	}{
+		"two chunks":         {8192, 4096, true},
+		"more than the blob": {8192, 4097, false},
+		"more than chunks":   {1 << 40, 1 << 20, false},
+	} {
+		var table []byte
+		for i := range uint32(2) {
+			table = appendV2(table, metaRecord{uncompressedOffset: uint64(i) * 4096, uncompressedSize: 4096, compressed: true, batch: true, batchIndex: i})
+		}
+		records := uint64(len(table))
+		for range 2 {
+			table = appendRecord(table, &disk.BatchContext{CompressedSize: 10, UncompressedSize: tt.batch})
+		}
+		b := Blob{
+			ID: "x", ChunkSize: 4096, ChunkCount: 2, Features: disk.FeatureBatch | disk.FeatureV2 | disk.FeatureAligned, UncompressedSize: tt.size,
+			CompressedSize: 1 << 20, MetaOffset: 1 << 19, MetaCompressed: uint64(len(table)), MetaUncompressed: uint64(len(table)),
+		}
+		m, err := parseMeta(b, table, appendRecord(nil, &disk.MetaHeader{
+			Magic: disk.MetaMagic, Magic2: disk.MetaMagic, Entries: 2, Offset: b.MetaOffset, CompressedSize: b.MetaCompressed,
+			UncompressedSize: b.MetaUncompressed, ContextOffset: records, ContextSize: 2 * disk.SizeBatchContext, ContextCount: 2,
+		}))
+		if (err == nil) != tt.ok || !tt.ok && (m != nil || !errors.Is(err, ErrInvalid) || !strings.Contains(err.Error(), "all batches")) {
+			t.Errorf("%s: parseMeta = %v, want it taken: %v", name, err, tt.ok)
+		}
+	}
+}
+
 // unread is a file that must not be read.
 type unread struct{}
 

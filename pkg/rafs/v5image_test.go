@@ -163,6 +163,9 @@ func TestV6ToV5(t *testing.T) {
 		{compressor: rafs.CompressorLZ4, chunkSize: 64 << 10, digester: rafs.DigesterSHA256, toc: true},
 		{compressor: rafs.CompressorNone, chunkSize: 4096},
 	} {
+		if raceEnabled && i > 0 {
+			break
+		}
 		t.Run(o.String(), func(t *testing.T) {
 			six := randomImage(t, uint64(700+i), o).build()
 			img := six.open(t)
