@@ -17,7 +17,7 @@ type BlobReader struct {
 	r        io.ReaderAt
 	metaFile io.ReaderAt // the file that holds blob.meta; r, except for SEPARATE blobs
 	blob     Blob
-	decoder  decoder
+	decoder  *decoder
 
 	metaOnce sync.Once
 	meta     *metaTable
@@ -90,7 +90,7 @@ func openBlob(data, meta io.ReaderAt, b Blob) (*BlobReader, error) {
 	if err := b.checkAny(section, -1, b.ChunkSize); err != nil {
 		return nil, err
 	}
-	return &BlobReader{r: data, metaFile: meta, blob: b}, nil
+	return &BlobReader{r: data, metaFile: meta, blob: b, decoder: new(decoder)}, nil
 }
 
 // Blob returns the description the reader was opened with.

@@ -392,9 +392,9 @@ func TestBatchApart(t *testing.T) {
 		}
 		return string(p)
 	}
-	one := &BlobReader{r: bytes.NewReader(stored), blob: b, meta: table}
+	one := &BlobReader{r: bytes.NewReader(stored), blob: b, meta: table, decoder: new(decoder)}
 	first, last := read(one, 0), read(one, 2)
-	other := &BlobReader{r: bytes.NewReader(stored), blob: b, meta: table}
+	other := &BlobReader{r: bytes.NewReader(stored), blob: b, meta: table, decoder: new(decoder)}
 	if again := read(other, 2); again != last {
 		t.Error("record 2 reads as another chunk behind record 0")
 	}

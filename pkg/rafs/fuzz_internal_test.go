@@ -188,7 +188,7 @@ func FuzzBlobMeta(f *testing.F) {
 			}
 			r := m.record(i)
 			if r.zran {
-				b := &BlobReader{r: bytes.NewReader(layer), blob: blob, meta: m}
+				b := &BlobReader{r: bytes.NewReader(layer), blob: blob, meta: m, decoder: new(decoder)}
 				if p, err := b.readZran(r); err == nil && len(p) != int(r.uncompressedSize) || err != nil && p != nil {
 					t.Errorf("record %d = %d bytes, %v", i, len(p), err)
 				}

@@ -144,7 +144,7 @@ func TestZranWorkIsBounded(t *testing.T) {
 		if err != nil {
 			continue
 		}
-		r := &BlobReader{r: bytes.NewReader(z.Bytes()), blob: b, meta: m}
+		r := &BlobReader{r: bytes.NewReader(z.Bytes()), blob: b, meta: m, decoder: new(decoder)}
 		for i := range n {
 			if p, err := r.readZran(m.record(i)); err != nil || !bytes.Equal(p, make([]byte, size)) {
 				t.Errorf("%s: record %d reads as %d bytes, %v", name, i, len(p), err)
@@ -217,7 +217,7 @@ func TestZranTableIsBounded(t *testing.T) {
 			Features:       disk.FeatureZran | disk.FeatureSeparate | disk.FeatureV2 | disk.FeatureAligned,
 			CompressedSize: tt.claimed, UncompressedSize: chunks << 12, MetaCompressed: 5 << 20, MetaUncompressed: tt.table,
 		}
-		r := &BlobReader{r: tt.layer, metaFile: unread{}, blob: b}
+		r := &BlobReader{r: tt.layer, metaFile: unread{}, blob: b, decoder: new(decoder)}
 		if _, err := r.table(); errors.Is(err, errUnread) != tt.ok || errors.Is(err, ErrInvalid) == tt.ok {
 			t.Errorf("%s: table = %v, to be read: %v", name, err, tt.ok)
 		}
