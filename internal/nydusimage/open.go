@@ -129,6 +129,14 @@ func (i *Image) Close() error {
 	return err
 }
 
+// TakeSource returns what the image's layers are read from, which the caller closes from then on, after the image and
+// its blobs; nil for loose files.
+func (i *Image) TakeSource() remote.Source {
+	src := i.src
+	i.src = nil
+	return src
+}
+
 // Bootstrap returns the bare bootstrap and its size in bytes, valid until Close.
 func (i *Image) Bootstrap() (io.ReaderAt, int64) { return i.bootstrap, i.size }
 

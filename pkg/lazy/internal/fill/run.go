@@ -1,0 +1,401 @@
+package fill
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"time"
+
+	"go.uber.org/zap"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/headstart-oci/headstart/pkg/rafs"
+)
+
+// Background is what is done about chunks that no list names and nobody wants yet.
+type Background uint8
+
+// The policies.
+const (
+	BackgroundIdle Background = iota // they are fetched while nobody has waited for anything for a while
+	BackgroundFull                   // they are fetched as soon as nobody waits and all lists are done
+	BackgroundNone                   // they are left
+)
+
+// ParseBackground reads "none", "idle" or "full"; anything else is an error.
+func ParseBackground(s string) (Background, error) {
+	for _, b := range []Background{BackgroundIdle, BackgroundFull, BackgroundNone} {
+		if s == b.String() {
+			return b, nil
+		}
+	}
+	return 0, fmt.Errorf("background %q: want none, idle or full", s)
+}
+
+// String returns the name that ParseBackground reads.
+func (b Background) String() string {
+	switch b {
+	case BackgroundIdle:
+		return "idle"
+	case BackgroundFull:
+		return "full"
+	case BackgroundNone:
+		return "none"
+	default:
+		return "unknown"
+	}
+}
+
+// Plan is what a mount fetches by itself.
+type Plan struct {
+	// Blobs are the blobs of the image, at their index in its table.
+	Blobs []*Blob
+	// Stream is the index of the prefetch blob, which is read front to back; -1: there is none.
+	Stream int
+	// Table are the chunks of the files of the prefetch table, see [TableChunks].
+	Table []rafs.Chunk
+	// Background says what to do about the rest.
+	Background Background
+	// Rate bounds the stored bytes a second of the rest; 0: no bound.
+	Rate int64
+}
+
+// TableChunks returns the chunks of the files in the prefetch table of img, in its order, each once; of a directory, those of
+// all files below. A table that names the root says nothing about the order of a start, and gives nil: the rest is for [Plan].Background.
+func TableChunks(img *rafs.Image) []rafs.Chunk {
+	type key struct {
+		blob  uint16
+		index uint32
+	}
+	var list []rafs.Chunk
+	seen := map[key]bool{}
+	for _, top := range img.Prefetch {
+		if top == img.Root {
+			return nil
+		}
+		below := rafs.Image{Root: top}
+		_ = below.Walk(func(_ string, ino *rafs.Inode) error {
+			for _, c := range ino.Chunks {
+				if k := (key{c.Blob, c.Index}); !seen[k] {
+					seen[k] = true
+					list = append(list, c)
+				}
+			}
+			return nil
+		}) // its error is that of the function
+	}
+	return list
+}
+
+// Run carries out a plan.
+type Run struct {
+	s        *Scheduler
+	cancel   context.CancelCauseFunc
+	listed   chan struct{} // closed when the lists are done
+	done     chan struct{}
+	plan     Plan
+	ctx      context.Context //nolint:containedctx // its life
+	rateNext time.Time       // when the next bytes of the rest may be asked for; of the one goroutine that does
+}
+
+// Start begins with p. The caller closes the run, before the blobs. Errors on the way are logged: what could not be prefetched is
+// fetched when it is wanted.
+func (s *Scheduler) Start(p Plan) *Run {
+	r := &Run{s: s, plan: p, listed: make(chan struct{}), done: make(chan struct{})}
+	r.ctx, r.cancel = context.WithCancelCause(s.ctx)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.closed {
+		close(r.listed)
+		close(r.done)
+		return r
+	}
+	r.mark()
+	s.runs.Go(r.run)
+	return r
+}
+
+// Listed is closed when the prefetch blob and table are done, as far as they can be.
+func (r *Run) Listed() <-chan struct{} { return r.listed }
+
+// Done is closed when the run is over.
+func (r *Run) Done() <-chan struct{} { return r.done }
+
+// Close ends the run and returns when it makes no requests any more.
+func (r *Run) Close() {
+	r.cancel(ErrClosed)
+	<-r.done
+}
+
+// mark notes which chunks the lists name; the caller holds s.mu.
+func (r *Run) mark() {
+	r.s.prefetching++
+	if b := r.blob(r.plan.Stream); b != nil {
+		b.whole = true
+	}
+	for i := range r.plan.Table {
+		c := &r.plan.Table[i]
+		if b := r.blob(int(c.Blob)); b != nil {
+			if b.listed == nil {
+				b.listed = map[uint64]bool{}
+			}
+			b.listed[c.UncompressedOffset] = true
+		}
+	}
+}
+
+func (r *Run) blob(n int) *Blob {
+	if n < 0 || n >= len(r.plan.Blobs) {
+		return nil
+	}
+	return r.plan.Blobs[n]
+}
+
+func (r *Run) run() {
+	defer close(r.done)
+	err := r.lists()
+	r.s.mu.Lock()
+	r.s.prefetching--
+	r.s.stir()
+	for _, b := range r.plan.Blobs {
+		if b != nil {
+			b.over = true
+		}
+	}
+	r.s.mu.Unlock()
+	close(r.listed)
+	if err != nil && r.ctx.Err() == nil {
+		r.s.o.Log.Warn("prefetch ended early", zap.Error(err))
+	}
+	r.plan.Table = nil
+	if r.plan.Background == BackgroundNone || r.ctx.Err() != nil {
+		return
+	}
+	for _, b := range r.plan.Blobs {
+		if b == nil {
+			continue
+		}
+		if err := r.rest(b); err != nil {
+			if r.ctx.Err() != nil {
+				return
+			}
+			r.s.o.Log.Warn("background fetch ended early", zap.String("blob", b.info.ID), zap.Error(err))
+		}
+	}
+}
+
+// lists fetches what the lists name.
+func (r *Run) lists() error {
+	var errs []error
+	if b := r.blob(r.plan.Stream); b != nil {
+		errs = append(errs, b.streamAll(r.ctx))
+	}
+	return errors.Join(append(errs, r.table())...)
+}
+
+// forever is how long a run tries: until it is closed.
+const forever = 1 << 62
+
+// tableStep is how many stored bytes of the prefetch table are put in the order of their places.
+const tableStep = 8 << 20
+
+// table fetches the files of the prefetch table, in steps.
+func (r *Run) table() error {
+	g, ctx := errgroup.WithContext(r.ctx)
+	g.SetLimit(prefetchRequests)
+	var step []*wanted
+	var size int64
+	var errs []error
+	flush := func() {
+		slices.SortStableFunc(step, func(x, y *wanted) int {
+			return cmp.Or(cmp.Compare(x.blob, y.blob), cmp.Compare(x.u.off, y.u.off))
+		})
+		for len(step) > 0 {
+			var units []unit
+			b := r.blob(step[0].blob)
+			end := step[0].u.off
+			n := 0
+			for ; n < len(step); n++ {
+				w := step[n]
+				if n > 0 && (w.blob != step[0].blob || w.u.off-end > r.s.o.Near || w.u.end()-step[0].u.off > maxWindow) {
+					break
+				}
+				if n > 0 && w.u.key() == step[n-1].u.key() {
+					continue
+				}
+				units, end = append(units, w.u), max(end, w.u.end())
+			}
+			step = step[n:]
+			g.Go(func() error { return b.persist(ctx, units, Prefetch) })
+		}
+		step, size = nil, 0
+	}
+	for i := range r.plan.Table {
+		c := &r.plan.Table[i]
+		b := r.blob(int(c.Blob))
+		if b == nil || b.cache.Ready(*c) {
+			continue
+		}
+		v, err := b.prepare(ctx, time.Now().Add(forever), Prefetch)
+		if err != nil {
+			if ctx.Err() != nil {
+				break
+			}
+			errs = append(errs, err) // this blob cannot be read, others can
+			continue
+		}
+		at, ok := v.index(c)
+		if !ok {
+			continue
+		}
+		w := &wanted{blob: int(c.Blob), u: v.unit(v.unitOf(at))}
+		step = append(step, w)
+		if size += w.u.size; size >= tableStep {
+			flush()
+		}
+	}
+	flush()
+	return errors.Join(append(errs, g.Wait())...)
+}
+
+// wanted is a unit of some blob.
+type wanted struct {
+	blob int
+	u    unit
+}
+
+// fetchUnits fetches units that lie near each other, those that nobody else has.
+func (b *Blob) fetchUnits(ctx context.Context, units []unit, class Class) error {
+	w := &window{class: class}
+	for _, u := range units {
+		if f := b.begin(u, class); f != nil {
+			w.flights = append(w.flights, f)
+		}
+	}
+	if len(w.flights) == 0 {
+		return nil
+	}
+	flights := slices.Clone(w.flights)
+	w.off, w.end = extent(w.flights)
+	b.fetch(ctx, w)
+	for _, f := range flights {
+		if err := f.err; err != nil && !isCorrupt(err) {
+			return err
+		}
+	}
+	return nil
+}
+
+// rest fetches what is missing of b, window by window, while nobody waits for anything.
+func (r *Run) rest(b *Blob) error {
+	for next := 0; ; {
+		v, err := b.prepare(r.ctx, time.Now().Add(forever), Rest)
+		if err != nil {
+			return err
+		}
+		var units []unit
+		if units, next = b.nextRest(v, next, r.plan.Rate); len(units) == 0 {
+			return nil
+		}
+		first, last := units[0], units[len(units)-1]
+		if err := r.allowed(last.end() - first.off); err != nil {
+			return err
+		}
+		if err := b.persist(r.ctx, units, Rest); err != nil {
+			return err
+		}
+	}
+}
+
+// persist is fetchUnits until it succeeds or fails for good.
+func (b *Blob) persist(ctx context.Context, units []unit, class Class) error {
+	for attempt := 0; ; attempt++ {
+		err := b.fetchUnits(ctx, units, class)
+		if err == nil {
+			return nil
+		}
+		if err := b.s.pause(ctx, b, attempt, time.Now().Add(forever), err); err != nil {
+			return err
+		}
+	}
+}
+
+// nextRest returns missing units that one request gets, from unit from on, and where to go on behind them.
+func (b *Blob) nextRest(v *view, from int, rate int64) (units []unit, next int) {
+	window := int64(1 << 20) // short: a reader may come
+	if rate > 0 {
+		window = min(window, max(64<<10, rate/2))
+	}
+	var first, last unit
+	n := from
+	for ; n < v.count(); n++ {
+		u := v.unit(n)
+		if u.size == 0 || !b.missing(u.chunks) {
+			continue
+		}
+		if len(units) > 0 && (u.off < last.end() || u.off-last.end() > b.s.o.Near || u.end()-first.off > window) {
+			break
+		}
+		if len(units) == 0 {
+			first = u
+		}
+		units, last = append(units, u), u
+	}
+	return units, n
+}
+
+// allowed waits until n bytes of the rest may be asked for.
+func (r *Run) allowed(n int64) error {
+	if err := r.s.calmed(r.ctx, r.plan.Background == BackgroundIdle); err != nil {
+		return err
+	}
+	if r.plan.Rate <= 0 {
+		return nil
+	}
+	now := time.Now()
+	if wait := r.rateNext.Sub(now); wait > 0 {
+		timer := time.NewTimer(wait)
+		defer timer.Stop()
+		select {
+		case <-timer.C:
+			now = r.rateNext
+		case <-r.ctx.Done():
+			return context.Cause(r.ctx)
+		}
+	}
+	r.rateNext = now.Add(time.Duration(float64(n) / float64(r.plan.Rate) * float64(time.Second)))
+	return nil
+}
+
+// calmed waits until nobody waits for anything and no list is being fetched, with idle: for a while. A source that is down makes
+// readers wait for long; those of others need not wait for them: after some time it returns anyhow.
+func (s *Scheduler) calmed(ctx context.Context, idle bool) error {
+	const patience = 5 * time.Second
+	began := time.Now()
+	for {
+		s.mu.Lock()
+		busy, calm, left := s.demands > 0 || s.prefetching > 0, s.calm, time.Duration(0)
+		if idle {
+			left = s.o.Idle - time.Since(s.lastDemand)
+		}
+		s.mu.Unlock()
+		if !busy && left <= 0 || !idle && time.Since(began) > patience {
+			return nil
+		}
+		wait := patience
+		if !busy {
+			wait = left
+		}
+		timer := time.NewTimer(wait)
+		select {
+		case <-timer.C:
+		case <-calm:
+		case <-ctx.Done():
+			timer.Stop()
+			return context.Cause(ctx)
+		}
+		timer.Stop()
+	}
+}

@@ -1,0 +1,275 @@
+package fill
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"slices"
+	"time"
+
+	"go.uber.org/zap"
+
+	"github.com/headstart-oci/headstart/pkg/rafs"
+)
+
+// window is what one request fetches: [off, end) of the blob file, with the units of flights in it, in order.
+type window struct {
+	class    Class
+	flights  []*flight
+	off, end int64
+}
+
+// cacheError is an error of the cache: asking for the bytes again does not help.
+type cacheError struct{ err error }
+
+func (e *cacheError) Error() string { return "cache: " + e.err.Error() }
+func (e *cacheError) Unwrap() error { return e.err }
+
+// fetch ends every flight of w. Those of demands are tried until they succeed or their time is over, others once; what is
+// corrupt is fetched a second time.
+func (b *Blob) fetch(ctx context.Context, w *window) {
+	for attempt := 0; ; attempt++ {
+		err := b.attempt(ctx, w)
+		if len(w.flights) == 0 {
+			return
+		}
+		if err == nil { // what is left was corrupt
+			w.off, w.end = extent(w.flights)
+			attempt = -1
+			continue
+		}
+		if w.class != Demand {
+			b.end(w, err)
+			return
+		}
+		var until time.Time
+		b.s.mu.Lock()
+		for _, f := range w.flights {
+			if f.until.After(until) {
+				until = f.until
+			}
+		}
+		b.s.mu.Unlock()
+		if err := b.s.pause(ctx, b, attempt, until, err); err != nil {
+			b.end(w, err)
+			return
+		}
+		w.off, w.end = extent(w.flights)
+	}
+}
+
+// end gives all flights of w up.
+func (b *Blob) end(w *window, err error) {
+	b.s.mu.Lock()
+	defer b.s.mu.Unlock()
+	for _, f := range w.flights {
+		b.s.finish(f, err)
+	}
+	w.flights = nil
+}
+
+// extent is the part of the blob file that the units of flights take.
+func extent(flights []*flight) (off, end int64) {
+	off = flights[0].u.off
+	for _, f := range flights {
+		off, end = min(off, f.u.off), max(end, f.u.end())
+	}
+	return off, end
+}
+
+// attempt makes the request of w and ends the flights whose units come; w keeps the others. A nil error says that what
+// is left came and was corrupt.
+func (b *Blob) attempt(ctx context.Context, w *window) error {
+	var rc io.ReadCloser
+	if w.end > w.off {
+		var err error
+		r := Request{Offset: w.off, Length: w.end - w.off, Suspect: w.flights[0].corrupt > 0}
+		if rc, err = b.open(ctx, w.class, r); err != nil {
+			return err
+		}
+		defer rc.Close() //nolint:errcheck // only read
+	}
+	pos := w.off
+	var again []*flight
+	for i, f := range w.flights {
+		err := b.load(ctx, rc, w.class, f.u, &pos)
+		if isStream(err) {
+			w.flights = append(again, w.flights[i:]...)
+			return err
+		}
+		if isCorrupt(err) && f.corrupt == 0 {
+			f.corrupt++
+			again = append(again, f)
+			continue
+		}
+		b.s.mu.Lock()
+		b.s.finish(f, err)
+		b.s.mu.Unlock()
+	}
+	w.flights = again
+	return nil
+}
+
+// streamError is an error of the stream of a request, in contrast to one of what came.
+type streamError struct{ err error }
+
+func (e *streamError) Error() string { return e.err.Error() }
+func (e *streamError) Unwrap() error { return e.err }
+
+func isStream(err error) bool {
+	_, ok := errors.AsType[*streamError](err)
+	return ok
+}
+
+// load reads u from rc, which is at *pos, and puts its chunks into the cache.
+func (b *Blob) load(ctx context.Context, rc io.Reader, class Class, u unit, pos *int64) error {
+	release, err := b.s.hold(ctx, class, weight(u))
+	if err != nil {
+		return &streamError{err}
+	}
+	defer release()
+	mem := b.s.scratch.Get().(*scratch) //nolint:errcheck,forcetypeassert // nothing else is in it
+	defer b.s.scratch.Put(mem)
+	if err := mem.read(rc, u, pos); err != nil {
+		return &streamError{err}
+	}
+	return b.decode(ctx, u, mem, class)
+}
+
+// weight is the memory that a unit takes.
+func weight(u unit) int64 {
+	var most uint32
+	for _, c := range u.chunks {
+		most = max(most, c.UncompressedSize)
+	}
+	return u.size + int64(most)
+}
+
+// hold reserves memory for class, at most all that there is.
+func (s *Scheduler) hold(ctx context.Context, class Class, n int64) (release func(), err error) {
+	m := s.memory[min(class, 1)]
+	n = min(n, max(1, s.o.Memory/2))
+	if err := m.Acquire(ctx, n); err != nil {
+		return nil, context.Cause(ctx)
+	}
+	return func() { m.Release(n) }, nil
+}
+
+// read fills the scratch with the stored bytes of u from r, which is at *pos, before u or at it.
+func (m *scratch) read(r io.Reader, u unit, pos *int64) error {
+	if u.size == 0 {
+		m.stored = m.stored[:0]
+		return nil
+	}
+	if u.off < *pos {
+		return fmt.Errorf("%w: a unit at %d behind %d", rafs.ErrInvalid, u.off, *pos)
+	}
+	if err := skip(r, u.off, pos); err != nil {
+		return err
+	}
+	if int64(cap(m.stored)) < u.size {
+		m.stored = make([]byte, u.size)
+	}
+	m.stored = m.stored[:u.size]
+	n, err := io.ReadFull(r, m.stored)
+	*pos += int64(n)
+	return short(err)
+}
+
+// skip reads r from *pos to off.
+func skip(r io.Reader, off int64, pos *int64) error {
+	n, err := io.CopyN(io.Discard, r, off-*pos)
+	*pos += n
+	return short(err)
+}
+
+// short makes an error of a stream that ends too soon.
+func short(err error) error {
+	if errors.Is(err, io.EOF) {
+		return io.ErrUnexpectedEOF
+	}
+	return err
+}
+
+// decode verifies the chunks of u, whose stored bytes are in mem, and puts them into the cache. One that is corrupt does not
+// keep the others from it.
+func (b *Blob) decode(ctx context.Context, u unit, mem *scratch, class Class) error {
+	over, err := b.view.Load().reader.Over(&span{off: u.off, p: mem.stored})
+	if err != nil {
+		return err
+	}
+	var faults error
+	chunks := 0
+	for _, c := range u.chunks {
+		if b.cache.Ready(c) {
+			continue
+		}
+		if err := over.ReadInto(ctx, c, &mem.chunk); err != nil {
+			if ctx.Err() != nil {
+				return context.Cause(ctx)
+			}
+			if !isCorrupt(err) && (errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF)) {
+				err = fmt.Errorf("%w: %w", rafs.ErrInvalid, err) // it wants bytes that are not its own
+			}
+			faults = errors.Join(faults, err)
+			continue
+		}
+		if err := b.cache.Put(c, mem.chunk.Raw); err != nil {
+			return &cacheError{err}
+		}
+		chunks++
+	}
+	b.s.mu.Lock()
+	b.stats.of(class).Chunks += int64(chunks)
+	if faults != nil {
+		b.stats.Corrupt++
+	}
+	b.s.mu.Unlock()
+	if faults != nil {
+		b.s.o.Log.Warn("corrupt data", zap.String("blob", b.info.ID), zap.Int64("offset", u.off), zap.Int64("length", u.size), zap.Error(faults))
+	}
+	return faults
+}
+
+// open makes a request of the sources, one after the other; the last one first for what was not right.
+func (b *Blob) open(ctx context.Context, class Class, r Request) (io.ReadCloser, error) {
+	b.s.mu.Lock()
+	sources := slices.Clone(b.sources)
+	b.s.mu.Unlock()
+	if r.Suspect {
+		slices.Reverse(sources)
+	}
+	err := fmt.Errorf("blob %s: %w", b.info.ID, ErrClosed) // no source is left
+	for i, src := range sources {
+		b.s.mu.Lock()
+		b.stats.of(class).Requests++
+		b.s.mu.Unlock()
+		rc, one := src.Range(ctx, r)
+		if one == nil {
+			return &counted{ReadCloser: rc, b: b, class: class}, nil
+		}
+		if i == 0 {
+			err = nil
+		}
+		if err = errors.Join(err, one); ctx.Err() != nil {
+			break
+		}
+	}
+	return nil, err
+}
+
+// counted counts what is read.
+type counted struct {
+	io.ReadCloser
+	b     *Blob
+	class Class
+}
+
+func (c *counted) Read(p []byte) (int, error) {
+	n, err := c.ReadCloser.Read(p)
+	c.b.s.mu.Lock()
+	c.b.stats.of(c.class).Bytes += int64(n)
+	c.b.s.mu.Unlock()
+	return n, err
+}
