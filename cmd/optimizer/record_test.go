@@ -5,6 +5,7 @@ import (
 	"context"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -45,6 +46,23 @@ func helloRoot(t *testing.T) string {
 		}
 	}
 	return root
+}
+
+// TestRecordRelativeServer names the tracer by a path that is relative to the directory of the command line, in which
+// the tracer itself does not run.
+func TestRecordRelativeServer(t *testing.T) {
+	root := helloRoot(t)
+	server := testenv.Binary(t, "optimizer-server")
+	name := filepath.Join(t.TempDir(), "list")
+	cmd := exec.CommandContext(t.Context(), testenv.Binary(t, "optimizer"), "record", "--quiet", "--root", root,
+		"--server-path", "./"+filepath.Base(server), "-o", name, "--", "hello", "/etc/motd")
+	cmd.Dir = filepath.Dir(server)
+	if out, err := cmd.CombinedOutput(); err != nil || string(out) != "hi\n" {
+		t.Fatalf("record: %v, output %q; want %q", err, out, "hi\n")
+	}
+	if l := readListFile(t, name); !l.Complete() || !slices.Equal(paths(l), []string{"/bin/hello", "/etc/motd"}) {
+		t.Errorf("paths %q, losses %v", paths(l), l.Losses)
+	}
 }
 
 func readListFile(t *testing.T, name string) *persist.List {

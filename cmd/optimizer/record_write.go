@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"time"
 
 	"github.com/headstart-oci/headstart/internal/tracer"
@@ -74,6 +75,9 @@ func (o *recordOptions) keep(l *persist.List) (err error) {
 // server returns the path of the optimizer-server program.
 func (o *recordOptions) server() (string, error) {
 	const name = "optimizer-server"
+	if strings.ContainsRune(o.serverPath, filepath.Separator) {
+		return filepath.Abs(o.serverPath) // the tracer does not run in this directory
+	}
 	if o.serverPath != "" {
 		return o.serverPath, nil
 	}
