@@ -138,7 +138,8 @@ func (b *bench) machine() {
 type sample struct {
 	wall time.Duration
 	cpu  time.Duration
-	rss  int64 // bytes, the largest of its processes
+	rss  int64  // bytes, the largest of its processes
+	out  []byte // the end of what the last one said
 }
 
 // timed runs the command lines one after the other and adds their times up.
@@ -151,6 +152,7 @@ func timed(ctx context.Context, lines ...[]string) (sample, error) {
 		if err != nil {
 			return sample{}, fmt.Errorf("%s: %w: %s", strings.Join(line, " "), err, tail(out))
 		}
+		s.out = tail(out)
 		s.cpu += cmd.ProcessState.UserTime() + cmd.ProcessState.SystemTime()
 		if ru, ok := cmd.ProcessState.SysUsage().(*syscall.Rusage); ok {
 			s.rss = max(s.rss, ru.Maxrss<<10) // getrusage(2): kilobytes
