@@ -84,6 +84,10 @@ func TestLaunchedOutsideOfARuntime(t *testing.T) {
 	}
 }
 
+// giveUp is when a runtime gives a hook up, and may fail the start. Hooks take a tenth of it; how much more on a busy
+// machine is not for tests.
+const giveUp = 2 * time.Second
+
 // TestHookTakesNoLongerThanTheDeadline has tracers that are not ready in time or at all.
 func TestHookTakesNoLongerThanTheDeadline(t *testing.T) {
 	for name, tc := range map[string]struct {
@@ -107,7 +111,7 @@ func TestHookTakesNoLongerThanTheDeadline(t *testing.T) {
 			}
 			r := h.runtime()
 			for _, id := range []string{"c1", "c2", "c3"} {
-				if d := r.start(id); d < tc.held || d > 900*time.Millisecond {
+				if d := r.start(id); d < tc.held || d >= giveUp {
 					t.Errorf("the start was held for %v", d)
 				}
 				r.stop(id)
@@ -159,10 +163,10 @@ func TestKilledInsideAHook(t *testing.T) {
 	p := h.plugin()
 	time.AfterFunc(200*time.Millisecond, func() { _ = p.Kill() })
 	// The timer starts before the hook does.
-	if d := r.start("c1"); d < 100*time.Millisecond || d > 700*time.Millisecond {
+	if d := r.start("c1"); d < 100*time.Millisecond || d >= 900*time.Millisecond {
 		t.Errorf("the start was held for %v, want about 200 ms", d)
 	}
-	if d := r.start("c2"); d > 500*time.Millisecond {
+	if d := r.start("c2"); d >= 900*time.Millisecond {
 		t.Errorf("without a plugin the start was held for %v", d)
 	}
 }
@@ -175,13 +179,13 @@ func TestFrozenInsideAHook(t *testing.T) {
 	p := h.plugin()
 	time.AfterFunc(200*time.Millisecond, func() { _ = p.Signal(syscall.SIGSTOP) })
 	d := r.start("c1")
-	if d < 1300*time.Millisecond || d > 1900*time.Millisecond {
+	if d < 1300*time.Millisecond || d >= giveUp {
 		t.Errorf("the start was held for %v, want 1.5 s", d)
 	}
 	if _, errs := r.count("StartContainer"); len(errs) == 1 && errors.Is(errs[0], context.DeadlineExceeded) {
 		t.Errorf("the runtime gave up first: %v", errs)
 	}
-	if d := r.start("c2"); d > 500*time.Millisecond {
+	if d := r.start("c2"); d >= 900*time.Millisecond {
 		t.Errorf("without a plugin the start was held for %v", d)
 	}
 }

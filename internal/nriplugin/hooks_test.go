@@ -115,7 +115,6 @@ func TestLateTracerIsALoss(t *testing.T) {
 	w.open(func(c *nriplugin.Config, _ *nriplugin.Options) { c.StartDeadline = 20 * time.Millisecond })
 	w.startContainer("c1")
 	s.arm()
-	time.Sleep(10 * time.Millisecond)
 	s.end("exit", nil, "/bin/sh")
 	w.idle()
 	lists := w.saved()
@@ -127,6 +126,30 @@ func TestLateTracerIsALoss(t *testing.T) {
 	}
 	if err := w.close(); err != nil {
 		t.Error(err)
+	}
+}
+
+// TestLateTracerOfAShortRun has tracers that are ready too late, and over before anybody looks: that they were late counts.
+func TestLateTracerOfAShortRun(t *testing.T) {
+	for i := range 10 {
+		release := make(chan struct{})
+		w := &world{t: t, start: func(tracer.Options) (nriplugin.Session, error) {
+			<-release
+			s := newFakeSession()
+			s.arm()
+			s.end("exit", nil, "/bin/sh")
+			return s, nil
+		}}
+		w.open(func(c *nriplugin.Config, _ *nriplugin.Options) { c.StartDeadline = time.Millisecond })
+		w.startContainer("c1")
+		close(release)
+		w.idle()
+		if lists := w.saved(); len(lists) != 1 || len(lists[0].Losses) != 1 || !strings.Contains(lists[0].Losses[0].Detail, "the tracer was ready after") {
+			t.Errorf("run %d: lists %+v", i, lists)
+		}
+		if err := w.close(); err != nil {
+			t.Error(err)
+		}
 	}
 }
 

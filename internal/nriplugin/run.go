@@ -182,15 +182,25 @@ func (r *run) awaitReady(s Session) {
 	defer t.Stop()
 	select {
 	case <-s.Ready():
-		r.mu.Lock()
-		r.armed = true
-		if r.held > 0 {
-			r.late = time.Since(r.began)
-		}
-		r.mu.Unlock()
+		r.ready()
 	case <-s.Done():
+		select {
+		case <-s.Ready(): // it was, and is over already
+			r.ready()
+		default:
+		}
 	case <-t.C:
 		r.stop("late")
+	}
+}
+
+// ready notes that the session is armed, and how late.
+func (r *run) ready() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.armed = true
+	if r.held > 0 {
+		r.late = time.Since(r.began)
 	}
 }
 

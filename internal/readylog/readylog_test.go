@@ -71,9 +71,10 @@ func TestWaitFollows(t *testing.T) {
 		line, err := readylog.Wait(t.Context(), path, regexp.MustCompile("ready"))
 		got <- result{line, err}
 	}()
-	pause := func() { time.Sleep(120 * time.Millisecond) }
+	pause := func() { time.Sleep(120 * time.Millisecond) } // for a look or two
 	pause()
 	write(t, path, stamp+"stdout F first\n"+stamp+"stdout P rea", 0)
+	awaitOpen(t, path)
 	pause()
 	write(t, path, stamp+"stdout F cut\n", os.O_TRUNC)
 	pause()
@@ -83,7 +84,7 @@ func TestWaitFollows(t *testing.T) {
 		}
 		pause()
 		write(t, path, stamp+"stdout F rotated\n", 0)
-		pause()
+		awaitOpen(t, path)
 	}
 	// Rotated again with the line still unread: the open file is read to its end.
 	write(t, path, stamp+"stdout F ready at last\n", os.O_APPEND)
@@ -98,6 +99,23 @@ func TestWaitFollows(t *testing.T) {
 	case <-time.After(10 * time.Second):
 		t.Fatal("Wait does not return")
 	}
+}
+
+// awaitOpen waits until this process has the file at path open.
+func awaitOpen(t *testing.T, path string) {
+	t.Helper()
+	for end := time.Now().Add(10 * time.Second); time.Now().Before(end); time.Sleep(time.Millisecond) {
+		links, err := filepath.Glob("/proc/self/fd/*")
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, l := range links {
+			if to, err := os.Readlink(l); err == nil && to == path {
+				return
+			}
+		}
+	}
+	t.Fatalf("%s is not opened", path)
 }
 
 func TestWaitEnds(t *testing.T) {
