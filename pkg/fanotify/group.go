@@ -73,12 +73,18 @@ func New(o Options) (*Group, error) {
 }
 
 // Adopt returns the group that f, the descriptor of a group with PreContent that
-// another process made, refers to. The Group owns f.
-func Adopt(f *os.File) *Group {
-	return &Group{file: f, fd: int(f.Fd()), errs: true, preContent: true}
+// another process made, refers to. The Group owns f, when there is no error.
+func Adopt(f *os.File) (*Group, error) {
+	fd := int(f.Fd())
+	// Taking the number may have made it block, for everybody who has it.
+	if err := unix.SetNonblock(fd, true); err != nil {
+		return nil, fmt.Errorf("adopt fanotify group: %w", err)
+	}
+	return &Group{file: f, fd: fd, errs: true, preContent: true}, nil
 }
 
-// File returns the group's descriptor, for another process to keep. It stays the group's.
+// File returns the group's descriptor, for another process to keep. It stays the group's. Its Fd method makes
+// the group block on some releases of Go: take the number from [Group.FD].
 func (g *Group) File() *os.File { return g.file }
 
 // FD returns the group's descriptor, to be polled for input. It stays the group's and

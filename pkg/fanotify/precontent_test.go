@@ -54,11 +54,14 @@ func TestPreContent(t *testing.T) {
 		t.Fatal(err)
 	}
 	// Another holder of the descriptor reads and answers.
-	fd, err := unix.FcntlInt(made.File().Fd(), unix.F_DUPFD_CLOEXEC, 0)
+	fd, err := unix.FcntlInt(uintptr(made.FD()), unix.F_DUPFD_CLOEXEC, 0)
 	if err != nil {
 		t.Fatal(err)
 	}
-	g := fanotify.Adopt(os.NewFile(uintptr(fd), "fanotify"))
+	g, err := fanotify.Adopt(os.NewFile(uintptr(fd), "fanotify"))
+	if err != nil {
+		t.Fatal(err)
+	}
 	defer g.Close()
 	if err := made.Close(); err != nil {
 		t.Fatal(err)

@@ -92,3 +92,13 @@ func (m *Memory) Close() error {
 	m.file, m.bytes, m.words = nil, nil, nil
 	return err
 }
+
+// Unmap is Close for a Memory whose descriptor goes back to the caller of [Open].
+func (m *Memory) Unmap() error {
+	if m.file == nil {
+		return nil
+	}
+	err := unix.Munmap(m.bytes)
+	m.file, m.bytes, m.words = nil, nil, nil
+	return err
+}

@@ -1,0 +1,194 @@
+package watch
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"sync"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/headstart-oci/headstart/pkg/fanotify"
+	"github.com/headstart-oci/headstart/pkg/lazy/internal/store"
+)
+
+// inherited is an event that an earlier process read and did not answer. Its number must
+// not be given to another event before it is answered, so this process occupies it.
+type inherited struct {
+	event
+	// held: this package occupies the number; else another part of the process does.
+	held bool
+}
+
+// inherit finds what is pending in the table, moves the inbox into slots, and occupies the
+// numbers.
+func (w *Watcher) inherit() error {
+	numbers := map[int32]bool{}
+	for n := range w.table.slots {
+		e, ok := w.table.get(n)
+		switch {
+		case !ok:
+			w.freeSlots = append(w.freeSlots, n)
+		case numbers[e.fd]:
+			return fmt.Errorf("%w: event %d is pending twice", ErrTable, e.fd)
+		default:
+			numbers[e.fd] = true
+			w.inherited[n] = inherited{event: e}
+		}
+	}
+	inbox := w.table.inbox()
+	unread, err := decodeInbox(inbox)
+	if err != nil {
+		return fmt.Errorf("events that were just read: %w", err)
+	}
+	for _, e := range unread {
+		if numbers[e.fd] {
+			continue
+		}
+		if len(w.freeSlots) == 0 {
+			return fmt.Errorf("%w: no slot for an event that was just read", ErrTable)
+		}
+		slot := w.take(1)[0]
+		w.table.put(slot, e)
+		w.inherited[slot] = inherited{event: e}
+	}
+	w.table.clearInbox(len(inbox))
+	w.takenOver.Store(int64(len(w.inherited)))
+	for slot, i := range w.inherited {
+		if i.held, err = occupy(w.wake, i.fd); err != nil {
+			return err
+		}
+		w.inherited[slot] = i
+	}
+	return nil
+}
+
+// occupy takes the number fd, where it is free, with a copy of another descriptor.
+func occupy(other int, fd int32) (bool, error) {
+	got, err := unix.FcntlInt(uintptr(other), unix.F_DUPFD_CLOEXEC, int(fd))
+	if errors.Is(err, unix.EINVAL) {
+		return false, nil // above this process' limit
+	}
+	if err != nil {
+		return false, fmt.Errorf("occupy descriptor %d: %w", fd, err)
+	}
+	if got == int(fd) {
+		return true, nil
+	}
+	return false, unix.Close(got)
+}
+
+// takeOver starts the work on what was inherited. Where another part of the process has an
+// event's number, which it may close at any time, nothing is read before that event is
+// answered.
+func (w *Watcher) takeOver(ctx context.Context) error {
+	if err := w.sweep(); err != nil {
+		return err
+	}
+	var unheld sync.WaitGroup
+	for slot, i := range maps.Clone(w.inherited) {
+		done := func() {}
+		if !i.held {
+			unheld.Add(1)
+			done = unheld.Done
+		}
+		w.waited.Add(1)
+		w.answers.Go(func() {
+			defer done()
+			err := w.fillInherited(ctx, i.event)
+			if err != nil && ctx.Err() != nil {
+				return // it stays pending, for the next process
+			}
+			w.answer(slot, i.event, err)
+		})
+	}
+	unheld.Wait()
+	return nil
+}
+
+// fillInherited is fill for an event of which perhaps nobody knows the file: then the range becomes ready in
+// every data file that has it.
+func (w *Watcher) fillInherited(ctx context.Context, e event) error {
+	if e.file != (file{}) {
+		return w.fill(ctx, w.find(e.file), e)
+	}
+	w.mu.RLock()
+	var blobs []*store.Blob
+	for _, known := range w.blobs {
+		if !known.blob.ReadyRange(e.offset, e.count) {
+			blobs = append(blobs, known.blob)
+		}
+	}
+	w.mu.RUnlock()
+	var errs []error
+	for _, b := range blobs {
+		errs = append(errs, w.fill(ctx, b, e))
+	}
+	return errors.Join(errs...)
+}
+
+// sweep fails every event that waits for an answer and is in no table. There is none, unless an
+// earlier process worked in another way; its readers would wait for ever.
+func (w *Watcher) sweep() error {
+	var limit unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {
+		return err
+	}
+	numbers := map[int32]bool{}
+	for _, i := range w.inherited {
+		numbers[i.fd] = true
+	}
+	for fd := range int32(min(limit.Max, maxSwept)) { //nolint:gosec // bounded
+		if numbers[fd] {
+			continue
+		}
+		switch err := w.group.Answer(fd, unix.EIO); {
+		case err == nil:
+			w.lost.Add(1)
+		case !errors.Is(err, unix.ENOENT):
+			return err
+		}
+	}
+	return nil
+}
+
+// maxSwept bounds the descriptor numbers that sweep tries.
+const maxSwept = 1 << 16
+
+// DenyAll answers everything that is pending or queued with EIO, after Run has returned, for a
+// process that nobody will take over from. It returns how many there were.
+func (w *Watcher) DenyAll() (int, error) {
+	denied := 0
+	gone := errors.New("nobody serves this mount any more")
+	for n := range w.table.slots {
+		e, ok := w.table.get(n)
+		if !ok {
+			continue
+		}
+		w.reply(e.fd, gone)
+		w.table.free(n)
+		_ = w.closeNumber(n, e) // read-only
+		denied++
+	}
+	for {
+		inbox := w.table.inbox()
+		n, err := w.group.ReadRaw(inbox)
+		if errors.Is(err, fanotify.ErrEmpty) {
+			return denied, nil
+		}
+		if err != nil {
+			return denied, err
+		}
+		events, err := decodeInbox(inbox[:n])
+		for _, e := range events {
+			w.reply(e.fd, gone)
+			_ = unix.Close(int(e.fd)) // read-only
+			denied++
+		}
+		w.table.clearInbox(n)
+		if err != nil {
+			return denied, err
+		}
+	}
+}

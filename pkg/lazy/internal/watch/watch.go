@@ -1,0 +1,225 @@
+package watch
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"sync/atomic"
+
+	"go.uber.org/zap"
+	"golang.org/x/sys/unix"
+
+	"github.com/headstart-oci/headstart/pkg/fanotify"
+	"github.com/headstart-oci/headstart/pkg/lazy/internal/store"
+)
+
+// Config says what a [Watcher] works with. Group, Table and Ensure are required.
+type Config struct {
+	// Group is a group with PreContent, perhaps one that another process made. The
+	// caller closes it, after the last mount is gone.
+	Group *fanotify.Group
+	// Table holds what is pending, perhaps from another process. The caller closes it,
+	// after [Watcher.Close].
+	Table *Table
+	// Ensure returns once [offset, offset+length) of b is ready, or with an error, which
+	// fails that read. It is called by many goroutines, at most one per slot of the
+	// table. When ctx ends it returns soon.
+	Ensure func(ctx context.Context, b *store.Blob, offset, length int64) error
+	// Log is told of reads that failed; nil: nobody.
+	Log *zap.Logger
+}
+
+// Stats counts since New.
+type Stats struct {
+	Events    int64 // events read
+	Ready     int64 // of these, the range was ready
+	Waited    int64 // events whose reader had to wait for Ensure
+	Denied    int64 // events that were answered with EIO
+	TakenOver int64 // events that were pending when Run began
+	Lost      int64 // events that waited for an answer and were in no table; they got EIO
+	Pending   int64 // events pending now
+}
+
+// Watcher answers the events of data files. Its methods are safe for concurrent use; Run
+// is called once.
+type Watcher struct {
+	group  *fanotify.Group
+	table  *Table
+	ensure func(ctx context.Context, b *store.Blob, offset, length int64) error
+	log    *zap.Logger
+	wake   int // an eventfd: there is room again, or Run is to end; -1 when closed
+
+	mu    sync.RWMutex // guards blobs, and is held while marks change
+	blobs map[file]*watched
+
+	slotMu sync.Mutex // guards freeSlots and inherited
+	// freeSlots are the slots that are not pending.
+	freeSlots []int
+	inherited map[int]inherited // by slot, what is pending of an earlier process
+
+	full  atomic.Bool // the reader waits for room
+	limit int         // events that may be pending
+
+	answers sync.WaitGroup
+
+	events, ready, waited, denied, takenOver, lost atomic.Int64
+}
+
+// watched is a blob with the number of its users.
+type watched struct {
+	blob *store.Blob
+	refs int
+}
+
+// reserve is how many descriptors are left to the rest of the process, at least.
+const reserve = 256
+
+// New returns a Watcher that has not read anything yet. What the table says is pending
+// keeps the descriptor numbers that it needs: nothing may be read from the group before
+// New. The caller closes the Watcher.
+func New(c Config) (*Watcher, error) {
+	w := &Watcher{group: c.Group, table: c.Table, ensure: c.Ensure, log: c.Log, wake: -1, blobs: map[file]*watched{}, inherited: map[int]inherited{}}
+	if w.log == nil {
+		w.log = zap.NewNop()
+	}
+	var limit unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {
+		return nil, fmt.Errorf("watch: %w", err)
+	}
+	w.limit = max(1, min(w.table.slots, int(min(limit.Cur, 1<<20))-reserve)) //nolint:gosec // bounded
+	fd, err := unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK)
+	if err != nil {
+		return nil, fmt.Errorf("watch: %w", err)
+	}
+	w.wake = fd
+	if err := w.inherit(); err != nil {
+		return nil, errors.Join(fmt.Errorf("watch: %w", err), w.Close())
+	}
+	return w, nil
+}
+
+// Close closes what the Watcher opened, after Run has returned. Events that are pending
+// stay so, for the next process: see [Watcher.DenyAll].
+func (w *Watcher) Close() error {
+	var errs []error
+	for n := range w.table.slots {
+		if e, ok := w.table.get(n); ok && w.wake >= 0 {
+			errs = append(errs, w.closeNumber(n, e))
+		}
+	}
+	if w.wake >= 0 {
+		errs = append(errs, unix.Close(w.wake))
+		w.wake = -1
+	}
+	return errors.Join(errs...)
+}
+
+func identify(b *store.Blob) file {
+	dev, ino := b.Inode()
+	return file{dev, ino}
+}
+
+// Add watches b, before EROFS opens its data file: a file that was opened without a mark
+// never raises an event. For every Add there is one Remove. A blob that is complete gets no mark.
+func (w *Watcher) Add(b *store.Blob) error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	id := identify(b)
+	known := w.blobs[id]
+	if known == nil {
+		known = &watched{blob: b}
+		w.blobs[id] = known
+	}
+	if known.blob != b {
+		return fmt.Errorf("watch blob %s: its data file is watched as that of %s", b.Name(), known.blob.Name())
+	}
+	var err error
+	if b.Complete() {
+		err = w.unmark(b)
+	} else {
+		err = w.group.Mark(mark(b))
+	}
+	if err != nil {
+		if known.refs == 0 {
+			delete(w.blobs, id)
+		}
+		return fmt.Errorf("watch blob %s: %w", b.Name(), err)
+	}
+	known.refs++
+	return nil
+}
+
+func mark(b *store.Blob) fanotify.Mark {
+	return fanotify.Mark{Kind: fanotify.Inode, Mask: fanotify.PreAccess, Dir: int(b.File().Fd())}
+}
+
+// unmark removes the mark of b, where there is one.
+func (w *Watcher) unmark(b *store.Blob) error {
+	if err := w.group.Unmark(mark(b)); err != nil && !errors.Is(err, unix.ENOENT) {
+		return err
+	}
+	return nil
+}
+
+// Settle makes the data of b durable and takes its mark away when it is complete, and reports
+// whether it is. Reads of it raise no events from then on.
+func (w *Watcher) Settle(b *store.Blob) (bool, error) {
+	if !b.Complete() {
+		return false, nil
+	}
+	// Before the mark goes: when the disk lost data, the blob is incomplete again.
+	if err := b.Sync(); err != nil {
+		return false, err
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if known := w.blobs[identify(b)]; known == nil || known.blob != b || !b.Complete() {
+		return false, nil
+	}
+	if err := w.unmark(b); err != nil {
+		return false, fmt.Errorf("settle blob %s: %w", b.Name(), err)
+	}
+	return true, nil
+}
+
+// Remove ends one Add, after the last mount of it is gone; the last one takes the mark
+// away.
+func (w *Watcher) Remove(b *store.Blob) error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	id := identify(b)
+	known := w.blobs[id]
+	if known == nil || known.blob != b {
+		return nil
+	}
+	if known.refs > 1 {
+		known.refs--
+		return nil
+	}
+	if err := w.unmark(b); err != nil {
+		return fmt.Errorf("remove blob %s: %w", b.Name(), err)
+	}
+	delete(w.blobs, id)
+	return nil
+}
+
+// Stats returns the counters.
+func (w *Watcher) Stats() Stats {
+	w.slotMu.Lock()
+	pending := w.table.slots - len(w.freeSlots)
+	w.slotMu.Unlock()
+	return Stats{
+		Events: w.events.Load(), Ready: w.ready.Load(), Waited: w.waited.Load(), Denied: w.denied.Load(),
+		TakenOver: w.takenOver.Load(), Lost: w.lost.Load(), Pending: int64(pending),
+	}
+}
+
+func (w *Watcher) find(id file) *store.Blob {
+	w.mu.RLock()
+	defer w.mu.RUnlock()
+	if known := w.blobs[id]; known != nil {
+		return known.blob
+	}
+	return nil
+}
