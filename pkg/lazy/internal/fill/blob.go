@@ -33,6 +33,7 @@ type Blob struct {
 	work   sync.WaitGroup // requests that are on the way
 
 	preparing chan struct{} // holds one while somebody reads the table
+	streaming chan struct{} // holds one while a run streams the blob
 	view      atomic.Pointer[view]
 
 	// Guarded by s.mu:
@@ -53,7 +54,7 @@ type Blob struct {
 func (s *Scheduler) Open(cache Cache, src Source, info rafs.Blob, chunks []rafs.Chunk) (*Blob, error) {
 	b := &Blob{
 		s: s, info: info, cache: cache, sources: []Source{src}, opened: time.Now(),
-		preparing: make(chan struct{}, 1), flights: map[int64]*flight{},
+		preparing: make(chan struct{}, 1), streaming: make(chan struct{}, 1), flights: map[int64]*flight{},
 	}
 	reader, err := s.reader(info, &span{})
 	if err != nil {
@@ -201,6 +202,15 @@ func (b *Blob) complete(ctx context.Context, reader *rafs.BlobReader) (*view, er
 	}
 	b.view.Store(v)
 	return v, nil
+}
+
+// forget drops the table that reader has read: what it says leads to wrong bytes.
+func (b *Blob) forget(reader *rafs.BlobReader) {
+	b.s.mu.Lock()
+	defer b.s.mu.Unlock()
+	if v := b.view.Load(); v.reader == reader {
+		b.view.Store(&view{chunks: v.chunks})
+	}
 }
 
 // readTable reads the blob.meta table.

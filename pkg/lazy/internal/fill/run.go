@@ -96,6 +96,7 @@ type Run struct {
 	listed   chan struct{} // closed when the lists are done
 	done     chan struct{}
 	plan     Plan
+	promised *stream         // what readers are told to wait for before the request is made
 	ctx      context.Context //nolint:containedctx // its life
 	rateNext time.Time       // when the next bytes of the rest may be asked for; of the one goroutine that does
 }
@@ -134,6 +135,10 @@ func (r *Run) mark() {
 	r.s.prefetching++
 	if b := r.blob(r.plan.Stream); b != nil {
 		b.whole = true
+		if b.stream == nil {
+			r.promised = newStream(0) // about to be asked for
+			b.stream = r.promised
+		}
 	}
 	for i := range r.plan.Table {
 		c := &r.plan.Table[i]
@@ -190,7 +195,7 @@ func (r *Run) run() {
 func (r *Run) lists() error {
 	var errs []error
 	if b := r.blob(r.plan.Stream); b != nil {
-		errs = append(errs, b.streamAll(r.ctx))
+		errs = append(errs, b.streamAll(r.ctx, r.promised))
 	}
 	return errors.Join(append(errs, r.table())...)
 }

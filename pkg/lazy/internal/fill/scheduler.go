@@ -145,6 +145,7 @@ func (b *Blob) Ensure(ctx context.Context, off, n int64) error {
 }
 
 func (b *Blob) ensure(ctx context.Context, chunks []rafs.Chunk, until time.Time) error {
+	reread := !b.info.PlacedByMeta()
 	for attempt := 0; ; attempt++ {
 		v, err := b.prepare(ctx, until, Demand)
 		if err != nil {
@@ -162,6 +163,10 @@ func (b *Blob) ensure(ctx context.Context, chunks []rafs.Chunk, until time.Time)
 			return context.Cause(b.ctx)
 		case err == nil && attempt > 2: // once more may be for chunks that were added to a unit on its way
 			return fmt.Errorf("blob %s: chunks from %d on did not stay in the cache", b.info.ID, chunks[0].Index)
+		case err != nil && isCorrupt(err) && !reread:
+			reread = true // its table has no digest of its own: that may be what is wrong
+			b.forget(v.reader)
+			continue
 		case err != nil && (isCorrupt(err) || !b.retry(err).Again || time.Now().After(until)):
 			return err
 		}
@@ -301,7 +306,7 @@ func (b *Blob) around(v *view, f *flight) *window {
 	w := &window{class: Demand, flights: []*flight{f}, off: f.u.off, end: f.u.end()}
 	f.started = true
 	at, ok := v.index(&f.u.chunks[0])
-	if f.u.size == 0 || !ok {
+	if f.u.size == 0 || !ok || v.reader != f.u.reader {
 		return w
 	}
 	for n := v.unitOf(at) + 1; n < v.count(); n++ {

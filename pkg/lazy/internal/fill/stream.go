@@ -97,8 +97,15 @@ func (b *Blob) unfilled(v *view) []int {
 }
 
 // streamAll reads what is missing of b in one request, front to back, until all of it is there. Where the
-// stream breaks it goes on, for as long as ctx allows; what is corrupt twice is left to those who want it.
-func (b *Blob) streamAll(ctx context.Context) error {
+// stream breaks it goes on, for as long as ctx allows; promised, if not nil, stands for it until it is there; what is corrupt twice is left to those who want it.
+func (b *Blob) streamAll(ctx context.Context, promised *stream) error {
+	defer b.detach(promised)
+	select {
+	case b.streaming <- struct{}{}: // one run is enough; then there is nothing left for the next
+		defer func() { <-b.streaming }()
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
 	for attempt := 0; ; {
 		v, err := b.prepare(ctx, time.Now().Add(forever), Prefetch)
 		progress := false
@@ -111,6 +118,7 @@ func (b *Blob) streamAll(ctx context.Context) error {
 		if progress {
 			attempt = 0
 		}
+		b.detach(promised)
 		if err := b.s.pause(ctx, b, attempt, time.Now().Add(forever), err); err != nil {
 			return err
 		}
@@ -230,7 +238,7 @@ func (b *Blob) attach(st *stream) {
 func (b *Blob) detach(st *stream) {
 	b.s.mu.Lock()
 	defer b.s.mu.Unlock()
-	if b.stream != st {
+	if st == nil || b.stream != st {
 		return
 	}
 	b.stream = nil

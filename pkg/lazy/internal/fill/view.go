@@ -31,6 +31,7 @@ type unit struct {
 	off    int64
 	size   int64
 	chunks []rafs.Chunk
+	reader *rafs.BlobReader // that knows it
 }
 
 func (u unit) end() int64 { return u.off + u.size }
@@ -104,7 +105,7 @@ func (v *view) count() int {
 func (v *view) unit(n int) unit {
 	if v.units == nil {
 		c := &v.chunks[n]
-		u := unit{n: n, off: int64(min(c.CompressedOffset, 1<<62)), size: int64(c.CompressedSize), chunks: v.chunks[n : n+1]} //nolint:gosec // bounded
+		u := unit{n: n, off: int64(min(c.CompressedOffset, 1<<62)), size: int64(c.CompressedSize), chunks: v.chunks[n : n+1], reader: v.reader} //nolint:gosec // bounded
 		if u.size > maxUnit {
 			u.size = 0 // which no reader takes
 		}
@@ -114,7 +115,7 @@ func (v *view) unit(n int) unit {
 	if n+1 < len(v.units) {
 		hi = v.units[n+1].lo
 	}
-	return unit{n: n, off: p.off, size: p.size, chunks: v.chunks[p.lo:hi]}
+	return unit{n: n, off: p.off, size: p.size, chunks: v.chunks[p.lo:hi], reader: v.reader}
 }
 
 // unitOf returns the unit that chunk n is a part of.

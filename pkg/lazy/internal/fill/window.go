@@ -195,7 +195,7 @@ func short(err error) error {
 // decode verifies the chunks of u, whose stored bytes are in mem, and puts them into the cache. One that is corrupt does not
 // keep the others from it.
 func (b *Blob) decode(ctx context.Context, u unit, mem *scratch, class Class) error {
-	over, err := b.view.Load().reader.Over(&span{off: u.off, p: mem.stored})
+	over, err := u.reader.Over(&span{off: u.off, p: mem.stored})
 	if err != nil {
 		return err
 	}
