@@ -450,7 +450,7 @@ func (c *conversion) writePrefetch(ctx context.Context, plan *prefetchPlan) (_ m
 	if len(plan.chunks) == 0 {
 		return nil, nil
 	}
-	var readers blobReaders
+	readers := blobReaders{dir: c.dir}
 	defer func() { err = errors.Join(err, readers.Close()) }()
 	out, err := c.createBlob("prefetch.blob", true)
 	if err != nil {

@@ -46,7 +46,12 @@ func (c *conversion) buildRef(ctx context.Context, p *pool, free chan *batch, i 
 	if src.Descriptor.Digest.Algorithm() != digest.SHA256 {
 		return builtLayer{}, fmt.Errorf("%w: a layer that is referred to must be named by its sha256, this one is by %s", ErrUnsupported, src.Descriptor.Digest.Algorithm())
 	}
-	stream, err := openLayer(ctx, *src, &rafs.RefOptions{Digester: c.o.Digester, ChunkSize: c.o.ChunkSize, TOC: true})
+	scratch, err := scratchFile(c.dir)
+	if err != nil {
+		return builtLayer{}, err
+	}
+	defer func() { err = errors.Join(err, scratch.Close()) }()
+	stream, err := openLayer(ctx, *src, &rafs.RefOptions{Digester: c.o.Digester, ChunkSize: c.o.ChunkSize, TOC: true, Scratch: scratch})
 	if err != nil {
 		return builtLayer{}, err
 	}
@@ -65,6 +70,18 @@ func (c *conversion) buildRef(ctx context.Context, p *pool, free chan *batch, i 
 		return builtLayer{}, fmt.Errorf("%w: the layer's bytes have sha256 %s, its descriptor says %s", ErrDigest, blob.ID, src.Descriptor.Digest)
 	}
 	return builtLayer{tree: reader.tree, blob: blob, tarBytes: stream.size, xattrsIgnored: reader.xattrsIgnored, cut: stream.ref.Cut()}, nil
+}
+
+// scratchFile makes a file in dir that has no name and is gone when it is closed.
+func scratchFile(dir string) (*os.File, error) {
+	f, err := os.CreateTemp(dir, "scratch-")
+	if err != nil {
+		return nil, err
+	}
+	if err := os.Remove(f.Name()); err != nil {
+		return nil, errors.Join(err, f.Close())
+	}
+	return f, nil
 }
 
 // writeTable writes the file of a layer's table; the result is nil, and the file gone, when no chunk is in the layer.

@@ -272,6 +272,7 @@ func (c *conversion) numberBlobs(ctx context.Context, files []*rafs.Inode, recor
 
 // blobReaders opens blobs when they are first needed. Not safe for concurrent use.
 type blobReaders struct {
+	dir     string // for what readers put by
 	files   []io.ReaderAt
 	data    map[string]io.ReaderAt // of blobs, without those of tables
 	readers map[string]*rafs.BlobReader
@@ -297,6 +298,14 @@ func (r *blobReaders) get(ctx context.Context, b *builtBlob) (*rafs.BlobReader, 
 	}, b.Blob)
 	if err != nil {
 		return nil, err
+	}
+	if b.layer != nil {
+		scratch, err := scratchFile(r.dir)
+		if err != nil {
+			return nil, err
+		}
+		r.files = append(r.files, scratch)
+		br.Spill(scratch)
 	}
 	r.readers[b.ID] = br
 	return br, nil

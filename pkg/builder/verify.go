@@ -64,7 +64,7 @@ const verifyRun = 32
 
 // verifyChunks reads chunks of one blob and compares their digests.
 func (c *conversion) verifyChunks(ctx context.Context, b blobChunks) (err error) {
-	var readers blobReaders
+	readers := blobReaders{dir: c.dir}
 	defer func() { err = errors.Join(err, readers.Close()) }()
 	r, err := readers.get(ctx, b.blob)
 	if err != nil {

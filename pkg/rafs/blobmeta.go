@@ -110,7 +110,9 @@ type metaTable struct {
 	count   uint32
 	batches []disk.BatchContext
 	zran    []disk.ZranContext
-	dicts   []byte // of zran
+	dictsAt uint64 // where the dictionaries of zran begin in the table
+	dictEnd uint64 // bytes of them
+	dicts   []byte // nil: not in memory
 }
 
 // record returns record i, which must be below count.
@@ -123,11 +125,36 @@ func (t *metaTable) record(i uint32) metaRecord {
 	return decodeV2(disk.MetaV2{Uncompressed: le.Uint64(p), Compressed: le.Uint64(p[8:]), Data: le.Uint64(p[16:])})
 }
 
-// parseMeta reads a decompressed table and its header and checks both against b, record by record.
-func parseMeta(b Blob, table, header []byte) (*metaTable, error) {
+// parseMeta reads a decompressed table and its header and checks both against b. The table may end behind its contexts: size is
+// that of all of it.
+func parseMeta(b Blob, table []byte, size uint64, header []byte) (*metaTable, error) {
+	h, err := parseMetaHeader(b, header)
+	if err != nil {
+		return nil, err
+	}
+	t := &metaTable{blob: b, size: uint32(b.metaRecordSize()), count: b.ChunkCount}
+	need := uint64(t.count) * uint64(t.size)
+	if uint64(len(table)) < need {
+		return nil, invalid("blob.meta of "+short(b.ID), -1, "table length", len(table), need)
+	}
+	t.records = table[:need]
+	switch {
+	case b.Features&disk.FeatureZran != 0:
+		err = t.parseZran(h, table, size)
+	case b.Features&disk.FeatureBatch != 0:
+		err = t.parseBatches(h, table)
+	}
+	if err != nil {
+		return nil, err
+	}
+	return t, nil
+}
+
+// parseMetaHeader reads the header of a table and checks it against b.
+func parseMetaHeader(b Blob, header []byte) (disk.MetaHeader, error) {
 	var h disk.MetaHeader
 	if _, err := binary.Decode(header, binary.LittleEndian, &h); err != nil {
-		return nil, invalid("blob.meta header", -1, "length", len(header), disk.SizeMetaHeader)
+		return disk.MetaHeader{}, invalid("blob.meta header", -1, "length", len(header), disk.SizeMetaHeader)
 	}
 	for _, f := range []struct {
 		name      string
@@ -142,54 +169,35 @@ func parseMeta(b Blob, table, header []byte) (*metaTable, error) {
 		{"ci_uncompressed_size", h.UncompressedSize, b.MetaUncompressed},
 	} {
 		if f.got != f.want {
-			return nil, invalid("blob.meta header of "+short(b.ID), -1, f.name, f.got, f.want)
+			return disk.MetaHeader{}, invalid("blob.meta header of "+short(b.ID), -1, f.name, f.got, f.want)
 		}
 	}
-	t := &metaTable{blob: b, size: disk.SizeMetaV1, count: b.ChunkCount}
-	if b.Features&disk.FeatureV2 != 0 {
-		t.size = disk.SizeMetaV2
-	}
-	need := uint64(t.count) * uint64(t.size)
-	if uint64(len(table)) < need {
-		return nil, invalid("blob.meta of "+short(b.ID), -1, "table length", len(table), need)
-	}
-	t.records = table[:need]
-	var err error
-	switch {
-	case b.Features&disk.FeatureZran != 0:
-		err = t.parseZran(h, table)
-	case b.Features&disk.FeatureBatch != 0:
-		err = t.parseBatches(h, table)
-	}
-	if err != nil {
-		return nil, err
-	}
-	return t, nil
+	return h, nil
 }
 
-// contexts returns what lies behind the records: at least the contexts that the header counts.
-func (t *metaTable) contexts(h disk.MetaHeader, table []byte) ([]byte, error) {
+// contexts returns what lies behind the records: the contexts that the header counts. size is that of the whole table.
+func (t *metaTable) contexts(h disk.MetaHeader, table []byte, size uint64) ([]byte, error) {
 	section := "blob.meta header of " + short(t.blob.ID)
 	records := uint64(len(t.records))
-	size := uint64(h.ContextCount) * disk.SizeBatchContext // a ZranContext has the same size
+	need := uint64(h.ContextCount) * disk.SizeBatchContext // a ZranContext has the same size
 	bad := func(field string, got, want any) ([]byte, error) { return nil, invalid(section, -1, field, got, want) }
 	switch {
 	case h.ContextOffset != records:
 		return bad("ci_zran_offset", h.ContextOffset, records)
 	case h.ContextCount > h.Entries:
 		return bad("ci_zran_count", h.ContextCount, fmt.Sprintf("at most %d", h.Entries))
-	case h.ContextSize < size || h.ContextSize > uint64(len(table))-records:
-		return bad("ci_zran_size", h.ContextSize, fmt.Sprintf("%d to %d", size, uint64(len(table))-records))
-	case t.blob.Features&disk.FeatureZran == 0:
-		return table[records:][:size], nil
+	case h.ContextSize < need || h.ContextSize > size-records:
+		return bad("ci_zran_size", h.ContextSize, fmt.Sprintf("%d to %d", need, size-records))
+	case uint64(len(table)) < records+need:
+		return bad("table length", len(table), records+need)
 	}
-	return table[records:][:h.ContextSize], nil
+	return table[records:][:need], nil
 }
 
 // parseBatches reads the contexts of batches. Every byte of a batch is a chunk's: batches that hold more than all chunks
 // would be work without end, as a chunk has all of its batch decompressed.
 func (t *metaTable) parseBatches(h disk.MetaHeader, table []byte) error {
-	p, err := t.contexts(h, table)
+	p, err := t.contexts(h, table, uint64(len(table)))
 	if err != nil {
 		return err
 	}

@@ -28,7 +28,9 @@ type BlobReader struct {
 	batchAt   batchPlace // which it is
 	batchHits int64      // how often it was used, for tests
 
-	zran zranCursors
+	zran    zranCursors
+	scratch Scratch // of dictionaries; nil: memory
+	dicts   func() ([]byte, error)
 }
 
 // OpenBlob returns a reader of the blob file r that b describes. It reads nothing yet.
@@ -90,7 +92,9 @@ func openBlob(data, meta io.ReaderAt, b Blob) (*BlobReader, error) {
 	if err := b.checkAny(section, -1, b.ChunkSize); err != nil {
 		return nil, err
 	}
-	return &BlobReader{r: data, metaFile: meta, blob: b, decoder: new(decoder)}, nil
+	r := &BlobReader{r: data, metaFile: meta, blob: b, decoder: new(decoder)}
+	r.dicts = sync.OnceValues(r.readDictionaries)
+	return r, nil
 }
 
 // Blob returns the description the reader was opened with.
@@ -228,75 +232,6 @@ func (b *BlobReader) table() (*metaTable, error) {
 		}
 	})
 	return b.meta, b.metaErr
-}
-
-func (b *BlobReader) readMeta() (*metaTable, error) {
-	table, header, err := b.readTable()
-	if err != nil {
-		return nil, err
-	}
-	return parseMeta(b.blob, table, header)
-}
-
-// readTable reads the uncompressed table of blob.meta and its header; neither has been looked at.
-func (b *BlobReader) readTable() (table, header []byte, err error) {
-	m := &b.blob
-	end := m.CompressedSize
-	if m.Features&disk.FeatureSeparate != 0 {
-		if end = m.MetaBlobSize; end == 0 {
-			end = disk.MaxBlobStored
-		}
-	}
-	// A record has at most 24 bytes, a context 40 and a dictionary 32 KiB; a table compresses to far less than that.
-	limit := uint64(m.ChunkCount) * (disk.SizeMetaV2 + disk.SizeBatchContext)
-	if m.Features&disk.FeatureZran != 0 {
-		limit += min(uint64(m.ChunkCount)*inflate.WindowSize, b.maxDictionaries())
-	}
-	if m.MetaUncompressed > limit {
-		return nil, nil, invalid("blob "+short(m.ID), -1, "ci_uncompressed_size", m.MetaUncompressed, fmt.Sprintf("at most %d", limit))
-	}
-	if m.MetaUncompressed > 1<<20 && m.MetaUncompressed/maxMetaRatio > m.MetaCompressed {
-		return nil, nil, invalid("blob "+short(m.ID), -1, "ci_uncompressed_size", m.MetaUncompressed, fmt.Sprintf("at most %d times ci_compressed_size", maxMetaRatio))
-	}
-	if m.MetaOffset+m.MetaCompressed+disk.SizeMetaHeader > end {
-		return nil, nil, invalid("blob "+short(m.ID), -1, "end of blob.meta", m.MetaOffset+m.MetaCompressed+disk.SizeMetaHeader, fmt.Sprintf("at most %d", end))
-	}
-	// The header comes first: it proves that the file is there and as long as it says.
-	header, err = readExactly(b.metaFile, m.MetaOffset+m.MetaCompressed, disk.SizeMetaHeader)
-	if err != nil {
-		return nil, nil, err
-	}
-	stored, err := readExactly(b.metaFile, m.MetaOffset, m.MetaCompressed)
-	if err != nil {
-		return nil, nil, err
-	}
-	table, err = b.decoder.decode(m.MetaCompressor, stored, int(m.MetaUncompressed)) //nolint:gosec // bounded above
-	if err != nil {
-		return nil, nil, err
-	}
-	return table, header, nil
-}
-
-// CopyTable writes the blob.meta table as nydusd keeps it in its cache, in a file BLOB.blob.meta, and as nydus-snapshotter has
-// it in bootstrap layers: not compressed, zeros up to a multiple of 4096 bytes, the header. It returns how many bytes that is.
-// The table is checked first; the errors are those of [BlobReader.ReadChunk] and w.
-func (b *BlobReader) CopyTable(w io.Writer) (int64, error) {
-	table, header, err := b.readTable()
-	if err == nil {
-		_, err = parseMeta(b.blob, table, header)
-	}
-	if err != nil {
-		return 0, fmt.Errorf("blob.meta of %s: %w", short(b.blob.ID), err)
-	}
-	padding := make([]byte, alignUp(uint64(len(table)), disk.BlockSize)-uint64(len(table)))
-	var n int64
-	for _, p := range [][]byte{table, padding, header} {
-		m, err := w.Write(p)
-		if n += int64(m); err != nil {
-			return n, err
-		}
-	}
-	return n, nil
 }
 
 // maxDictionaries bounds the bytes of all dictionaries of a ZRAN table, which may be compressed to very little, by the layer: a

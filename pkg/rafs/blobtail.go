@@ -50,9 +50,10 @@ func (t *tailWriter) writeSection(name string, content []byte) error {
 
 // metaContent is an uncompressed blob.meta table.
 type metaContent struct {
-	table    []byte // records, then contexts and dictionaries
-	records  uint64 // bytes of the records
-	contexts uint32 // batch or ZRAN
+	table    []byte   // records, then contexts and dictionaries
+	records  uint64   // bytes of the records
+	contexts uint32   // batch or ZRAN
+	big      *bigMeta // in place of table
 }
 
 // writeMeta writes the blob.meta section, with a tar header behind it if the blob has such, notes its place in blob
@@ -62,11 +63,8 @@ func (t *tailWriter) writeMeta(blob *Blob, m metaContent) ([]disk.TOCEntry, erro
 	if compressor == CompressorGzip { // which a TOC entry cannot say
 		compressor = CompressorZstd
 	}
-	enc, err := NewEncoder(compressor, LevelDefault)
-	if err != nil {
-		return nil, err
-	}
-	stored, compressed, err := enc.Encode(nil, m.table)
+	blob.MetaOffset = t.written
+	size, sum, compressed, err := t.writeTable(compressor, m)
 	if err != nil {
 		return nil, err
 	}
@@ -74,19 +72,16 @@ func (t *tailWriter) writeMeta(blob *Blob, m metaContent) ([]disk.TOCEntry, erro
 	if compressed {
 		blob.MetaCompressor = compressor
 	}
-	blob.MetaOffset, blob.MetaCompressed, blob.MetaUncompressed = t.written, uint64(len(stored)), uint64(len(m.table))
+	blob.MetaCompressed, blob.MetaUncompressed = t.written-blob.MetaOffset, size
 	h := disk.MetaHeader{
 		Magic: disk.MetaMagic, Magic2: disk.MetaMagic, Features: blob.Features,
 		Compressor: uint32(blob.MetaCompressor), Entries: blob.ChunkCount, Offset: blob.MetaOffset,
 		CompressedSize: blob.MetaCompressed, UncompressedSize: blob.MetaUncompressed,
 	}
 	if blob.Features&(disk.FeatureBatch|disk.FeatureZran) != 0 {
-		h.ContextOffset, h.ContextSize, h.ContextCount = m.records, uint64(len(m.table))-m.records, m.contexts
+		h.ContextOffset, h.ContextSize, h.ContextCount = m.records, size-m.records, m.contexts
 	}
 	header := appendRecord(nil, &h)
-	if err := t.write(stored, nil); err != nil {
-		return nil, err
-	}
 	headerOffset := t.written
 	if err := t.write(header, nil); err != nil {
 		return nil, err
@@ -97,12 +92,49 @@ func (t *tailWriter) writeMeta(blob *Blob, m metaContent) ([]disk.TOCEntry, erro
 		}
 	}
 	return []disk.TOCEntry{{
-		Flags: tocFlags(blob.MetaCompressor), Name: tocName(disk.SectionMeta), Digest: sha256.Sum256(m.table),
+		Flags: tocFlags(blob.MetaCompressor), Name: tocName(disk.SectionMeta), Digest: sum,
 		Offset: blob.MetaOffset, CompressedSize: blob.MetaCompressed, UncompressedSize: blob.MetaUncompressed,
 	}, {
 		Flags: tocFlags(CompressorNone), Name: tocName(disk.SectionMetaHeader), Digest: sha256.Sum256(header),
 		Offset: headerOffset, CompressedSize: disk.SizeMetaHeader, UncompressedSize: disk.SizeMetaHeader,
 	}}, nil
+}
+
+// writeTable writes a table, compressed where that is smaller, and returns its uncompressed size and digest.
+func (t *tailWriter) writeTable(compressor Compressor, m metaContent) (size uint64, sum Digest, compressed bool, err error) {
+	if m.big != nil { // only those of gzip layers, whose compressor is zstd
+		h := sha256.New()
+		stored, n, compressed, err := m.big.compress(h)
+		if err == nil {
+			err = t.copyFrom(stored, n)
+		}
+		return uint64(m.big.size()), Digest(h.Sum(nil)), compressed, err //nolint:gosec // not negative
+	}
+	enc, err := NewEncoder(compressor, LevelDefault)
+	if err != nil {
+		return 0, Digest{}, false, err
+	}
+	stored, compressed, err := enc.Encode(nil, m.table)
+	if err != nil {
+		return 0, Digest{}, false, err
+	}
+	return uint64(len(m.table)), sha256.Sum256(m.table), compressed, t.write(stored, nil)
+}
+
+// copyFrom writes the n bytes of r.
+func (t *tailWriter) copyFrom(r io.Reader, n int64) error {
+	buf := make([]byte, 256<<10)
+	for n > 0 {
+		p := buf[:min(n, int64(len(buf)))]
+		if _, err := io.ReadFull(r, p); err != nil {
+			return fmt.Errorf("read back what was put by: %w", err)
+		}
+		if err := t.write(p, nil); err != nil {
+			return err
+		}
+		n -= int64(len(p))
+	}
+	return nil
 }
 
 // writeDigests writes the blob.digest section and returns its TOC entry.

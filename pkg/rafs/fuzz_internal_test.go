@@ -175,7 +175,7 @@ func FuzzBlobMeta(f *testing.F) {
 			blob.ChunkCount = binary.LittleEndian.Uint32(header[12:])
 			blob.MetaCompressor = Compressor(binary.LittleEndian.Uint32(header[8:]))
 		}
-		m, err := parseMeta(blob, table, header)
+		m, err := parseMeta(blob, table, uint64(len(table)), header)
 		if err != nil {
 			if m != nil {
 				t.Error("a table beside an error")

@@ -70,22 +70,72 @@ func (b *BlobWriter) writeBootstrap(blob Blob) (disk.TOCEntry, error) {
 	if !b.options.TOC {
 		return disk.TOCEntry{}, b.writeSection(disk.SectionBootstrap, boot.Bytes())
 	}
+	return b.writeBoot(boot.Bytes())
+}
+
+// writeBoot writes the section of a bootstrap, compressed where that is smaller, and returns its TOC entry.
+func (t *tailWriter) writeBoot(boot []byte) (disk.TOCEntry, error) {
 	enc, err := NewEncoder(CompressorZstd, LevelDefault)
 	if err != nil {
 		return disk.TOCEntry{}, err
 	}
-	stored, compressed, err := enc.Encode(nil, boot.Bytes())
+	stored, compressed, err := enc.Encode(nil, boot)
 	if err != nil {
 		return disk.TOCEntry{}, err
 	}
 	e := disk.TOCEntry{
-		Flags: tocFlags(CompressorNone), Name: tocName(disk.SectionBootstrap), Digest: sha256.Sum256(boot.Bytes()),
-		Offset: b.written, CompressedSize: uint64(len(stored)), UncompressedSize: uint64(boot.Len()), //nolint:gosec // not negative
+		Flags: tocFlags(CompressorNone), Name: tocName(disk.SectionBootstrap), Digest: sha256.Sum256(boot),
+		Offset: t.written, CompressedSize: uint64(len(stored)), UncompressedSize: uint64(len(boot)),
 	}
 	if compressed {
 		e.Flags = tocFlags(CompressorZstd)
 	}
-	return e, b.writeSection(disk.SectionBootstrap, stored)
+	return e, t.writeSection(disk.SectionBootstrap, stored)
+}
+
+// CloseInline is [RefBuilder.Close] for a file that also holds the layer's bootstrap, as `nydus-image create --type targz-ref
+// --blob-inline-meta --features blob-toc` makes it; it wants RefOptions.TOC. bootstrap writes it, given the
+// description of the layer; blob is nil when no chunk is in the layer, which is no error here: the file has the bootstrap alone then,
+// and what is returned has the layer's ID and size, and no chunks.
+func (b *RefBuilder) CloseInline(w io.Writer, bootstrap func(w io.Writer, blob *Blob) error) (Blob, error) {
+	if !b.options.TOC {
+		return Blob{}, fmt.Errorf("%w: a bootstrap in a file without TOC", ErrUnsupported)
+	}
+	b.writer.inline = bootstrap
+	return b.Close(w)
+}
+
+// writeInline writes the bootstrap that goes with the table, if there is one.
+func (t *refTable) writeInline(tail *tailWriter, b *Blob) ([]disk.TOCEntry, error) {
+	if t.inline == nil {
+		return nil, nil
+	}
+	var inner *Blob
+	if b.ChunkCount > 0 {
+		blob := *b
+		inner = &blob
+	}
+	var boot bytes.Buffer
+	if err := t.inline(&boot, inner); err != nil {
+		return nil, fmt.Errorf("bootstrap of the blob: %w", err)
+	}
+	e, err := tail.writeBoot(boot.Bytes())
+	return []disk.TOCEntry{e}, err
+}
+
+// TOCOf returns digest and size, in bytes, of the table of contents at the end of the blob file r of size bytes, as [Blob].TOCDigest
+// and TOCSize say them. ErrInvalid when there is none.
+func TOCOf(r io.ReaderAt, size int64) (Digest, uint32, error) {
+	entries, err := readTOC(r, uint64(max(size, 0)), Blob{}) // not negative
+	if err != nil {
+		return Digest{}, 0, err
+	}
+	length := uint64(len(entries))*disk.SizeTOCEntry + disk.TarHeaderSize
+	p, err := readExactly(r, uint64(size)-length, length) //nolint:gosec // readTOC found it there
+	if err != nil {
+		return Digest{}, 0, err
+	}
+	return sha256.Sum256(p), uint32(length), nil //nolint:gosec // at most maxTOCSize
 }
 
 // ReadInline returns the bootstrap that the blob r of size bytes holds, verified where the

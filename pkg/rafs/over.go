@@ -11,7 +11,7 @@ import (
 // where chunks are (batches, ZRAN), and b's decompressor, but neither the last batch nor decompressors at rest: those are
 // of bytes that data had. Errors are those of that table. Safe for concurrent use, as the readers it returns are.
 func (b *BlobReader) Over(data io.ReaderAt) (*BlobReader, error) {
-	over := &BlobReader{r: data, metaFile: b.metaFile, blob: b.blob, decoder: b.decoder}
+	over := &BlobReader{r: data, metaFile: b.metaFile, blob: b.blob, decoder: b.decoder, scratch: b.scratch, dicts: b.dicts}
 	if b.blob.placedByMeta() {
 		over.metaOnce.Do(func() { over.meta, over.metaErr = b.table() })
 		if over.metaErr != nil {

@@ -21,6 +21,9 @@ type RefOptions struct {
 	ChunkSize uint32
 	// TOC adds chunk digests and a table of contents to the table's file, as registries hold it.
 	TOC bool
+	// Scratch takes the dictionaries, 32 KiB for every 512 KiB of layer or 2 MiB of tar, and at the end the
+	// compressed table, until Close; nil: memory.
+	Scratch Scratch
 }
 
 // RefBuilder makes the blob of an image whose data stay where they are: in a layer of an OCI image, a tar
@@ -39,7 +42,7 @@ type RefOptions struct {
 //	…
 //	blob, err := rb.Close(file)
 //
-// Memory is 40 bytes and a dictionary of up to 32 KiB for every 512 KiB of layer or 2 MiB of tar, and about 100 bytes a chunk.
+// Memory is about 100 bytes a chunk, and as much for every 512 KiB of layer or 2 MiB of tar, but for RefOptions.Scratch.
 // Append and AppendAfter may be called by one goroutine while another reads, begins and ends
 // chunks; else it is not safe for concurrent use.
 type RefBuilder struct {
@@ -57,6 +60,7 @@ type RefBuilder struct {
 	window  []byte           // output before that
 
 	context *refContext // the present one
+	dict    []byte      // its window, which it may have given away by now
 	begun   uint32      // size of the chunk that is being read; 0: none is
 	begin   refPosition
 	member  int // of the gzip stream, where the chunk begins
@@ -85,10 +89,12 @@ type refPosition struct{ in, out int64 }
 // refContext is a place where decompression may begin.
 type refContext struct {
 	start  inflate.Position
-	window []byte
-	in     int64 // end of what its chunks need, in the layer
-	out    int64 // and in the tar
-	index  int   // in the table; -1: no chunk of it is stored yet
+	window []byte // until the first chunk of it is stored
+	dictAt int64  // then it is here in the table's dictionaries
+	dict   uint32 // and has so many bytes
+	in     int64  // end of what its chunks need, in the layer
+	out    int64  // and in the tar
+	index  int    // in the table; -1: no chunk of it is stored yet
 }
 
 // RefPlace is where a chunk was read. The zero value is no place.
@@ -205,7 +211,8 @@ func (b *RefBuilder) Begin(size uint32) error {
 	b.begin.in, b.member = b.pieceIn, b.block.Member
 	if c := b.context; c == nil || c.start.Member != b.block.Member || c.start.Out != b.block.Out &&
 		(b.pieceIn-c.start.In >= refContextIn || b.offset-c.start.Out+int64(size) >= refContextOut) {
-		b.context = &refContext{start: b.block, window: append([]byte(nil), b.window...), index: -1}
+		b.dict = append([]byte(nil), b.window...) // a new one: the context may be the other goroutine's by now
+		b.context = &refContext{start: b.block, window: b.dict, index: -1}
 	}
 	return nil
 }
@@ -244,7 +251,7 @@ func (b *RefBuilder) End() (RefPlace, error) {
 		// nydusd 2.2.0 does not go from one member to the next, and decompresses the context of a chunk as a whole: the others of
 		// this context are spared that.
 		b.cut++
-		p.context = &refContext{start: p.context.start, window: p.context.window, index: -1}
+		p.context = &refContext{start: p.context.start, window: b.dict, index: -1}
 		b.context = nil
 	}
 	return p, b.checkPlace(&p)

@@ -129,7 +129,7 @@ func TestZranWorkIsBounded(t *testing.T) {
 		}
 		table = appendRecord(table, &disk.ZranContext{InSize: in, OutSize: tt.outSize})
 		b.MetaCompressed, b.MetaUncompressed = uint64(len(table)), uint64(len(table))
-		m, err := parseMeta(b, table, appendRecord(nil, &disk.MetaHeader{
+		m, err := parseMeta(b, table, uint64(len(table)), appendRecord(nil, &disk.MetaHeader{
 			Magic: disk.MetaMagic, Magic2: disk.MetaMagic, Entries: n, CompressedSize: b.MetaCompressed, UncompressedSize: b.MetaUncompressed,
 			ContextOffset: uint64(n) * disk.SizeMetaV2, ContextSize: disk.SizeZranContext, ContextCount: 1,
 		}))
@@ -177,7 +177,7 @@ func TestBatchWorkIsBounded(t *testing.T) {
 			ID: "x", ChunkSize: 4096, ChunkCount: 2, Features: disk.FeatureBatch | disk.FeatureV2 | disk.FeatureAligned, UncompressedSize: tt.size,
 			CompressedSize: 1 << 20, MetaOffset: 1 << 19, MetaCompressed: uint64(len(table)), MetaUncompressed: uint64(len(table)),
 		}
-		m, err := parseMeta(b, table, appendRecord(nil, &disk.MetaHeader{
+		m, err := parseMeta(b, table, uint64(len(table)), appendRecord(nil, &disk.MetaHeader{
 			Magic: disk.MetaMagic, Magic2: disk.MetaMagic, Entries: 2, Offset: b.MetaOffset, CompressedSize: b.MetaCompressed,
 			UncompressedSize: b.MetaUncompressed, ContextOffset: records, ContextSize: 2 * disk.SizeBatchContext, ContextCount: 2,
 		}))

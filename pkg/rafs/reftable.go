@@ -16,11 +16,20 @@ type refTable struct {
 	count        uint32
 	digests      []byte // blob.digest content, with TOC only
 	contexts     []*refContext
+	scratch      Scratch // has the windows of contexts
+	dicts        int64   // bytes of them
 	table        []byte
 	uncompressed uint64
+
+	inline func(w io.Writer, blob *Blob) error // writes the bootstrap of CloseInline
 }
 
-func (t *refTable) init(o RefOptions) { t.options = o }
+func (t *refTable) init(o RefOptions) {
+	t.options = o
+	if t.scratch = o.Scratch; t.scratch == nil {
+		t.scratch = &memoryScratch{}
+	}
+}
 
 // chunk returns the chunk table's entry for record i.
 func (t *refTable) chunk(i uint32, d Digest) Chunk {
@@ -65,7 +74,9 @@ func (t *refTable) append(before []Chunk, p RefPlace, d Digest) (Chunk, error) {
 	}
 	t.uncompressed += alignUp(uint64(p.size), disk.BlockSize)
 	if c := p.context; c != nil {
-		t.use(c)
+		if err := t.use(c); err != nil {
+			return Chunk{}, err
+		}
 		c.in, c.out = max(c.in, p.in), max(c.out, p.out)
 		r.compressed, r.zran = true, true
 		r.batchIndex = uint32(c.index)                    //nolint:gosec // at most MaxChunks
@@ -109,17 +120,29 @@ func (t *refTable) checkRoom(p RefPlace, r metaRecord) error {
 	return nil
 }
 
-// use gives a context its number when its first chunk is stored: there are never more contexts than chunks.
-func (t *refTable) use(c *refContext) {
-	if c.index < 0 {
-		c.index = len(t.contexts)
-		t.contexts = append(t.contexts, c)
+// use gives a context its number when its first chunk is stored: there are never more contexts than chunks. Its
+// window is written away.
+func (t *refTable) use(c *refContext) error {
+	if c.index >= 0 {
+		return nil
 	}
+	n, err := t.scratch.Write(c.window)
+	if err == nil && n != len(c.window) {
+		err = io.ErrShortWrite
+	}
+	if err != nil {
+		return fmt.Errorf("put a dictionary by: %w", err)
+	}
+	c.index, c.dictAt, c.dict = len(t.contexts), t.dicts, uint32(n) //nolint:gosec // at most 32 KiB
+	t.dicts += int64(n)
+	t.contexts = append(t.contexts, c)
+	c.window = nil
+	return nil
 }
 
 // write writes the table's file and completes b, which has the layer's ID and size.
 func (t *refTable) write(w io.Writer, b *Blob) error {
-	if t.count == 0 {
+	if t.count == 0 && t.inline == nil {
 		return ErrNoChunks
 	}
 	t.seen = chunkIndex{} // the tables take memory too
@@ -129,40 +152,65 @@ func (t *refTable) write(w io.Writer, b *Blob) error {
 	if t.options.TOC {
 		b.Features |= disk.FeatureTarHeader | disk.FeatureTOC | disk.FeatureInlinedDigest
 	}
+	if t.inline != nil {
+		b.Features |= disk.FeatureInlinedMeta
+	}
 	b.UncompressedSize = t.uncompressed
-	meta := metaContent{records: uint64(len(t.table)), contexts: uint32(len(t.contexts))} //nolint:gosec // at most MaxChunks
-	size := len(t.table)
-	for _, c := range t.contexts {
-		size += disk.SizeZranContext + len(c.window)
-	}
-	meta.table = append(make([]byte, 0, size), t.table...)
-	t.table = nil
-	var dicts uint64
-	for _, c := range t.contexts {
-		meta.table = appendRecord(meta.table, &disk.ZranContext{
-			InOffset: uint64(c.start.In), OutOffset: uint64(c.start.Out), //nolint:gosec // not negative
-			InSize: uint32(c.in - c.start.In), OutSize: uint32(c.out - c.start.Out), //nolint:gosec // checked by End
-			DictOffset: dicts, DictSize: uint32(len(c.window)), //nolint:gosec // at most 32 KiB
-			Byte: c.start.Prev, Bits: uint8(c.start.Bits), //nolint:gosec // at most 7
-		})
-		dicts += uint64(len(c.window))
-	}
-	for _, c := range t.contexts {
-		meta.table = append(meta.table, c.window...)
-		c.window = nil // for the garbage collector
-	}
-	t.contexts = nil
 	tail := tailWriter{w: w, sum: sha256.New()}
-	entries, err := tail.writeMeta(b, meta)
-	if err == nil && t.options.TOC {
-		var digests disk.TOCEntry
-		if digests, err = tail.writeDigests(t.digests); err == nil {
-			err = tail.writeTOC(b, append(entries, digests))
-		}
-	}
-	if err != nil {
+	if err := t.writeSections(&tail, b); err != nil {
 		return err
 	}
 	b.MetaBlobDigest, b.MetaBlobSize = Digest(tail.sum.Sum(nil)), tail.written
 	return nil
+}
+
+// writeSections writes all that is in the file.
+func (t *refTable) writeSections(tail *tailWriter, b *Blob) error {
+	var toc []disk.TOCEntry
+	if t.count > 0 {
+		meta, err := t.meta()
+		if err != nil {
+			return err
+		}
+		if toc, err = tail.writeMeta(b, meta); err != nil || !t.options.TOC {
+			return err
+		}
+		digests, err := tail.writeDigests(t.digests)
+		if err != nil {
+			return err
+		}
+		toc = append(toc, digests)
+	}
+	boot, err := t.writeInline(tail, b)
+	if err != nil {
+		return err
+	}
+	return tail.writeTOC(b, append(toc, boot...))
+}
+
+// meta returns the table, which is gone from t then.
+func (t *refTable) meta() (metaContent, error) {
+	m := metaContent{records: uint64(len(t.table)), contexts: uint32(len(t.contexts))} //nolint:gosec // at most MaxChunks
+	m.table = append(make([]byte, 0, len(t.table)+len(t.contexts)*disk.SizeZranContext), t.table...)
+	t.table = nil
+	for _, c := range t.contexts {
+		m.table = appendRecord(m.table, &disk.ZranContext{
+			InOffset: uint64(c.start.In), OutOffset: uint64(c.start.Out), //nolint:gosec // not negative
+			InSize: uint32(c.in - c.start.In), OutSize: uint32(c.out - c.start.Out), //nolint:gosec // checked by End
+			DictOffset: uint64(c.dictAt), DictSize: c.dict, //nolint:gosec // not negative
+			Byte: c.start.Prev, Bits: uint8(c.start.Bits), //nolint:gosec // at most 7
+		})
+	}
+	t.contexts = nil
+	big := &bigMeta{head: m.table, scratch: t.scratch, dicts: t.dicts}
+	if big.size() > bigTable && t.dicts > 0 {
+		m.big = big
+		return m, nil
+	}
+	at := len(m.table)
+	m.table = append(m.table, make([]byte, t.dicts)...)
+	if err := readFull(t.scratch, m.table[at:], 0); err != nil {
+		return metaContent{}, fmt.Errorf("dictionaries: %w", err)
+	}
+	return m, nil
 }

@@ -11,18 +11,20 @@ import (
 	"github.com/headstart-oci/headstart/pkg/rafs/internal/inflate"
 )
 
-// parseZran reads the contexts of a ZRAN table and their dictionaries.
-func (t *metaTable) parseZran(h disk.MetaHeader, table []byte) error {
-	p, err := t.contexts(h, table)
+// parseZran reads the contexts of a ZRAN table of size bytes, and their dictionaries if table has them.
+func (t *metaTable) parseZran(h disk.MetaHeader, table []byte, size uint64) error {
+	p, err := t.contexts(h, table, size)
 	if err != nil {
 		return err
 	}
 	t.zran = make([]disk.ZranContext, h.ContextCount)
-	n, err := binary.Decode(p, binary.LittleEndian, t.zran)
-	if err != nil {
+	if _, err := binary.Decode(p, binary.LittleEndian, t.zran); err != nil {
 		return err
 	}
-	t.dicts = p[n:]
+	t.dictsAt, t.dictEnd = uint64(len(t.records)+len(p)), h.ContextSize-uint64(len(p))
+	if uint64(len(table)) == size {
+		t.dicts = table[t.dictsAt:][:t.dictEnd]
+	}
 	var total uint64
 	for i := range t.zran {
 		c := &t.zran[i]
@@ -34,7 +36,7 @@ func (t *metaTable) parseZran(h disk.MetaHeader, table []byte) error {
 		err := firstBroken(section, at, []rule{
 			{inside(in, t.blob.CompressedSize), "place in the compressed data", in, fmt.Sprintf("inside %d bytes", t.blob.CompressedSize)},
 			{c.DictSize <= inflate.WindowSize, "dict_size", c.DictSize, fmt.Sprintf("at most %d", inflate.WindowSize)},
-			{inside(dict, uint64(len(t.dicts))), "place of the dictionary", dict, fmt.Sprintf("inside %d bytes", len(t.dicts))},
+			{inside(dict, t.dictEnd), "place of the dictionary", dict, fmt.Sprintf("inside %d bytes", t.dictEnd)},
 			{c.Bits < 8, "ctx_bits", c.Bits, "at most 7"},
 			{uint64(c.OutSize) <= maxInflated(c.InSize), "out_len", c.OutSize, fmt.Sprintf("at most %d", maxInflated(c.InSize))},
 			// Contexts overlap by a chunk or a deflate block; many that claim the same bytes would be work without end.
@@ -130,7 +132,10 @@ func (b *BlobReader) readZran(r metaRecord) ([]byte, error) {
 	if k == nil {
 		c := &b.meta.zran[r.batchIndex]
 		in := io.NewSectionReader(b.r, clampOffset(c.InOffset), int64(c.InSize))
-		dict := b.meta.dicts[c.DictOffset:][:c.DictSize]
+		dict, err := b.dictionary(c)
+		if err != nil {
+			return nil, err
+		}
 		k = &zranCursor{context: r.batchIndex, decoder: inflate.Resume(in, c.Byte, uint(c.Bits), dict)}
 	}
 	p := make([]byte, r.uncompressedSize)
