@@ -20,23 +20,32 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
+// memoryRows are the images that the memory row converts. bytes a file are told of pairs with 100,000 and 1,000,000 files, one
+// behind the other.
+var memoryRows = []struct {
+	name  string
+	files int
+	size  int64
+	flags []string
+}{
+	{"300 MB in 3,000 files", 3_000, 100_000, nil},
+	{"3 GB in 30,000 files", 30_000, 100_000, nil},
+	{"3 GB in 3 files", 3, 1_000_000_000, nil},
+	{"300 MB in 3,000 files, --oci-ref", 3_000, 100_000, []string{"--oci-ref"}},
+	{"3 GB in 30,000 files, --oci-ref", 30_000, 100_000, []string{"--oci-ref"}},
+	{"100,000 files of 100 bytes", 100_000, 100, nil},
+	{"1,000,000 files of 100 bytes", 1_000_000, 100, nil},
+	{"100,000 files of 100 bytes, RAFS v5", 100_000, 100, []string{"--fs-version", "5"}},
+	{"1,000,000 files of 100 bytes, RAFS v5", 1_000_000, 100, []string{"--fs-version", "5"}},
+}
+
 // benchMemory converts images that differ in size by ten, and in the number of files by
 // ten, and prints the peak memory of each conversion.
 func benchMemory(ctx context.Context, b *bench) error {
 	fmt.Fprintf(b.out, "\nmemory of one conversion (largest resident set)\n%-44s %10s %10s %14s\n", "", "wall", "memory", "bytes a file")
 	var few int64
-	for _, c := range []struct {
-		name  string
-		files int
-		size  int64
-	}{
-		{"300 MB in 3,000 files", 3_000, 100_000},
-		{"3 GB in 30,000 files", 30_000, 100_000},
-		{"3 GB in 3 files", 3, 1_000_000_000},
-		{"100,000 files of 100 bytes", 100_000, 100},
-		{"1,000,000 files of 100 bytes", 1_000_000, 100},
-	} {
-		s, err := b.convertSynthetic(ctx, c.files, c.size)
+	for _, c := range memoryRows {
+		s, err := b.convertSynthetic(ctx, c.files, c.size, c.flags)
 		if err != nil {
 			return fmt.Errorf("%s: %w", c.name, err)
 		}
@@ -52,7 +61,7 @@ func benchMemory(ctx context.Context, b *bench) error {
 	return nil
 }
 
-func (b *bench) convertSynthetic(ctx context.Context, files int, size int64) (s sample, err error) {
+func (b *bench) convertSynthetic(ctx context.Context, files int, size int64, flags []string) (s sample, err error) {
 	dir, err := os.MkdirTemp(b.dir, "memory-")
 	if err != nil {
 		return sample{}, err
@@ -62,9 +71,8 @@ func (b *bench) convertSynthetic(ctx context.Context, files int, size int64) (s 
 	if err := writeSynthetic(layout, files, size); err != nil {
 		return sample{}, err
 	}
-	return timed(ctx, []string{
-		b.bin + "optimizer", "convert", "--quiet", "--temp-dir", dir, "oci:" + layout + ":bench", "oci:" + filepath.Join(dir, "out") + ":bench",
-	})
+	args := append([]string{b.bin + "optimizer", "convert", "--quiet", "--temp-dir", dir}, flags...)
+	return timed(ctx, append(args, "oci:"+layout+":bench", "oci:"+filepath.Join(dir, "out")+":bench"))
 }
 
 // writeSynthetic writes an image of one layer whose files compress to about a third and
