@@ -23,7 +23,7 @@ func bigRefLayer(t *testing.T, noise bool) []byte {
 	for i := 0; i < size; i += 8 {
 		v := r.Uint64()
 		if !noise {
-			v = v & 0x0707070707070707 | 0x6060606060606060
+			v = v&0x0707070707070707 | 0x6060606060606060
 		}
 		for j := range 8 {
 			p[i+j] = byte(v >> (8 * j))
