@@ -137,9 +137,6 @@ func (o *convertOptions) options(cmd *cobra.Command) (convert.Options, error) {
 	if b.Compressor, err = rafs.ParseCompressor(o.compressor); err != nil {
 		return fail("compressor", err)
 	}
-	if b.Compressor == rafs.CompressorGzip && b.FSVersion != rafs.V6 {
-		return fail("compressor", fmt.Errorf("gzip wants --fs-version 6, got %s: nydusd takes such an image for an old stargz one", o.fsVersion))
-	}
 	if o.digester == "" && o.ociRef {
 		b.Digester = rafs.DigesterSHA256
 	} else if o.digester != "" {
@@ -154,7 +151,7 @@ func (o *convertOptions) options(cmd *cobra.Command) (convert.Options, error) {
 	if size < rafs.MinChunkSize || size > rafs.MaxChunkSize || bits.OnesCount64(size) != 1 {
 		return fail("chunk-size", fmt.Errorf("got %s (%d bytes), want a power of two from 4KiB to 16MiB", o.chunkSize, size))
 	}
-	if b.Compressor == rafs.CompressorGzip && size == rafs.MaxChunkSize {
+	if b.Compressor == rafs.CompressorGzip && b.FSVersion == rafs.V6 && size == rafs.MaxChunkSize {
 		return fail("chunk-size", fmt.Errorf("with --compressor gzip got %s, want at most 8MiB", o.chunkSize))
 	}
 	b.ChunkSize = uint32(size)

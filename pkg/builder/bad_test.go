@@ -168,7 +168,6 @@ func TestBadInput(t *testing.T) {
 		"chunk size":     {src, builder.Options{ChunkSize: 5000}, "chunk size 5000, want a power of two from 4096 to 16777216"},
 		"big chunk size": {src, builder.Options{ChunkSize: 1 << 25}, "chunk size 33554432"},
 		"compressor":     {src, builder.Options{Compressor: 9}, "compressor compressor(9), want zstd, gzip, lz4 or none"},
-		"gzip, v5":       {src, builder.Options{Compressor: rafs.CompressorGzip, FSVersion: rafs.V5}, "compressor gzip in RAFS v5, want v6"},
 		"gzip, 16 MiB":   {src, builder.Options{Compressor: rafs.CompressorGzip, ChunkSize: 16 << 20}, "compressor gzip with chunks of 16777216 bytes, want at most 8388608"},
 		"digester":       {src, builder.Options{Digester: 9}, "want blake3 or sha256"},
 		"workers":        {src, builder.Options{Workers: -1}, "-1 workers"},

@@ -54,7 +54,7 @@ type Layer struct {
 // zero value differs from it only in that chunks are stored uncompressed.
 type Options struct {
 	FSVersion rafs.Version // rafs.V5 or rafs.V6; 0 means V6
-	// Compressor is any of rafs' compressors; CompressorGzip, which nydus-image reads and does not write, for RAFS v6 alone. With OCIRef
+	// Compressor is any of rafs' compressors; nydus-image reads CompressorGzip and does not write it. With OCIRef
 	// it is that of the prefetch blob.
 	Compressor rafs.Compressor
 	Digester   rafs.Digester // the zero value is BLAKE3

@@ -320,6 +320,9 @@ func (b *BlobWriter) describe() Blob {
 		blob.Features |= disk.FeaturePrefetch
 	}
 	if b.options.Version == V5 {
+		if b.options.Compressor == CompressorGzip {
+			blob.Features |= disk.FeatureV2 // see extBlobV5
+		}
 		if b.inline != nil {
 			blob.Features |= disk.FeatureTarHeader | disk.FeatureInlinedMeta
 		}

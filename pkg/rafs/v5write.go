@@ -71,6 +71,11 @@ func (p *v5Plan) blobTable() []byte {
 func extBlobV5(b *Blob) *disk.ExtBlobV5 {
 	const kept = disk.FeatureAligned | disk.FeatureTarHeader | disk.FeatureCapTOC | disk.FeaturePrefetch
 	e := &disk.ExtBlobV5{ChunkCount: b.ChunkCount, Features: b.Features & kept, UncompressedSize: b.UncompressedSize, CompressedSize: b.CompressedSize}
+	if b.Compressor == CompressorGzip {
+		// It says of a v5 blob that it is none of an old stargz image, whose chunks have no sizes: nydusd 2.2.0 guesses them then,
+		// compares no digests, and ends when it prefetches. Source: nydus storage/src/device.rs BlobInfo.compute_features.
+		e.Features |= b.Features & disk.FeatureV2
+	}
 	if b.ID == PlaceholderID { // this is the bootstrap in the blob
 		e.Features |= b.Features & disk.FeatureInlinedMeta
 	}
