@@ -21,6 +21,9 @@ type PackedLayer struct {
 	Digest digest.Digest // of the blob file: the blob's id in the merged bootstrap
 	Blob   io.ReaderAt
 	Size   int64
+	// Layer is the digest of the layer that a blob of [PackLayer] with OCIRef, or of nydus-image's targz-ref, refers to; empty: what its
+	// bootstrap says.
+	Layer digest.Digest
 	// Bootstrap, when set, is the layer's bootstrap; Blob is not read then, and Digest may be empty if the
 	// bootstrap says the id of its blob itself.
 	Bootstrap *rafs.Image
@@ -129,7 +132,7 @@ func (m *merger) addLayer(l PackedLayer) error {
 		return fmt.Errorf("%w: digest %q, want sha256", ErrInvalid, l.Digest)
 	}
 	if l.Bootstrap != nil {
-		return m.add(l.Bootstrap, l.Digest.Encoded())
+		return m.addNamed(l.Bootstrap, l)
 	}
 	boot, err := rafs.ReadInline(l.Blob, l.Size)
 	if err != nil {
@@ -138,6 +141,19 @@ func (m *merger) addLayer(l PackedLayer) error {
 	img, err := rafs.Open(bytes.NewReader(boot), int64(len(boot)))
 	if err != nil {
 		return fmt.Errorf("bootstrap of the blob: %w", err)
+	}
+	return m.addNamed(img, l)
+}
+
+// addNamed adds the bootstrap of a blob that has l's digest.
+func (m *merger) addNamed(img *rafs.Image, l PackedLayer) error {
+	switch refers, err := nameRef(img, l); {
+	case err != nil:
+		return err
+	case refers:
+		return m.add(img, "")
+	case l.Layer != "" && len(img.Blobs) > 0:
+		return fmt.Errorf("%w: blob %s has its chunks itself, and is said to refer to layer %s", ErrInvalid, l.Digest, l.Layer)
 	}
 	return m.add(img, l.Digest.Encoded())
 }
@@ -312,6 +328,9 @@ func OpenLayer(blob io.ReaderAt, size int64) (*rafs.Image, func(context.Context,
 	case 0:
 		return img, func(context.Context, rafs.Chunk) ([]byte, error) { return nil, errors.New("a chunk of no blob") }, nil
 	case 1:
+		if _, separate := img.Blobs[0].MetaBlob(); separate {
+			return nil, nil, fmt.Errorf("%w: the blob refers to layer sha256:%s and has no chunks itself; that layer is what it was packed from", ErrUnsupported, img.Blobs[0].ID)
+		}
 		r, err := rafs.OpenBlob(blob, img.Blobs[0])
 		if err != nil {
 			return nil, nil, err

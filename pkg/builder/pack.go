@@ -24,12 +24,19 @@ const inventedNsec = 1
 // of o, List and what concerns a [Result] do not apply. The description that is returned is that of
 // the blob file; a layer without data has a blob too, with a bootstrap and no chunks.
 //
+// With o.OCIRef r is the layer as it is stored, gzip or plain tar, and stays where it is: the blob holds tables and bootstrap, as that of
+// `nydus-image create --type targz-ref` does, and what is returned is the layer's description, whose
+// [rafs.Blob.MetaBlob] is the blob. o.TempDir then takes an unnamed file of 32 KiB for every 512 KiB of layer.
+//
 // It returns ErrInvalid for bytes that are no layer, ErrUnsupported for hard links to files of
 // lower layers, which no layer can express alone, and the errors of r and w.
 func PackLayer(ctx context.Context, w io.Writer, r io.Reader, o Options) (rafs.Blob, error) {
 	o, err := o.complete()
 	if err != nil {
 		return rafs.Blob{}, err
+	}
+	if o.OCIRef {
+		return packRef(ctx, w, r, o)
 	}
 	dict, err := o.Dict.index(o, 1)
 	if err != nil {

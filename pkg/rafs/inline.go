@@ -123,19 +123,23 @@ func (t *refTable) writeInline(tail *tailWriter, b *Blob) ([]disk.TOCEntry, erro
 	return []disk.TOCEntry{e}, err
 }
 
-// TOCOf returns digest and size, in bytes, of the table of contents at the end of the blob file r of size bytes, as [Blob].TOCDigest
-// and TOCSize say them. ErrInvalid when there is none.
-func TOCOf(r io.ReaderAt, size int64) (Digest, uint32, error) {
-	entries, err := readTOC(r, uint64(max(size, 0)), Blob{}) // not negative
+// SetTOC gives b the digest and size of the table of contents at the end of the file r of size bytes, which holds b's tables, as
+// the bootstrap in the file cannot say them. Nothing is done for a blob whose features know of no TOC; ErrInvalid when the file has none.
+func (b *Blob) SetTOC(r io.ReaderAt, size int64) error {
+	if b.Features&disk.FeatureTOC == 0 {
+		return nil
+	}
+	entries, err := readTOC(r, uint64(max(size, 0)), Blob{ID: b.ID}) // not negative
 	if err != nil {
-		return Digest{}, 0, err
+		return err
 	}
 	length := uint64(len(entries))*disk.SizeTOCEntry + disk.TarHeaderSize
 	p, err := readExactly(r, uint64(size)-length, length) //nolint:gosec // readTOC found it there
 	if err != nil {
-		return Digest{}, 0, err
+		return err
 	}
-	return sha256.Sum256(p), uint32(length), nil //nolint:gosec // at most maxTOCSize
+	b.TOCDigest, b.TOCSize = sha256.Sum256(p), uint32(length) //nolint:gosec // at most maxTOCSize
+	return nil
 }
 
 // ReadInline returns the bootstrap that the blob r of size bytes holds, verified where the

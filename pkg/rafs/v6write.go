@@ -91,7 +91,11 @@ var (
 
 func blobEntry(b *Blob, index uint32) disk.BlobEntry {
 	features := b.Features
-	if b.ID != PlaceholderID { // this bootstrap is not the one in the blob
+	inside := b.ID == PlaceholderID
+	if features&disk.FeatureSeparate != 0 { // the ID is the layer's; that of the file which the bootstrap is in is not known there
+		inside = b.MetaBlobDigest == Digest{}
+	}
+	if !inside { // this bootstrap is not the one in the blob
 		features &^= disk.FeatureInlinedMeta
 	}
 	e := disk.BlobEntry{

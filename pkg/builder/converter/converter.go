@@ -9,6 +9,7 @@ import (
 	"io"
 	"math/bits"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -30,13 +31,14 @@ var ErrUnsupported = builder.ErrUnsupported
 type Layer struct {
 	// Digest is that of the whole blob.
 	Digest digest.Digest
-	// OriginalDigest is that of the layer a blob only refers to; nil here.
+	// OriginalDigest is that of the layer that a blob packed with OCIRef refers to; nil: what the blob says, if it refers to one.
 	OriginalDigest *digest.Digest
 	// ReaderAt reads the whole blob.
 	ReaderAt content.ReaderAt
 }
 
-// Backend takes blobs to a storage of its own instead of the registry.
+// Backend takes blobs to a storage of its own instead of the registry. One that also has a method
+// Size(digest.Digest) (int64, error) is asked for blobs that are not in the content store, those of chunk dictionaries.
 type Backend interface {
 	// Push brings the blob of desc from cs to the storage.
 	Push(ctx context.Context, cs content.Store, desc ocispec.Descriptor) error
@@ -46,22 +48,27 @@ type Backend interface {
 	Type() string
 }
 
+// Encrypter encrypts a bootstrap layer.
+type Encrypter = func(context.Context, content.Store, ocispec.Descriptor) (ocispec.Descriptor, error)
+
 // PackOption says how layers are packed. The zero value is the default.
 type PackOption struct {
-	WorkDir          string // no effect
+	WorkDir          string // for temporary files, made if it is missing; empty: the system's. Only OCIRef has any
 	BuilderPath      string // no effect
 	FsVersion        string // "5" or "6" (the default)
 	ChunkDictPath    string // bootstrap of an image whose chunks are referred to, not stored
 	PrefetchPatterns string // no effect: the bootstrap of an image has the table, see MergeOption
-	Compressor       string // "zstd" (the default), "lz4_block" or "none"
-	OCIRef           bool   // ErrUnsupported
-	AlignedChunk     bool   // RAFS v6 always is; ErrUnsupported for v5
-	ChunkSize        string // bytes, decimal or 0x…; empty: 1 MiB
-	BatchSize        string // of small chunks that are compressed together, as ChunkSize; empty or "0": none
-	Backend          Backend
-	Timeout          *time.Duration
-	Encrypt          bool // ErrUnsupported
-	Workers          int  // goroutines that compress; 0: one per CPU
+	Compressor       string // "zstd" (the default), "lz4_block", "gzip" or "none"; no effect with OCIRef
+	// OCIRef leaves the data in the layer, which is then written as it is stored, gzip or plain tar: the blob says where in
+	// it the chunks are. RAFS v6 alone; ErrUnsupported with ChunkDictPath or BatchSize.
+	OCIRef       bool
+	AlignedChunk bool   // RAFS v6 always is; ErrUnsupported for v5
+	ChunkSize    string // bytes, decimal or 0x…; empty: 1 MiB
+	BatchSize    string // of small chunks that are compressed together, as ChunkSize; empty or "0": none
+	Backend      Backend
+	Timeout      *time.Duration
+	Encrypt      bool // ErrUnsupported
+	Workers      int  // goroutines that compress; 0: one per CPU
 }
 
 // MergeOption says how an image is merged. The zero value is the default.
@@ -74,12 +81,13 @@ type MergeOption struct {
 	PrefetchPatterns    string // paths, one a line, for the prefetch table; empty: "/", all
 	WithTar             bool   // the bootstrap as image/image.boot of a tar
 	OCI                 bool   // OCI media types for what was docker's
-	OCIRef              bool   // ErrUnsupported
+	OCIRef              bool   // every layer must have been packed with OCIRef; they may in any case, see Layer.OriginalDigest
 	WithReferrer        bool   // the manifest's subject is the source's
 	Backend             Backend
 	Timeout             *time.Duration
-	AppendFiles         []File // more files for the tar
-	MergeManifest       bool   // the config gets Nydus' media type, for indexes that have the plain image too
+	Encrypt             Encrypter // ErrUnsupported
+	AppendFiles         []File    // more files for the tar
+	MergeManifest       bool      // the config gets Nydus' media type, for indexes that have the plain image too
 }
 
 // UnpackOption says how a layer is unpacked. The zero value is the default.
@@ -87,7 +95,9 @@ type UnpackOption struct {
 	WorkDir     string // no effect
 	BuilderPath string // no effect
 	Timeout     *time.Duration
-	Stream      bool // no effect: it always is
+	Stream      bool   // no effect: it always is
+	Compressor  string // of layers that LayerReconvertFunc makes: "gzip" (the default), "zstd" or "uncompressed"; no effect on Unpack
+	Backend     Backend
 }
 
 // File is a file of a bootstrap layer, below image/.
@@ -109,12 +119,17 @@ func (o PackOption) options() (builder.Options, error) {
 		return out, err
 	}
 	switch {
-	case o.OCIRef:
-		return out, fmt.Errorf("%w: OCIRef", ErrUnsupported)
+	case o.OCIRef && out.FSVersion != rafs.V6:
+		return out, fmt.Errorf("%w: OCIRef in RAFS v%v, want FsVersion 6", ErrUnsupported, out.FSVersion)
+	case o.OCIRef && o.ChunkDictPath != "":
+		return out, fmt.Errorf("%w: OCIRef with ChunkDictPath %s", ErrUnsupported, o.ChunkDictPath)
 	case o.Encrypt:
 		return out, fmt.Errorf("%w: Encrypt", ErrUnsupported)
 	case o.AlignedChunk && out.FSVersion == rafs.V5:
 		return out, fmt.Errorf("%w: AlignedChunk of RAFS v5", ErrUnsupported)
+	}
+	if o.OCIRef { // as nydus-image has it
+		out.OCIRef, out.Digester, out.TempDir = true, rafs.DigesterSHA256, o.WorkDir
 	}
 	if o.Compressor != "" {
 		if out.Compressor, err = rafs.ParseCompressor(o.Compressor); err != nil {
@@ -197,13 +212,18 @@ func bounded(ctx context.Context, timeout *time.Duration) (context.Context, cont
 	return context.WithTimeout(ctx, *timeout)
 }
 
-// Pack returns a writer that takes the uncompressed tar of a layer and writes the layer's blob to
+// Pack returns a writer that takes the uncompressed tar of a layer, with OCIRef the layer as it is stored, and writes the layer's blob to
 // dest. The blob is whole when Close has returned nil; Close must be called in any case. When packing
 // fails, writes fail with the reason. The blob depends on the tar and opt only.
 func Pack(ctx context.Context, dest io.Writer, opt PackOption) (io.WriteCloser, error) {
 	o, err := opt.options()
 	if err != nil {
 		return nil, err
+	}
+	if o.TempDir != "" {
+		if err := os.MkdirAll(o.TempDir, 0o750); err != nil {
+			return nil, err
+		}
 	}
 	ctx, cancel := bounded(ctx, opt.Timeout)
 	r, w := io.Pipe()
@@ -239,40 +259,21 @@ func (p *packer) Close() error {
 
 // Merge writes the bootstrap of the image that layers make, lowest first, to dest: bare, or in
 // a tar (not compressed) with opt.WithTar. It returns the digests of the blobs that the bootstrap
-// refers to: some of the layers', and those of chunk dictionaries.
+// refers to: some of the layers', with OCIRef their OriginalDigest, and those of chunk dictionaries.
 func Merge(ctx context.Context, layers []Layer, dest io.Writer, opt MergeOption) ([]digest.Digest, error) {
-	if opt.OCIRef {
-		return nil, fmt.Errorf("%w: OCIRef", ErrUnsupported)
-	}
-	if _, err := parseVersion(opt.FsVersion); err != nil {
-		return nil, err
-	}
 	ctx, cancel := bounded(ctx, opt.Timeout)
 	defer cancel()
-	o := builder.MergeOptions{Prefetch: []string{"/"}}
-	if opt.PrefetchPatterns != "" {
-		o.Prefetch = strings.Split(strings.TrimSpace(opt.PrefetchPatterns), "\n")
-	}
-	if opt.ParentBootstrapPath != "" {
-		img, _, err := readBootstrap(opt.ParentBootstrapPath)
-		if err != nil {
-			return nil, fmt.Errorf("parent bootstrap: %w", err)
-		}
-		o.Parent = img
-	}
-	if opt.ChunkDictPath != "" {
-		img, _, err := readBootstrap(opt.ChunkDictPath)
-		if err != nil {
-			return nil, fmt.Errorf("chunk dictionary: %w", err)
-		}
-		o.Dict = img
+	o, err := opt.options()
+	if err != nil {
+		return nil, err
 	}
 	var packed []builder.PackedLayer
 	for _, l := range layers {
+		p := builder.PackedLayer{Digest: l.Digest, Blob: l.ReaderAt, Size: l.ReaderAt.Size()}
 		if l.OriginalDigest != nil {
-			return nil, fmt.Errorf("%w: layer %s refers to %s", ErrUnsupported, l.Digest, l.OriginalDigest)
+			p.Layer = *l.OriginalDigest
 		}
-		packed = append(packed, builder.PackedLayer{Digest: l.Digest, Blob: l.ReaderAt, Size: l.ReaderAt.Size()})
+		packed = append(packed, p)
 	}
 	if opt.FsVersion != "" {
 		if got, err := layersVersion(layers); err != nil {
@@ -281,16 +282,82 @@ func Merge(ctx context.Context, layers []Layer, dest io.Writer, opt MergeOption)
 			return nil, fmt.Errorf("%w: FsVersion %q, and the layers have RAFS v%s", ErrUnsupported, opt.FsVersion, got)
 		}
 	}
-	if !opt.WithTar {
-		return builder.MergeLayers(ctx, dest, packed, o)
-	}
 	var boot bytes.Buffer
 	blobs, err := builder.MergeLayers(ctx, &boot, packed, o)
 	if err != nil {
 		return nil, err
 	}
-	files := append([]File{{Name: "image.boot", Reader: &boot, Size: int64(boot.Len())}}, opt.AppendFiles...)
+	tables, err := tablesOf(boot.Bytes(), layers, opt)
+	if err != nil {
+		return nil, err
+	}
+	if !opt.WithTar {
+		_, err := dest.Write(boot.Bytes())
+		return blobs, err
+	}
+	files := append([]file{{name: "image.boot", size: int64(boot.Len()), write: copyOf(&boot, int64(boot.Len()))}}, tables...)
+	for _, f := range opt.AppendFiles {
+		files = append(files, file{name: f.Name, size: f.Size, write: copyOf(f.Reader, f.Size)})
+	}
 	return blobs, writeFiles(dest, files)
+}
+
+// options returns what builder understands.
+func (opt *MergeOption) options() (builder.MergeOptions, error) {
+	o := builder.MergeOptions{Prefetch: []string{"/"}}
+	if opt.Encrypt != nil {
+		return o, fmt.Errorf("%w: Encrypt", ErrUnsupported)
+	}
+	if _, err := parseVersion(opt.FsVersion); err != nil {
+		return o, err
+	}
+	if opt.PrefetchPatterns != "" {
+		o.Prefetch = strings.Split(strings.TrimSpace(opt.PrefetchPatterns), "\n")
+	}
+	if opt.ParentBootstrapPath != "" {
+		img, _, err := readBootstrap(opt.ParentBootstrapPath)
+		if err != nil {
+			return o, fmt.Errorf("parent bootstrap: %w", err)
+		}
+		o.Parent = img
+	}
+	if opt.ChunkDictPath != "" {
+		img, _, err := readBootstrap(opt.ChunkDictPath)
+		if err != nil {
+			return o, fmt.Errorf("chunk dictionary: %w", err)
+		}
+		o.Dict = img
+	}
+	return o, nil
+}
+
+// tablesOf returns the tables of the layers that are only referred to, as files for the bootstrap's layer: nydus-snapshotter gives them
+// to nydusd, which has one request less to make. With opt.OCIRef there must be no other blob.
+func tablesOf(boot []byte, layers []Layer, opt MergeOption) ([]file, error) {
+	img, err := rafs.Open(bytes.NewReader(boot), int64(len(boot)))
+	if err != nil {
+		return nil, err
+	}
+	var out []file
+	for _, b := range img.Blobs {
+		meta, separate := b.MetaBlob()
+		if !separate {
+			if opt.OCIRef && opt.ParentBootstrapPath == "" {
+				return nil, fmt.Errorf("%w: OCIRef, and blob %s has its chunks itself", ErrUnsupported, b.ID)
+			}
+			continue
+		}
+		i := slices.IndexFunc(layers, func(l Layer) bool { return l.Digest.Encoded() == meta.ID })
+		if i < 0 {
+			continue // the parent's
+		}
+		write, size, err := builder.CachedTable(b, layers[i].ReaderAt)
+		if err != nil {
+			return nil, fmt.Errorf("layer %s: %w", layers[i].Digest, err)
+		}
+		out = append(out, file{name: meta.ID + ".blob.meta", size: size, write: write})
+	}
+	return out, nil
 }
 
 // layersVersion returns the version of the first layer's bootstrap; the others must have the same.
@@ -309,26 +376,42 @@ func layersVersion(layers []Layer) (string, error) {
 	return img.Version.String(), nil
 }
 
+// file is a file of a bootstrap layer's tar, whose content write writes.
+type file struct {
+	name  string
+	size  int64
+	write func(io.Writer) error
+}
+
+func copyOf(r io.Reader, size int64) func(io.Writer) error {
+	return func(w io.Writer) error {
+		_, err := io.CopyN(w, r, size)
+		return err
+	}
+}
+
 // writeFiles writes the tar of a bootstrap layer.
-func writeFiles(w io.Writer, files []File) error {
+func writeFiles(w io.Writer, files []file) error {
 	tw := tar.NewWriter(w)
 	at := time.Unix(0, 0)
 	if err := tw.WriteHeader(&tar.Header{Typeflag: tar.TypeDir, Name: "image", Mode: 0o755, ModTime: at}); err != nil {
 		return err
 	}
 	for _, f := range files {
-		if err := tw.WriteHeader(&tar.Header{Typeflag: tar.TypeReg, Name: "image/" + f.Name, Mode: 0o444, Size: f.Size, ModTime: at}); err != nil {
-			return err
+		err := tw.WriteHeader(&tar.Header{Typeflag: tar.TypeReg, Name: "image/" + f.name, Mode: 0o444, Size: f.size, ModTime: at})
+		if err == nil {
+			err = f.write(tw)
 		}
-		if _, err := io.CopyN(tw, f.Reader, f.Size); err != nil {
-			return fmt.Errorf("file %s of the bootstrap layer: %w", f.Name, err)
+		if err != nil {
+			return fmt.Errorf("file %s of the bootstrap layer: %w", f.name, err)
 		}
 	}
 	return tw.Close()
 }
 
 // Unpack writes the tar of the layer that the blob ra was packed from to dest: whiteouts, owners,
-// times, links and attributes included, every chunk verified. The tar is not the layer's byte for byte.
+// times, links and attributes included, every chunk verified. The tar is not the layer's byte for byte. ErrUnsupported for a blob packed with
+// OCIRef, which does not hold the layer's data.
 func Unpack(ctx context.Context, ra content.ReaderAt, dest io.Writer, opt UnpackOption) error {
 	ctx, cancel := bounded(ctx, opt.Timeout)
 	defer cancel()

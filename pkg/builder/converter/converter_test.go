@@ -161,15 +161,14 @@ func judge(t *testing.T, boot []byte, blobs [][]byte, ours bool) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		f, err := os.Open(filepath.Join(blobDir, b.ID))
-		if err != nil {
-			t.Fatal(err)
-		}
-		r, err := rafs.OpenBlob(f, b)
+		r, err := rafs.OpenBlobFrom(func(b rafs.Blob) (io.ReaderAt, error) {
+			data, err := os.ReadFile(filepath.Join(blobDir, b.ID))
+			return bytes.NewReader(data), err
+		}, b)
 		if err == nil {
 			err = img.ExpandBlob(t.Context(), i, r, device)
 		}
-		if err := errors.Join(err, f.Close(), device.Close()); err != nil {
+		if err := errors.Join(err, device.Close()); err != nil {
 			t.Fatal(err)
 		}
 		devices = append(devices, name)

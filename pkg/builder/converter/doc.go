@@ -18,6 +18,7 @@
 // github.com/containerd/nydus-snapshotter: internal/buildkit does that with BuildKit.
 //
 // Blobs that the real nydus-image has packed can be merged and unpacked, and the other way round.
-// RAFS v5 and v6. Limits: neither encryption nor references to the original layers (OCIRef). Options
-// that only a program needs (BuilderPath, WorkDir, Stream) are accepted and have no effect.
+// RAFS v5 and v6, and references to the original layers (OCIRef). Limit: no encryption. Options
+// that only a program needs (BuilderPath, Stream) are accepted and have no effect. Every other option works or is refused with
+// ErrUnsupported.
 package converter

@@ -27,7 +27,7 @@ func (brokenWriter) Write([]byte) (int, error) { return 0, errBroken }
 func TestErrors(t *testing.T) {
 	second := time.Nanosecond
 	for name, opt := range map[string]nydus.PackOption{
-		"version": {FsVersion: "7"}, "aligned": {FsVersion: "5", AlignedChunk: true}, "batch v5": {FsVersion: "5", BatchSize: "4096"}, "ref": {OCIRef: true}, "encrypt": {Encrypt: true}, "batch": {BatchSize: "12345"},
+		"version": {FsVersion: "7"}, "aligned": {FsVersion: "5", AlignedChunk: true}, "batch v5": {FsVersion: "5", BatchSize: "4096"}, "ref v5": {OCIRef: true, FsVersion: "5"}, "ref batch": {OCIRef: true, BatchSize: "4096"}, "ref dictionary": {OCIRef: true, ChunkDictPath: "/any"}, "encrypt": {Encrypt: true}, "batch": {BatchSize: "12345"},
 		"compressor": {Compressor: "brotli"}, "chunk size": {ChunkSize: "3000"}, "chunk sizes": {ChunkSize: "1MiB"}, "small": {ChunkSize: "512"},
 	} {
 		w, err := nydus.Pack(t.Context(), io.Discard, opt)

@@ -43,24 +43,69 @@ func LayerConvertFunc(opt PackOption) converter.ConvertFunc {
 	}
 }
 
-// packContent packs a layer of the store into the store.
+// packContent packs a layer of the store into the store, unless the store says that this was done.
 func packContent(ctx context.Context, cs content.Store, desc ocispec.Descriptor, opt PackOption) (_ *ocispec.Descriptor, err error) {
+	out, err := packedBefore(ctx, cs, desc)
+	if out == nil && err == nil {
+		out, err = packNew(ctx, cs, desc, opt)
+	}
+	if err == nil && opt.OCIRef {
+		out.Annotations[LayerAnnotationNydusRefLayer] = desc.Digest.String()
+	}
+	return out, err
+}
+
+// packedBefore returns the blob that a layer's label names, as those who keep a cache of blobs set it; nil when there is none.
+func packedBefore(ctx context.Context, cs content.Store, desc ocispec.Descriptor) (*ocispec.Descriptor, error) {
+	info, err := cs.Info(ctx, desc.Digest)
+	if err != nil {
+		return nil, err
+	}
+	target := digest.Digest(info.Labels[LayerAnnotationNydusTargetDigest])
+	if target.Validate() != nil {
+		return nil, nil
+	}
+	blob, err := cs.Info(ctx, target)
+	if err != nil {
+		return nil, fmt.Errorf("blob %s, which the label %s names: %w", target, LayerAnnotationNydusTargetDigest, err)
+	}
+	update := content.Info{Digest: target, Labels: map[string]string{labels.LabelUncompressed: target.String()}}
+	if _, err := cs.Update(ctx, update, "labels."+labels.LabelUncompressed); err != nil {
+		return nil, err
+	}
+	out := blobDescriptor(target, blob.Size)
+	return &out, nil
+}
+
+// blobDescriptor describes a Nydus blob.
+func blobDescriptor(id digest.Digest, size int64) ocispec.Descriptor {
+	return ocispec.Descriptor{
+		MediaType: MediaTypeNydusBlob, Digest: id, Size: size,
+		Annotations: map[string]string{LayerAnnotationUncompressed: id.String(), LayerAnnotationNydusBlob: "true"},
+	}
+}
+
+func packNew(ctx context.Context, cs content.Store, desc ocispec.Descriptor, opt PackOption) (_ *ocispec.Descriptor, err error) {
 	ra, err := cs.ReaderAt(ctx, desc)
 	if err != nil {
 		return nil, err
 	}
 	defer func() { err = errors.Join(err, ra.Close()) }()
-	plain, err := compression.DecompressStream(content.NewReader(ra))
-	if err != nil {
-		return nil, err
+	src := content.NewReader(ra)
+	if !opt.OCIRef {
+		plain, err := compression.DecompressStream(src)
+		if err != nil {
+			return nil, err
+		}
+		defer plain.Close()
+		src = plain
 	}
-	defer plain.Close()
 	return writeContent(ctx, cs, "headstart-pack-"+desc.Digest.String(), func(w io.Writer) error {
 		tw, err := Pack(ctx, w, opt)
 		if err != nil {
 			return err
 		}
-		_, err = io.Copy(tw, plain)
+		_, err = io.Copy(tw, src)
 		// The packer knows better than the pipe why it stopped.
 		if cerr := tw.Close(); cerr != nil {
 			return cerr
@@ -90,10 +135,8 @@ func writeContent(ctx context.Context, cs content.Store, ref string, write func(
 	if err := w.Commit(ctx, counted.n, id, label); err != nil && !errdefs.IsAlreadyExists(err) {
 		return nil, err
 	}
-	return &ocispec.Descriptor{
-		MediaType: MediaTypeNydusBlob, Digest: id, Size: counted.n,
-		Annotations: map[string]string{LayerAnnotationUncompressed: id.String(), LayerAnnotationNydusBlob: "true"},
-	}, nil
+	out := blobDescriptor(id, counted.n)
+	return &out, nil
 }
 
 // counter counts what it passes on.
@@ -176,6 +219,9 @@ func mergeManifest(ctx context.Context, cs content.Store, source, desc ocispec.D
 	gc["containerd.io/gc.ref.content.config"] = m.Config.Digest.String()
 	for i, l := range m.Layers {
 		gc[fmt.Sprintf("containerd.io/gc.ref.content.l.%d", i)] = l.Digest.String()
+		if ref := l.Annotations[LayerAnnotationNydusRefLayer]; ref != "" { // the manifest does not list it
+			gc[fmt.Sprintf("containerd.io/gc.ref.content.ref.%d", i)] = ref
+		}
 	}
 	return writeJSON(ctx, cs, m, desc, gc)
 }
@@ -228,7 +274,11 @@ func MergeLayers(ctx context.Context, cs content.Store, descs []ocispec.Descript
 			return nil, nil, fmt.Errorf("blob %s: %w", d.Digest, err)
 		}
 		defer func() { _ = ra.Close() }() // only read
-		layers = append(layers, Layer{Digest: d.Digest, ReaderAt: ra})
+		l := Layer{Digest: d.Digest, ReaderAt: ra}
+		if l.OriginalDigest, err = refOf(d, opt.OCIRef); err != nil {
+			return nil, nil, err
+		}
+		layers = append(layers, l)
 	}
 	version, err := layersVersion(layers)
 	if err != nil {
@@ -257,21 +307,51 @@ func MergeLayers(ctx context.Context, cs content.Store, descs []ocispec.Descript
 	if _, err := cs.Update(ctx, update, "labels."+labels.LabelUncompressed); err != nil {
 		return nil, nil, err
 	}
-	blobs := slices.Clone(descs)
-	for _, d := range used {
-		if slices.ContainsFunc(blobs, func(b ocispec.Descriptor) bool { return b.Digest == d }) {
-			continue
-		}
-		info, err := cs.Info(ctx, d)
-		if err != nil {
-			return nil, nil, fmt.Errorf("blob %s of the chunk dictionary: %w", d, err)
-		}
-		blobs = append(blobs, ocispec.Descriptor{
-			MediaType: MediaTypeNydusBlob, Digest: d, Size: info.Size,
-			Annotations: map[string]string{LayerAnnotationUncompressed: d.String(), LayerAnnotationNydusBlob: "true"},
-		})
+	blobs, err := withDict(ctx, cs, descs, used, layers, opt.Backend)
+	if err != nil {
+		return nil, nil, err
 	}
 	return boot, blobs, nil
+}
+
+// refOf returns the layer that a blob refers to: nil for one with chunks of its own, which is an error when there must be none.
+func refOf(d ocispec.Descriptor, must bool) (*digest.Digest, error) {
+	text, ok := d.Annotations[LayerAnnotationNydusRefLayer]
+	if !ok && !must {
+		return nil, nil
+	}
+	id, err := digest.Parse(text)
+	if err != nil {
+		return nil, fmt.Errorf("%w: OCIRef: annotation %s of blob %s is %q: %w", builder.ErrInvalid, LayerAnnotationNydusRefLayer, d.Digest, text, err)
+	}
+	return &id, nil
+}
+
+// withDict returns descs and behind them what else is used, the blobs of the chunk dictionary, but for layers that are referred to.
+func withDict(ctx context.Context, cs content.Store, descs []ocispec.Descriptor, used []digest.Digest, layers []Layer, backend Backend) ([]ocispec.Descriptor, error) {
+	blobs := slices.Clone(descs)
+	for _, id := range used {
+		if slices.ContainsFunc(blobs, func(b ocispec.Descriptor) bool { return b.Digest == id }) ||
+			slices.ContainsFunc(layers, func(l Layer) bool { return l.OriginalDigest != nil && *l.OriginalDigest == id }) {
+			continue
+		}
+		size, err := sizeOf(ctx, cs, id, backend)
+		if err != nil {
+			return nil, fmt.Errorf("blob %s of the chunk dictionary: %w", id, err)
+		}
+		blobs = append(blobs, blobDescriptor(id, size))
+	}
+	return blobs, nil
+}
+
+func sizeOf(ctx context.Context, cs content.Store, id digest.Digest, backend Backend) (int64, error) {
+	if b, ok := backend.(interface {
+		Size(blobDigest digest.Digest) (int64, error)
+	}); ok {
+		return b.Size(id)
+	}
+	info, err := cs.Info(ctx, id)
+	return info.Size, err
 }
 
 // chain names a list of layers.

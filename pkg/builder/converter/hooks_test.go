@@ -85,6 +85,12 @@ func encode(t testing.TB, v any) []byte {
 // putImage puts the fixture into a store, with docker's media types or OCI's, in an index.
 func putImage(t testing.TB, cs content.Store, docker bool, archs ...string) ocispec.Descriptor {
 	t.Helper()
+	return putLayers(t, cs, docker, false, archs...)
+}
+
+// putLayers is putImage with layers that are compressed or not.
+func putLayers(t testing.TB, cs content.Store, docker, compressed bool, archs ...string) ocispec.Descriptor {
+	t.Helper()
 	layerType, configType, manifestType, indexType := ocispec.MediaTypeImageLayer, ocispec.MediaTypeImageConfig, ocispec.MediaTypeImageManifest, ocispec.MediaTypeImageIndex
 	if docker {
 		layerType, configType, manifestType, indexType = images.MediaTypeDockerSchema2Layer, images.MediaTypeDockerSchema2Config, images.MediaTypeDockerSchema2Manifest, images.MediaTypeDockerSchema2ManifestList
@@ -93,9 +99,11 @@ func putImage(t testing.TB, cs content.Store, docker bool, archs ...string) ocis
 	config := ocispec.Image{RootFS: ocispec.RootFS{Type: "layers"}, Config: ocispec.ImageConfig{Entrypoint: []string{"/app/main"}}}
 	config.OS = "linux"
 	for _, l := range fixtureTars(t) {
-		d := put(t, cs, layerType, l)
-		layers = append(layers, d)
-		config.RootFS.DiffIDs = append(config.RootFS.DiffIDs, d.Digest)
+		config.RootFS.DiffIDs = append(config.RootFS.DiffIDs, digest.FromBytes(l))
+		if compressed {
+			layerType, l = ocispec.MediaTypeImageLayerGzip, gzipped(t, l)
+		}
+		layers = append(layers, put(t, cs, layerType, l))
 		config.History = append(config.History, ocispec.History{CreatedBy: "a layer"})
 	}
 	var entries []ocispec.Descriptor

@@ -18,7 +18,9 @@ const (
 	LayerAnnotationNydusBootstrap    = builder.AnnotationBootstrap
 	LayerAnnotationFSVersion         = builder.AnnotationFSVersion
 	LayerAnnotationNydusSourceDigest = builder.AnnotationSourceDigest
-	LayerAnnotationUncompressed      = "containerd.io/uncompressed" // a layer's diff ID, from LayerConvertFunc to ConvertHookFunc
+	LayerAnnotationNydusTargetDigest = "containerd.io/snapshot/nydus-target-digest" // label of a layer in a store: the blob that was made of it
+	LayerAnnotationNydusRefLayer     = "containerd.io/snapshot/nydus-ref"           // on a blob: the layer that its chunks are in
+	LayerAnnotationUncompressed      = "containerd.io/uncompressed"                 // a layer's diff ID, from LayerConvertFunc to ConvertHookFunc
 )
 
 // IsNydusBlob reports whether desc is marked as a blob of a Nydus image.
