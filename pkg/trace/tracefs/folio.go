@@ -88,11 +88,10 @@ func (w *Widener) Widen(f *os.File, spans []Span) ([]Span, error) {
 	out := make([]Span, 0, len(spans))
 	for _, s := range spans {
 		if s.First <= end {
-			first, _, err := w.folio(f, s.First, end)
-			if err != nil {
-				return nil, fmt.Errorf("look up folios: %w", err)
+			first, last, err := w.folio(f, s.First, end)
+			if to := min(s.Last, end); err == nil && last < to {
+				_, last, err = w.folio(f, to, end)
 			}
-			_, last, err := w.folio(f, min(s.Last, end), end)
 			if err != nil {
 				return nil, fmt.Errorf("look up folios: %w", err)
 			}
@@ -187,22 +186,49 @@ func (w *Widener) extent(entries []uint64, i uint64) (first, last uint64, err er
 		return i, i, nil
 	}
 	// The frames of a folio are adjacent and aligned as its pages are in the file.
-	below := min(i, frame)
-	flags := make([]uint64, below+uint64(len(entries))-i)
-	if err := readWords(w.flags, frame-below, flags); err != nil {
-		return i, i, err
-	}
 	mine := func(j uint64) bool { // page j of the mapping is the one frame of the folio that it must be
 		return entries[j]&pagemapPresent != 0 && entries[j]&pagemapFrame == frame-i+j
 	}
+	flags := frameFlags{file: w.flags}
 	first, last = i, i
-	for first > i-below && flags[first-(i-below)]&flagTail != 0 && mine(first-1) {
-		first--
+	for more := true; more && first > 0 && mine(first-1); {
+		if more, err = flags.tail(frame - i + first); err != nil {
+			return i, i, err
+		}
+		if more {
+			first--
+		}
 	}
-	for next := last + 1; next < uint64(len(entries)) && flags[next-(i-below)]&flagTail != 0 && mine(next); next++ {
-		last = next
+	for more := true; more && last+1 < uint64(len(entries)) && mine(last+1); {
+		if more, err = flags.tail(frame - i + last + 1); err != nil {
+			return i, i, err
+		}
+		if more {
+			last++
+		}
 	}
 	return first, last, nil
+}
+
+// frameFlags reads /proc/kpageflags, a few frames at a time: each takes the kernel a while, and most folios are small.
+type frameFlags struct {
+	file  *os.File
+	first uint64 // frame of words[0]
+	read  bool
+	words [16]uint64
+}
+
+// tail reports whether a frame is one of a folio, and not its first.
+func (f *frameFlags) tail(frame uint64) (bool, error) {
+	n := uint64(len(f.words))
+	if first := frame / n * n; !f.read || first != f.first {
+		clear(f.words[:]) // behind the last frame nothing is read
+		if err := readWords(f.file, first, f.words[:]); err != nil {
+			return false, err
+		}
+		f.first, f.read = first, true
+	}
+	return f.words[frame%n]&flagTail != 0, nil
 }
 
 // resident reports whether the one page b is in the page cache.
