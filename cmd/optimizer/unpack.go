@@ -69,7 +69,7 @@ func (o *unpackOptions) run(ctx context.Context, ref string, dir []string) (err 
 	defer d.Close()
 	total := unpack.Bytes(img.RAFS)
 	src := unpack.Source{
-		Image: img.RAFS, Read: chunks.Read,
+		Image: img.RAFS, Read: chunks.ReadInto,
 		Progress: func(done int64) { d.Update("unpack", done, total, done == total) },
 	}
 	if len(dir) > 0 {

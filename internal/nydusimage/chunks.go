@@ -36,6 +36,15 @@ func (c *Chunks) Read(ctx context.Context, chunk rafs.Chunk) ([]byte, error) {
 	return r.ReadChunk(ctx, chunk)
 }
 
+// ReadInto is [Chunks.Read] with memory that is used again.
+func (c *Chunks) ReadInto(ctx context.Context, chunk rafs.Chunk, buf *rafs.ChunkBuffer) error {
+	r, err := c.blob(ctx, int(chunk.Blob))
+	if err != nil {
+		return err
+	}
+	return r.ReadInto(ctx, chunk, buf)
+}
+
 // Blob returns the reader of the n-th blob of the image, valid until Close.
 func (c *Chunks) Blob(ctx context.Context, n int) (*rafs.BlobReader, error) { return c.blob(ctx, n) }
 

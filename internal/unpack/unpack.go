@@ -25,8 +25,9 @@ const maxDepth = 4096
 // Source is what is unpacked.
 type Source struct {
 	Image *rafs.Image
-	// Read returns the uncompressed, verified bytes of a chunk.
-	Read func(ctx context.Context, c rafs.Chunk) ([]byte, error)
+	// Read leaves the uncompressed, verified bytes of a chunk in buf.Raw. It is called from several goroutines
+	// at once, each with buffers of its own.
+	Read func(ctx context.Context, c rafs.Chunk, buf *rafs.ChunkBuffer) error
 	// Progress, when set, is told how many bytes of file data are written.
 	Progress func(done int64)
 }

@@ -47,7 +47,7 @@ func variant(t *testing.T, name string) (*nydusimage.Image, unpack.Source) {
 			t.Error(err)
 		}
 	})
-	return img, unpack.Source{Image: img.RAFS, Read: chunks.Read}
+	return img, unpack.Source{Image: img.RAFS, Read: chunks.ReadInto}
 }
 
 var variants = []string{"v6-zstd", "v6-lz4_block", "v6-zstd-sha256-64k", "v6-zstd-batch"}
@@ -98,8 +98,9 @@ func dirOf(entries ...rafs.Dirent) *rafs.Inode {
 func source(root *rafs.Inode) unpack.Source {
 	return unpack.Source{
 		Image: &rafs.Image{Root: root},
-		Read: func(_ context.Context, c rafs.Chunk) ([]byte, error) {
-			return bytes.Repeat([]byte{'x'}, int(c.UncompressedSize)), nil
+		Read: func(_ context.Context, c rafs.Chunk, buf *rafs.ChunkBuffer) error {
+			buf.Raw = bytes.Repeat([]byte{'x'}, int(c.UncompressedSize))
+			return nil
 		},
 	}
 }
@@ -182,7 +183,7 @@ func TestDirKeepsTheDirectory(t *testing.T) {
 	src := source(dirOf(
 		rafs.Dirent{Name: "d", Inode: dirOf(rafs.Dirent{Name: "f", Inode: &rafs.Inode{Mode: 0o100644, Size: 1, Chunks: []rafs.Chunk{{UncompressedSize: 1}}}})},
 	))
-	src.Read = func(context.Context, rafs.Chunk) ([]byte, error) { return nil, broken }
+	src.Read = func(context.Context, rafs.Chunk, *rafs.ChunkBuffer) error { return broken }
 	if err := unpack.Dir(t.Context(), src, dir); !errors.Is(err, broken) || err.Error() != "/d/f: broken chunk" {
 		t.Errorf("Dir = %v, want /d/f: %v", err, broken)
 	}

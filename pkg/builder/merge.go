@@ -315,7 +315,7 @@ func treeOf(root *rafs.Inode) (*tree, error) {
 // OpenLayer returns the tree of a packed layer, whiteouts being files in it, and what reads its
 // chunks, verified, safe for concurrent use. ErrUnsupported for a layer whose chunks are in another
 // blob too, a dictionary's.
-func OpenLayer(blob io.ReaderAt, size int64) (*rafs.Image, func(context.Context, rafs.Chunk) ([]byte, error), error) {
+func OpenLayer(blob io.ReaderAt, size int64) (*rafs.Image, func(context.Context, rafs.Chunk, *rafs.ChunkBuffer) error, error) {
 	boot, err := rafs.ReadInline(blob, size)
 	if err != nil {
 		return nil, nil, err
@@ -326,7 +326,7 @@ func OpenLayer(blob io.ReaderAt, size int64) (*rafs.Image, func(context.Context,
 	}
 	switch len(img.Blobs) {
 	case 0:
-		return img, func(context.Context, rafs.Chunk) ([]byte, error) { return nil, errors.New("a chunk of no blob") }, nil
+		return img, func(context.Context, rafs.Chunk, *rafs.ChunkBuffer) error { return errors.New("a chunk of no blob") }, nil
 	case 1:
 		if _, separate := img.Blobs[0].MetaBlob(); separate {
 			return nil, nil, fmt.Errorf("%w: the blob refers to layer sha256:%s and has no chunks itself; that layer is what it was packed from", ErrUnsupported, img.Blobs[0].ID)
@@ -335,7 +335,7 @@ func OpenLayer(blob io.ReaderAt, size int64) (*rafs.Image, func(context.Context,
 		if err != nil {
 			return nil, nil, err
 		}
-		return img, r.ReadChunk, nil
+		return img, r.ReadInto, nil
 	}
 	return nil, nil, fmt.Errorf("%w: chunks in %d blobs, this is one", ErrUnsupported, len(img.Blobs))
 }

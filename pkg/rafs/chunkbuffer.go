@@ -16,12 +16,12 @@ type ChunkBuffer struct {
 	raw, stored []byte // memory
 }
 
-// grown returns n bytes of what *p has, or of more.
+// grown returns n bytes of what *p has, or of more, with [decodeSlack] bytes behind them.
 func grown(p *[]byte, n int) []byte {
-	if cap(*p) < n {
-		*p = make([]byte, n)
+	if cap(*p) < n+decodeSlack {
+		*p = make([]byte, n+decodeSlack)
 	}
-	return (*p)[:n]
+	return (*p)[: n : n+decodeSlack]
 }
 
 // ReadInto is [BlobReader.ReadChunk] with memory that is used again, and with what is stored beside what it

@@ -5,7 +5,10 @@ import (
 	"context"
 	"errors"
 	"math/rand/v2"
+	"strings"
 	"testing"
+
+	"github.com/klauspost/compress/zstd"
 )
 
 // TestRuns reads chunks in runs, as Check does: each chunk once, whatever its place, and a
@@ -91,5 +94,42 @@ func TestRuns(t *testing.T) {
 	next, _ := b.nextRun(chunks[100:])
 	if err := rr.read(canceled, b, next, func(_ int, err error) error { return err }); !errors.Is(err, context.Canceled) {
 		t.Errorf("read with a context that ended = %v", err)
+	}
+}
+
+// TestDecodeExactly decodes frames that hold more or fewer bytes than are wanted, with and without their size in the
+// header: the slack that a decoder may write to makes none of them right, and bytes behind it stay what they are.
+func TestDecodeExactly(t *testing.T) {
+	t.Parallel()
+	text := []byte(strings.Repeat("headstart ", 4000))
+	encoder, err := zstd.NewWriter(nil, zstd.WithEncoderConcurrency(1))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, n := range []int{1, 9, 1000, 39000} {
+		for _, k := range []int{-1, 0, 1, decodeSlack - 1, decodeSlack, decodeSlack + 1, 900} {
+			var stream bytes.Buffer
+			encoder.Reset(&stream)
+			if _, err := encoder.Write(text[:n+k]); err != nil {
+				t.Fatal(err)
+			}
+			if err := encoder.Flush(); err != nil { // what is flushed has no size in its header
+				t.Fatal(err)
+			}
+			if err := encoder.Close(); err != nil {
+				t.Fatal(err)
+			}
+			for name, frame := range map[string][]byte{"sized": encoder.EncodeAll(text[:n+k], nil), "stream": stream.Bytes()} {
+				var d decoder
+				memory := bytes.Repeat([]byte{0xa5}, n+decodeSlack+64)
+				got, err := d.decodeTo(memory[:n:n+decodeSlack], CompressorZstd, frame)
+				if k == 0 && (err != nil || !bytes.Equal(got, text[:n])) || k != 0 && !errors.Is(err, ErrInvalid) {
+					t.Errorf("%s frame of %d bytes as %d: %d bytes, %v", name, n+k, n, len(got), err)
+				}
+				if behind := memory[n+decodeSlack:]; bytes.Count(behind, []byte{0xa5}) != len(behind) {
+					t.Errorf("%s frame of %d bytes as %d: wrote behind the slack", name, n+k, n)
+				}
+			}
+		}
 	}
 }
