@@ -93,7 +93,14 @@ func (o *unpackOptions) archive(ctx context.Context, src unpack.Source) error {
 	if o.output == "-" {
 		err = fill(o.out)
 	} else {
-		err = writeFile(o.output, fill)
+		err = writeFile(o.output, func(w io.Writer) error {
+			f, ok := w.(*os.File)
+			if !ok || !regular(f) {
+				return fill(w)
+			}
+			behind := atomicfile.NewBehind(f)
+			return errors.Join(fill(behind), behind.Close())
+		})
 	}
 	if err == nil && skipped > 0 {
 		o.warn("%d sockets were left out: tar archives have none", skipped)

@@ -1,6 +1,7 @@
 package atomicfile_test
 
 import (
+	"bytes"
 	"errors"
 	"io"
 	"os"
@@ -110,5 +111,31 @@ func TestSymlink(t *testing.T) {
 	}
 	if left, err := os.ReadDir(dir); err != nil || len(left) != 1 {
 		t.Errorf("left: %v, %v", left, err)
+	}
+}
+
+// What is written behind is what was written, whatever the sizes, and nothing runs on when it is closed.
+func TestBehind(t *testing.T) {
+	t.Parallel()
+	root, dir := openRoot(t)
+	want := make([]byte, 0, 40<<20)
+	err := atomicfile.Write(root, ".", "f", 0o600, func(w io.Writer) error {
+		f, ok := w.(*os.File)
+		if !ok {
+			t.Fatalf("Write gives a %T, want an *os.File", w)
+		}
+		b := atomicfile.NewBehind(f)
+		for i := range 30 {
+			p := bytes.Repeat([]byte{byte(i)}, i*100_000)
+			want = append(want, p...)
+			if n, err := b.Write(p); n != len(p) || err != nil {
+				t.Fatalf("Write(%d bytes) = %d, %v", len(p), n, err)
+			}
+		}
+		return errors.Join(b.Close(), b.Close())
+	})
+	got, rerr := os.ReadFile(filepath.Join(dir, "f"))
+	if err != nil || rerr != nil || !bytes.Equal(got, want) {
+		t.Errorf("holds %d bytes, want %d: %v, %v", len(got), len(want), err, rerr)
 	}
 }
