@@ -53,6 +53,7 @@ The file is sparse where the image has zeros. When it fails, nothing is left.`,
 }
 
 func (o *exportOptions) run(ctx context.Context, ref, file string) (err error) {
+	o.image.strict = true
 	img, err := o.image.open(ctx, ref)
 	if err != nil {
 		return err

@@ -18,6 +18,7 @@ type imageFlags struct {
 	bootstrap string
 	blobDir   string
 	tempDir   string
+	strict    bool // not a flag: the tree is going to be written out
 }
 
 func (f *imageFlags) addFlags(cmd *cobra.Command) {
@@ -45,9 +46,9 @@ func (f *imageFlags) image(cmd *cobra.Command, args []string) (ref string, rest 
 // open opens what the command line names.
 func (f *imageFlags) open(ctx context.Context, ref string) (*nydusimage.Image, error) {
 	if ref == "" {
-		return nydusimage.OpenFiles(f.bootstrap, f.blobDir)
+		return nydusimage.OpenFiles(f.bootstrap, f.blobDir, nydusimage.Options{Strict: f.strict})
 	}
-	return nydusimage.Open(ctx, ref, nydusimage.Options{Platform: f.platform, Remote: f.remote.options(), TempDir: f.tempDir})
+	return nydusimage.Open(ctx, ref, nydusimage.Options{Platform: f.platform, Remote: f.remote.options(), TempDir: f.tempDir, Strict: f.strict})
 }
 
 // isTerminal reports whether a stream is a terminal.

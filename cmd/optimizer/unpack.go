@@ -58,6 +58,7 @@ nothing is left.`,
 }
 
 func (o *unpackOptions) run(ctx context.Context, ref string, dir []string) (err error) {
+	o.image.strict = true
 	img, err := o.image.open(ctx, ref)
 	if err != nil {
 		return err

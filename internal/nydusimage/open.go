@@ -21,6 +21,8 @@ import (
 type Options struct {
 	Platform string // "os/arch[/variant]"; empty: this machine's
 	Remote   remote.Options
+	// Strict has the tree compared with itself as far as that goes: [rafs.OpenStrict].
+	Strict bool
 	// TempDir is where the bootstrap, and blobs of images that are no layout, are put while
 	// the Image is open; empty: os.TempDir. The files have no name: nothing stays behind.
 	TempDir string
@@ -83,7 +85,7 @@ func open(ctx context.Context, ref remote.Reference, src remote.Source, o Option
 	img.blobFile = func(ctx context.Context, id string) (*os.File, error) {
 		return img.fetchBlob(ctx, ref, id, o.TempDir)
 	}
-	img.RAFS, err = rafs.Open(file, size)
+	img.RAFS, err = o.read(file, size)
 	if err == nil {
 		err = errors.Join(doc.Check(img.blobIDs()), doc.checkDiffID(diffID))
 	}
@@ -94,8 +96,8 @@ func open(ctx context.Context, ref remote.Reference, src remote.Source, o Option
 }
 
 // OpenFiles opens loose files: a bare bootstrap and a directory with one file per blob,
-// named by its id. blobDir may be empty when no blob is going to be read.
-func OpenFiles(bootstrap, blobDir string) (*Image, error) {
+// named by its id. blobDir may be empty when no blob is going to be read. Of o, Strict alone counts.
+func OpenFiles(bootstrap, blobDir string, o Options) (*Image, error) {
 	f, err := os.Open(bootstrap)
 	if err != nil {
 		return nil, err
@@ -114,10 +116,17 @@ func OpenFiles(bootstrap, blobDir string) (*Image, error) {
 		}
 		return os.Open(filepath.Join(blobDir, id))
 	}
-	if img.RAFS, err = rafs.Open(f, img.size); err != nil {
+	if img.RAFS, err = o.read(f, img.size); err != nil {
 		return nil, errors.Join(fmt.Errorf("bootstrap %s: %w", bootstrap, err), f.Close())
 	}
 	return img, nil
+}
+
+func (o *Options) read(bootstrap io.ReaderAt, size int64) (*rafs.Image, error) {
+	if o.Strict {
+		return rafs.OpenStrict(bootstrap, size)
+	}
+	return rafs.Open(bootstrap, size)
 }
 
 // Close releases everything.

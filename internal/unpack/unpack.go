@@ -24,6 +24,7 @@ const maxDepth = 4096
 
 // Source is what is unpacked.
 type Source struct {
+	// Image is best opened by [rafs.OpenStrict]: what is damaged may be another tree otherwise.
 	Image *rafs.Image
 	// Read leaves the uncompressed, verified bytes of a chunk in buf.Raw. It is called from several goroutines
 	// at once, each with buffers of its own.

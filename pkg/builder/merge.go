@@ -320,7 +320,7 @@ func OpenLayer(blob io.ReaderAt, size int64) (*rafs.Image, func(context.Context,
 	if err != nil {
 		return nil, nil, err
 	}
-	img, err := rafs.Open(bytes.NewReader(boot), int64(len(boot)))
+	img, err := rafs.OpenStrict(bytes.NewReader(boot), int64(len(boot)))
 	if err != nil {
 		return nil, nil, fmt.Errorf("bootstrap of the blob: %w", err)
 	}

@@ -53,12 +53,21 @@ func openBootstrap(r io.ReaderAt, size int64) (bootstrapReader, error) {
 // ErrInvalid when bytes break the format: a table outside the file, a directory reached twice, names that
 // are not sorted, a chunk that is not in the chunk table, names of one file that disagree. ErrUnsupported for encryption
 // and for v5 files with holes. The digests of v5 inodes are not compared: see [Check]. Open does not keep r. Several calls may overlap.
-func Open(r io.ReaderAt, size int64) (*Image, error) {
+func Open(r io.ReaderAt, size int64) (*Image, error) { return open(r, size, faultList{limit: 1}) }
+
+// OpenStrict is [Open] for who writes the tree out: it compares link counts with the names found and, in v5
+// images, the digests of inodes too, so that it does not take a damaged directory or name for another file's. The
+// other metadata of a bootstrap have no redundancy: only a digest of the whole file, as a manifest has it, tells.
+// The differences are ErrInvalid and ErrDigest.
+func OpenStrict(r io.ReaderAt, size int64) (*Image, error) {
+	return open(r, size, faultList{limit: 1, links: true})
+}
+
+func open(r io.ReaderAt, size int64, faults faultList) (*Image, error) {
 	b, err := openBootstrap(r, size)
 	if err != nil {
 		return nil, fmt.Errorf("open bootstrap: %w", err)
 	}
-	faults := faultList{limit: 1}
 	img, _, err := b.load(&faults, nil)
 	if err != nil && !errors.Is(err, errTooManyFaults) {
 		faults.faults = append(faults.faults, err)
@@ -72,7 +81,7 @@ func Open(r io.ReaderAt, size int64) (*Image, error) {
 // faultList gathers faults up to a limit.
 type faultList struct {
 	limit  int
-	links  bool // compare link counts too
+	links  bool // compare link counts too, and digests of v5 inodes
 	faults []error
 }
 

@@ -267,7 +267,7 @@ func (l *v6Loader) keepChunk(c Chunk, i, offset uint64) error {
 	return nil
 }
 
-// checkLinks compares stored link counts with the names found; only Check asks for it.
+// checkLinks compares stored link counts with the names found; only Check and OpenStrict ask for it.
 func (l *v6Loader) checkLinks() error {
 	if !l.faults.links {
 		return nil
