@@ -46,7 +46,10 @@ func (f *imageFlags) image(cmd *cobra.Command, args []string) (ref string, rest 
 // open opens what the command line names.
 func (f *imageFlags) open(ctx context.Context, ref string) (*nydusimage.Image, error) {
 	if ref == "" {
-		return nydusimage.OpenFiles(f.bootstrap, f.blobDir, nydusimage.Options{Strict: f.strict})
+		if f.strict {
+			return nydusimage.OpenFilesStrict(f.bootstrap, f.blobDir)
+		}
+		return nydusimage.OpenFiles(f.bootstrap, f.blobDir)
 	}
 	return nydusimage.Open(ctx, ref, nydusimage.Options{Platform: f.platform, Remote: f.remote.options(), TempDir: f.tempDir, Strict: f.strict})
 }

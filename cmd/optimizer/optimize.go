@@ -228,7 +228,7 @@ func (o *optimizeOptions) runFiles(ctx context.Context, build builder.OptimizeOp
 		}
 	}
 	start := time.Now()
-	img, err := nydusimage.OpenFiles(o.image.bootstrap, o.image.blobDir, nydusimage.Options{})
+	img, err := nydusimage.OpenFiles(o.image.bootstrap, o.image.blobDir)
 	if err != nil {
 		return err
 	}

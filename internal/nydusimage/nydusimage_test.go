@@ -324,12 +324,12 @@ func TestOpenFilesErrors(t *testing.T) {
 		dir + "/absent": "no such file or directory",
 		file:            "bootstrap " + file + ": ",
 	} {
-		if img, err := nydusimage.OpenFiles(name, "", nydusimage.Options{}); img != nil || err == nil || !strings.Contains(err.Error(), want) {
+		if img, err := nydusimage.OpenFiles(name, ""); img != nil || err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("OpenFiles(%s) = %v, want an error with %s", name, err, want)
 		}
 	}
 	boot := filepath.Join(testenv.Fixtures(t), "nydus", "v6-zstd", "image.boot")
-	img, err := nydusimage.OpenFiles(boot, "", nydusimage.Options{})
+	img, err := nydusimage.OpenFiles(boot, "")
 	if err != nil {
 		t.Fatal(err)
 	}

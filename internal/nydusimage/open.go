@@ -96,8 +96,17 @@ func open(ctx context.Context, ref remote.Reference, src remote.Source, o Option
 }
 
 // OpenFiles opens loose files: a bare bootstrap and a directory with one file per blob,
-// named by its id. blobDir may be empty when no blob is going to be read. Of o, Strict alone counts.
-func OpenFiles(bootstrap, blobDir string, o Options) (*Image, error) {
+// named by its id. blobDir may be empty when no blob is going to be read.
+func OpenFiles(bootstrap, blobDir string) (*Image, error) {
+	return openFiles(bootstrap, blobDir, Options{})
+}
+
+// OpenFilesStrict is [OpenFiles] with [Options].Strict.
+func OpenFilesStrict(bootstrap, blobDir string) (*Image, error) {
+	return openFiles(bootstrap, blobDir, Options{Strict: true})
+}
+
+func openFiles(bootstrap, blobDir string, o Options) (*Image, error) {
 	f, err := os.Open(bootstrap)
 	if err != nil {
 		return nil, err
