@@ -95,6 +95,17 @@ func OpenTable(f *os.File) (*Table, error) {
 // File returns the descriptor to keep. It stays the Table's.
 func (t *Table) File() *os.File { return t.memory.File() }
 
+// Pending returns how many events are pending, in whichever process. It looks at every slot.
+func (t *Table) Pending() int {
+	n := 0
+	for i := range t.slots {
+		if _, ok := t.get(i); ok {
+			n++
+		}
+	}
+	return n
+}
+
 // Close unmaps the table. What others keep stays.
 func (t *Table) Close() error { return t.memory.Close() }
 
