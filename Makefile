@@ -42,6 +42,7 @@ test-race: ## under the race detector, which needs gcc
 
 lint: ## golangci-lint, see .golangci.yml
 	"$$($(TOOLS) path golangci-lint)" run $(PKG)
+	scripts/lint-buildkit "$$($(TOOLS) path golangci-lint)"
 
 fuzz: ## every fuzz target for FUZZTIME
 	scripts/fuzz $(FUZZTIME)

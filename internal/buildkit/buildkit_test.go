@@ -101,7 +101,11 @@ func TestBuildKit(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer done(context.WithoutCancel(ctx))
+	defer func() {
+		if err := done(context.WithoutCancel(ctx)); err != nil {
+			t.Error(err)
+		}
+	}()
 	var ref cache.ImmutableRef
 	for _, files := range []map[string]string{{"lower": "below", "gone": "gone", "big": string(bytes.Repeat([]byte("data "), 500_000))}, {"upper": "above", ".wh.gone": ""}} {
 		next, err := m.New(ctx, ref, nil)

@@ -4,11 +4,14 @@ package converter
 
 import "github.com/headstart-oci/headstart/pkg/builder/converter"
 
-// Types as they are called there.
 type (
-	Layer        = converter.Layer
-	PackOption   = converter.PackOption
-	MergeOption  = converter.MergeOption
+	// Layer is ours.
+	Layer = converter.Layer
+	// PackOption is ours.
+	PackOption = converter.PackOption
+	// MergeOption is ours.
+	MergeOption = converter.MergeOption
+	// UnpackOption is ours.
 	UnpackOption = converter.UnpackOption
 )
 
