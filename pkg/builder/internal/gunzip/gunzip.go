@@ -3,6 +3,11 @@
 // the time of the fastest library (see BenchmarkReader).
 //
 // Its memory is constant, about 320 KiB.
+//
+// Why this is not the decoder of pkg/rafs/internal/inflate too: that one stops at every deflate block, knows after each piece, to the bit,
+// what it was made from, hands out all that lies before a cut, and can begin inside a stream. This one runs over blocks, takes bits
+// it may not need, sees a cut one refill late, and notes matches; that is where its speed comes from: it takes 0.77 of inflate's CPU time
+// (100 MB of Go programs and sources, gzip level 6). Both are held against the standard library's decoder by fuzz tests.
 package gunzip
 
 import (

@@ -2,6 +2,9 @@
 // the bit, so that decompression can be taken up again there later. The decoders of the standard library and of
 // klauspost/compress do not tell, which is why there is one here; it is held against them by a fuzz test.
 //
+// It is not the decoder that reads layers which are converted whole, pkg/builder/internal/gunzip: that one is faster because it
+// keeps no such account; its package comment says more.
+//
 // A stop is the end of what one call of [Decoder.Next] gave. Where stops lie depends on the compressed bytes
 // only, not on how the input's Read cuts them.
 package inflate
