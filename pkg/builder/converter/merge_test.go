@@ -3,6 +3,7 @@ package converter_test
 import (
 	"bytes"
 	"errors"
+	"fmt"
 	"io"
 	"os"
 	"path/filepath"
@@ -224,4 +225,35 @@ func TestDeterministic(t *testing.T) {
 			}
 		}
 	}
+}
+
+// TestMergeMostBlobs: a merged image has 254 blobs at the most; layers of which nothing is left do not count. Blobs exist when
+// they are merged: unlike convert, which makes them, merge cannot join any.
+func TestMergeMostBlobs(t *testing.T) {
+	eachVersion(t, func(t *testing.T, version string) {
+		var blobs [][]byte
+		for i := range rafs.MaxBlobs + 1 {
+			blobs = append(blobs, pack(t, tarOf(t, fmt.Sprintf("f%d=%d", i, i)), nydus.PackOption{FsVersion: version, Workers: 1}))
+		}
+		boot, ids := merge(t, blobs[1:], nydus.MergeOption{})
+		if len(ids) != rafs.MaxBlobs {
+			t.Errorf("%d blobs, want %d", len(ids), rafs.MaxBlobs)
+		}
+		bootPath, blobDir := store(t, boot, blobs)
+		nydusImage(t, "check", "--bootstrap", bootPath, "--blob-dir", blobDir)
+
+		var layers []nydus.Layer
+		for _, b := range blobs {
+			layers = append(layers, layerOf(b))
+		}
+		var out bytes.Buffer
+		_, err := nydus.Merge(t.Context(), layers, &out, nydus.MergeOption{WithTar: true})
+		if want := "the image needs 255 blobs, the format counts 254"; !errors.Is(err, nydus.ErrUnsupported) || !strings.Contains(fmt.Sprint(err), want) || out.Len() > 0 {
+			t.Errorf("255 layers: %v and %d bytes, want %q and none", err, out.Len(), want)
+		}
+		hidden := append(blobs, pack(t, tarOf(t, ".wh.f7", ".wh.f8", "last=1"), nydus.PackOption{FsVersion: version}))
+		if _, ids := merge(t, hidden, nydus.MergeOption{}); len(ids) != rafs.MaxBlobs {
+			t.Errorf("256 layers, two of which are hidden: %d blobs, want %d", len(ids), rafs.MaxBlobs)
+		}
+	})
 }
