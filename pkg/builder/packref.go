@@ -95,7 +95,7 @@ func nameRef(img *rafs.Image, l PackedLayer) (refers bool, err error) {
 		if err != nil {
 			return false, err
 		}
-		b.MetaBlobDigest, b.MetaBlobSize = rafs.Digest(file), uint64(max(l.Size, 0)) //nolint:gosec // not negative
+		b.MetaBlobDigest, b.MetaBlobSize = rafs.Digest(file), uint64(max(l.Size, 0))
 		if l.Blob == nil {
 			continue
 		}

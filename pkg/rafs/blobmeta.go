@@ -132,7 +132,7 @@ func parseMeta(b Blob, table []byte, size uint64, header []byte) (*metaTable, er
 	if err != nil {
 		return nil, err
 	}
-	t := &metaTable{blob: b, size: uint32(b.metaRecordSize()), count: b.ChunkCount}
+	t := &metaTable{blob: b, size: uint32(b.metaRecordSize()), count: b.ChunkCount} //nolint:gosec // 16 or 24
 	need := uint64(t.count) * uint64(t.size)
 	if uint64(len(table)) < need {
 		return nil, invalid("blob.meta of "+short(b.ID), -1, "table length", len(table), need)

@@ -63,7 +63,7 @@ func packedBefore(ctx context.Context, cs content.Store, desc ocispec.Descriptor
 	}
 	target := digest.Digest(info.Labels[LayerAnnotationNydusTargetDigest])
 	if target.Validate() != nil {
-		return nil, nil
+		return nil, nil //nolint:nilerr // no label, or one that names nothing: the layer is packed
 	}
 	blob, err := cs.Info(ctx, target)
 	if err != nil {

@@ -189,8 +189,8 @@ func dropBootstrap(ctx context.Context, cs content.Store, desc ocispec.Descripto
 		}
 	}
 	// The last entry with a layer is the bootstrap's.
-	for i := len(history) - 1; i >= 0; i-- {
-		if !history[i].EmptyLayer {
+	for i, h := range slices.Backward(history) {
+		if !h.EmptyLayer {
 			history = slices.Delete(history, i, i+1)
 			break
 		}
