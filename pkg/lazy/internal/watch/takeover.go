@@ -56,7 +56,7 @@ func (w *Watcher) inherit() error {
 	w.table.clearInbox(len(inbox))
 	w.takenOver.Store(int64(len(w.inherited)))
 	for slot, i := range w.inherited {
-		if i.held, err = occupy(w.wake, i.fd); err != nil {
+		if i.held, err = occupy(w.table.File().Fd(), i.fd); err != nil {
 			return err
 		}
 		w.inherited[slot] = i
@@ -65,8 +65,8 @@ func (w *Watcher) inherit() error {
 }
 
 // occupy takes the number fd, where it is free, with a copy of another descriptor.
-func occupy(other int, fd int32) (bool, error) {
-	got, err := unix.FcntlInt(uintptr(other), unix.F_DUPFD_CLOEXEC, int(fd))
+func occupy(other uintptr, fd int32) (bool, error) {
+	got, err := unix.FcntlInt(other, unix.F_DUPFD_CLOEXEC, int(fd))
 	if errors.Is(err, unix.EINVAL) {
 		return false, nil // above this process' limit
 	}

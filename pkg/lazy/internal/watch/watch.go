@@ -88,13 +88,16 @@ func New(c Config) (*Watcher, error) {
 		return nil, fmt.Errorf("watch: %w", err)
 	}
 	w.limit = max(1, min(w.table.slots, int(min(limit.Cur, 1<<20))-reserve)) //nolint:gosec // bounded
-	fd, err := unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK)
-	if err != nil {
-		return nil, fmt.Errorf("watch: %w", err)
+	// Before anything else takes one of the numbers.
+	err := w.inherit()
+	if err == nil {
+		w.wake, err = unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK)
 	}
-	w.wake = fd
-	if err := w.inherit(); err != nil {
-		return nil, errors.Join(fmt.Errorf("watch: %w", err), w.Close())
+	if err != nil {
+		for slot, i := range w.inherited {
+			err = errors.Join(err, w.closeNumber(slot, i.event))
+		}
+		return nil, fmt.Errorf("watch: %w", err)
 	}
 	return w, nil
 }
