@@ -109,7 +109,8 @@ func encode(h header, body []byte) ([]byte, error) {
 	return append(out, body...), nil
 }
 
-// decode returns the header and the body of a file whose records have size bytes.
+// decode returns the header and the body of a file whose records have size bytes; errConflict
+// when it is sound and of another blob.
 func decode(p []byte, magic [8]byte, blob [32]byte, size int) (header, []byte, error) {
 	var h header
 	if len(p) < sizeHeader {
@@ -127,7 +128,7 @@ func decode(p []byte, magic [8]byte, blob [32]byte, size int) (header, []byte, e
 	case h.Sum != crc32.Checksum(p[:offHeaderSum], castagnoli):
 		return header{}, nil, fmt.Errorf("%w: header checksum %#x, want %#x", errCorrupt, h.Sum, crc32.Checksum(p[:offHeaderSum], castagnoli))
 	case h.Blob != blob:
-		return header{}, nil, fmt.Errorf("%w: file of another blob", errCorrupt)
+		return header{}, nil, fmt.Errorf("%w: file of another blob", errConflict)
 	case h.Size%BlockSize != 0 || h.Size/BlockSize > maxBlocks:
 		return header{}, nil, fmt.Errorf("%w: size %d", errCorrupt, h.Size)
 	case uint64(len(body)) != uint64(h.Records)*uint64(size):

@@ -329,14 +329,9 @@ func openData(dir *os.Root) (f *os.File, fresh bool, err error) {
 // those that it has with recs.
 func (b *Blob) loadTable(recs []chunkRecord, fresh, adopted bool) (old, all []chunkRecord, err error) {
 	size, old, err := readTable(b.dir, b.identity)
-	switch {
-	case fresh || adopted && errors.Is(err, errCorrupt):
+	if fresh || adopted && errors.Is(err, errCorrupt) {
 		// The bits of a kept file say what is there, whatever became of the table.
 		size, old, err = b.blob.UncompressedSize, nil, nil
-	case errors.Is(err, errCorrupt):
-		if other, oerr := blobOf(b.dir); oerr == nil && other != b.identity {
-			return nil, nil, errors.Join(errConflict, err)
-		}
 	}
 	if err != nil {
 		return nil, nil, err

@@ -102,8 +102,8 @@ func readReady(dir *os.Root, blob [32]byte, size uint64, length int64) ([]uint64
 		return nil, err
 	}
 	h, body, err := decode(p, magicReady, blob, 8)
-	if err != nil {
-		return nil, fmt.Errorf("ready: %w", err)
+	if err != nil { // also when it is another blob's: the chunk table says whose directory it is
+		return nil, fmt.Errorf("ready: %w: %w", errCorrupt, err)
 	}
 	words := make([]uint64, h.Records)
 	for i := range words {

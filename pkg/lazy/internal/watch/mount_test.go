@@ -9,6 +9,8 @@ import (
 	"sync/atomic"
 	"testing"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/headstart-oci/headstart/internal/nydusimage"
 	"github.com/headstart-oci/headstart/internal/testenv"
 	"github.com/headstart-oci/headstart/pkg/fanotify"
@@ -282,5 +284,77 @@ func TestNotReadyAfterAll(t *testing.T) {
 	dir := m.mount(t)
 	if p, err := os.ReadFile(filepath.Join(dir, firstFile(t, dir))); err == nil {
 		t.Errorf("read %d bytes that nobody fetched", len(p))
+	}
+}
+
+// TestFileSystems is the way of an image on the other file systems that have pre-content events.
+func TestFileSystems(t *testing.T) {
+	if testing.Short() {
+		t.Skip("ext4 is enough for -short")
+	}
+	for _, mkfs := range []string{"mkfs.xfs", "mkfs.btrfs"} {
+		t.Run(mkfs, func(t *testing.T) {
+			state := mountFS(t, mkfs)
+			needKernel(t, state)
+			group, table := newGroup(t), newTable(t, 0)
+			m := openImage(t, "v6-zstd", state, store.Options{})
+			w, stop := m.start(t, watch.Config{Group: group, Table: table})
+			dir := m.mount(t)
+			files := manyFiles(t, dir, 100)
+			if _, err := os.ReadFile(files[0]); err != nil {
+				t.Error(err)
+			}
+			// Its guards die, and a mount of it has nothing any more; a new one has it all.
+			stop()
+			if _, err := w.DenyAll(); err != nil {
+				t.Error(err)
+			}
+			must(t, errors.Join(m.store.Close(), group.Close()))
+			next := openImage(t, "v6-zstd", state, store.Options{})
+			for _, f := range files[1:] {
+				if p, err := os.ReadFile(f); !errors.Is(err, unix.EIO) {
+					t.Fatalf("%s: %d bytes, %v; want EIO", f, len(p), err)
+				}
+			}
+			group = newGroup(t)
+			w, _ = next.start(t, watch.Config{Group: group, Table: table})
+			compare(t, next.mount(t))
+			if s := w.Stats(); s.Events == 0 || s.Denied != 0 {
+				t.Errorf("stats = %+v", s)
+			}
+		})
+	}
+}
+
+// mountFS makes a file system of 400 MiB in a file and mounts it.
+func mountFS(t *testing.T, mkfs string) string {
+	t.Helper()
+	testenv.Root(t)
+	disk := filepath.Join(t.TempDir(), "disk")
+	must(t, errors.Join(os.WriteFile(disk, nil, 0o600), os.Truncate(disk, 400<<20)))
+	if out, err := exec.Command(testenv.Tool(t, mkfs), disk).CombinedOutput(); err != nil {
+		t.Fatalf("%s: %v\n%s", mkfs, err, out)
+	}
+	dir := t.TempDir()
+	if out, err := exec.Command("mount", "-o", "loop", disk, dir).CombinedOutput(); err != nil {
+		testenv.Kernel(t, "file systems of "+mkfs, errors.New(string(out)))
+	}
+	t.Cleanup(func() { must(t, testenv.Unmount(dir)) })
+	return dir
+}
+
+// TestTwoMounts holds that what one mount fetched is there for the next one of the same image.
+func TestTwoMounts(t *testing.T) {
+	state := t.TempDir()
+	needKernel(t, state)
+	group, table := newGroup(t), newTable(t, 0)
+	m := openImage(t, "v6-zstd", state, store.Options{})
+	w, _ := m.start(t, watch.Config{Group: group, Table: table})
+	first, second := m.mount(t), m.mount(t)
+	compare(t, first)
+	filled := m.filled.Load()
+	compare(t, second)
+	if got := m.filled.Load(); got != filled || w.Stats().Denied != 0 {
+		t.Errorf("the second mount fetched %d chunks; %+v", got-filled, w.Stats())
 	}
 }
