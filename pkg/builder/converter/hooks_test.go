@@ -8,6 +8,7 @@ import (
 	"errors"
 	"io"
 	"maps"
+	"strings"
 	"testing"
 
 	"github.com/containerd/containerd/v2/core/content"
@@ -256,6 +257,45 @@ func TestBackend(t *testing.T) {
 	}
 	if _, err := convertImage(t, cs, source, nydus.PackOption{Backend: s}, nydus.MergeOption{Backend: s}, false); !errors.Is(err, errBroken) {
 		t.Errorf("a broken storage: %v", err)
+	}
+}
+
+// sized is a backend that knows the blobs of a dictionary, as nydus-snapshotter's interface has it.
+type sized struct {
+	storage
+	sizes map[digest.Digest]int64
+}
+
+func (s *sized) Size(d digest.Digest) (int64, error) {
+	if n, ok := s.sizes[d]; ok {
+		return n, nil
+	}
+	return 0, errBroken
+}
+
+// TestBackendSize: blobs of a chunk dictionary that only the backend has.
+func TestBackendSize(t *testing.T) {
+	cs := newStore(t)
+	data := strings.Repeat("shared", 3000)
+	base := pack(t, tarOf(t, "a="+data), nydus.PackOption{})
+	boot, ids := merge(t, [][]byte{base}, nydus.MergeOption{})
+	dict, _ := store(t, boot, nil)
+	layer := put(t, cs, nydus.MediaTypeNydusBlob, pack(t, tarOf(t, "b="+data, "c=new"), nydus.PackOption{ChunkDictPath: dict}))
+	b := &sized{sizes: map[digest.Digest]int64{ids[0]: 12345}}
+	opt := nydus.MergeOption{ChunkDictPath: dict, Backend: b}
+	_, blobs, err := nydus.MergeLayers(t.Context(), cs, []ocispec.Descriptor{layer}, opt)
+	if err != nil || len(blobs) != 2 || blobs[1].Digest != ids[0] || blobs[1].Size != 12345 {
+		t.Errorf("blobs %+v, %v, want the dictionary's with 12345 bytes", blobs, err)
+	}
+	b.sizes = nil
+	if _, _, err := nydus.MergeLayers(t.Context(), cs, []ocispec.Descriptor{layer}, opt); !errors.Is(err, errBroken) {
+		t.Errorf("a blob that nobody has: %v", err)
+	}
+	opt.Encrypt = func(_ context.Context, _ content.Store, d ocispec.Descriptor) (ocispec.Descriptor, error) {
+		return d, nil
+	}
+	if _, _, err := nydus.MergeLayers(t.Context(), cs, []ocispec.Descriptor{layer}, opt); !errors.Is(err, nydus.ErrUnsupported) {
+		t.Errorf("Encrypt: %v, want ErrUnsupported", err)
 	}
 }
 

@@ -12,15 +12,22 @@ const (
 	ManifestConfigNydus       = "application/vnd.nydus.image.config.v1+json" // unknown to clients that are to leave the image alone
 	ManifestArtifactTypeNydus = "application/vnd.nydus.image.manifest.v1+json"
 	ManifestOSFeatureNydus    = "nydus.remoteimage.v1"
+	ManifestNydusCache        = "containerd.io/snapshot/nydus-cache" // on manifests that keep blobs for later conversions
 	BootstrapFileNameInLayer  = "image/image.boot"
 
-	LayerAnnotationNydusBlob         = builder.AnnotationBlob
-	LayerAnnotationNydusBootstrap    = builder.AnnotationBootstrap
-	LayerAnnotationFSVersion         = builder.AnnotationFSVersion
-	LayerAnnotationNydusSourceDigest = builder.AnnotationSourceDigest
-	LayerAnnotationNydusTargetDigest = "containerd.io/snapshot/nydus-target-digest" // label of a layer in a store: the blob that was made of it
-	LayerAnnotationNydusRefLayer     = "containerd.io/snapshot/nydus-ref"           // on a blob: the layer that its chunks are in
-	LayerAnnotationUncompressed      = "containerd.io/uncompressed"                 // a layer's diff ID, from LayerConvertFunc to ConvertHookFunc
+	LayerAnnotationNydusBlob             = builder.AnnotationBlob
+	LayerAnnotationNydusBootstrap        = builder.AnnotationBootstrap
+	LayerAnnotationFSVersion             = builder.AnnotationFSVersion
+	LayerAnnotationNydusSourceDigest     = builder.AnnotationSourceDigest
+	LayerAnnotationNydusTargetDigest     = "containerd.io/snapshot/nydus-target-digest" // label of a layer in a store: the blob that was made of it
+	LayerAnnotationNydusRefLayer         = "containerd.io/snapshot/nydus-ref"           // on a blob: the layer that its chunks are in
+	LayerAnnotationNydusBlobDigest       = "containerd.io/snapshot/nydus-blob-digest"
+	LayerAnnotationNydusBlobSize         = "containerd.io/snapshot/nydus-blob-size"
+	LayerAnnotationNydusSourceChainID    = "containerd.io/snapshot/nydus-source-chainid"
+	LayerAnnotationNydusEncryptedBlob    = "containerd.io/snapshot/nydus-encrypted-blob"
+	LayerAnnotationNydusReferenceBlobIDs = "containerd.io/snapshot/nydus-reference-blob-ids"
+
+	LayerAnnotationUncompressed = "containerd.io/uncompressed" // a layer's diff ID, from LayerConvertFunc to ConvertHookFunc
 )
 
 // IsNydusBlob reports whether desc is marked as a blob of a Nydus image.

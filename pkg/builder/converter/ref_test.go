@@ -3,13 +3,16 @@ package converter_test
 import (
 	"archive/tar"
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"io"
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/klauspost/compress/gzip"
@@ -202,6 +205,15 @@ func TestRefErrors(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	instant := time.Nanosecond
+	late := func() error {
+		w, err := nydus.Pack(t.Context(), io.Discard, nydus.PackOption{OCIRef: true, Timeout: &instant})
+		if err != nil {
+			return err
+		}
+		_, _ = w.Write(layer)
+		return w.Close()
+	}
 	flipped := bytes.Clone(layer)
 	flipped[len(flipped)-6] ^= 1
 	blob := pack(t, layer, nydus.PackOption{OCIRef: true})
@@ -222,6 +234,8 @@ func TestRefErrors(t *testing.T) {
 		"cut off":       {packing(layer[:len(layer)/2], io.Discard), builder.ErrInvalid, "cut off"},
 		"cut trailer":   {packing(layer[:len(layer)-3], io.Discard), builder.ErrInvalid, "cut off"},
 		"checksum":      {packing(flipped, io.Discard), builder.ErrInvalid, "checksum"},
+		"timeout":       {late(), context.DeadlineExceeded, ""},
+		"no directory":  {packingIn(t, "/dev/null/none"), syscall.ENOTDIR, ""},
 		"broken dest":   {packing(layer, brokenWriter{}), errBroken, ""},
 		"unpack":        {nydus.Unpack(t.Context(), reader(blob), io.Discard, nydus.UnpackOption{}), nydus.ErrUnsupported, digest.FromBytes(layer).String()},
 		"another layer": {merging(blob, &other, nydus.MergeOption{}), builder.ErrInvalid, other.String()},
@@ -233,6 +247,16 @@ func TestRefErrors(t *testing.T) {
 			t.Errorf("%s: %v, want %v and %q", name, c.got, c.want, c.text)
 		}
 	}
+}
+
+// packingIn packs with a work directory.
+func packingIn(t *testing.T, dir string) error {
+	t.Helper()
+	w, err := nydus.Pack(t.Context(), io.Discard, nydus.PackOption{OCIRef: true, WorkDir: dir})
+	if err != nil {
+		return err
+	}
+	return w.Close()
 }
 
 // TestContainerdConverterRef converts an image in a content store to one over its own layers, as acceleration-service does with
