@@ -57,6 +57,9 @@ func TestManyLayers(t *testing.T) {
 		"batches":    {src, builder.Options{Compressor: rafs.CompressorZstd, ChunkSize: testChunk, BatchSize: 4 * testChunk, VerifyData: true}},
 		"referred":   {refs, builder.Options{Compressor: rafs.CompressorZstd, ChunkSize: testChunk, OCIRef: true, List: listOf("/d/f000", "/d/g123"), VerifyData: true}},
 	} {
+		if raceEnabled && name != "prefetched" && name != "referred" {
+			continue
+		}
 		t.Run(name, func(t *testing.T) {
 			res := convert(t, c.src, c.o)
 			joined := 47
