@@ -13,6 +13,8 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/headstart-oci/headstart/internal/progress"
+	"github.com/headstart-oci/headstart/pkg/fanotify"
+	"github.com/headstart-oci/headstart/pkg/lazy"
 	"github.com/headstart-oci/headstart/pkg/rafs"
 	"github.com/headstart-oci/headstart/pkg/remote"
 )
@@ -102,7 +104,8 @@ Exit status: 0 done, 1 failed, 2 the command line was wrong.`,
 	root.SetErr(s.err)
 	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error { return usagef(cmd, "%w", err) })
 	root.PersistentFlags().BoolVarP(&g.quiet, "quiet", "q", false, "say nothing but errors and warnings")
-	root.AddCommand(newRecord(g), newConvert(g), newOptimize(g), newCheck(g), newInspect(g), newUnpack(g), newExport(g), newDiff(g), newMerge(g), newProfile(g), newVersion(g))
+	root.AddCommand(newRecord(g), newConvert(g), newOptimize(g), newCheck(g), newInspect(g), newUnpack(g), newExport(g), newDiff(g), newMerge(g), newProfile(g),
+		newMount(g), newUmount(g), newStatus(g), newLazyd(g), newVersion(g))
 	return root
 }
 
@@ -194,6 +197,10 @@ func hint(err error) string {
 		return "make room, or choose another place for temporary files by --temp-dir or TMPDIR"
 	case strings.Contains(err.Error(), "server gave HTTP response to HTTPS client"):
 		return "the registry speaks http: --plain-http, or a hosts.toml for it"
+	case errors.Is(err, lazy.ErrBusy):
+		return "end what uses it ('fuser -vm DIR' tells), or give --lazy"
+	case errors.Is(err, lazy.ErrUnsupported), errors.Is(err, fanotify.ErrUnsupported), errors.Is(err, lazy.ErrPermission):
+		return ""
 	case errors.Is(err, rafs.ErrUnsupported):
 		return "images whose blobs are encrypted or lie in a backend of their own cannot be read"
 	}

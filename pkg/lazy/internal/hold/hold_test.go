@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -254,5 +255,46 @@ func TestNames(t *testing.T) {
 	}
 	if err := link.Keep("two", os.Stderr); err == nil {
 		t.Error("Keep() after Done succeeded")
+	}
+}
+
+// Keeping a descriptor changes nothing about the file that others have, too.
+func TestKeepNonblocking(t *testing.T) {
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: filepath.Join(t.TempDir(), "s"), Net: "unix"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	link, _, err := hold.Join(hold.Options{Holder: []string{"a-holder", "a-holder"}, Daemon: []string{"none"}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	f, err := l.File()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(link.Keep("listener", f), f.Close()); err != nil {
+		t.Error(err)
+	}
+	accepted := make(chan error, 1)
+	go func() {
+		_, err := l.Accept()
+		accepted <- err
+	}()
+	time.Sleep(20 * time.Millisecond)
+	closed := make(chan error, 1)
+	go func() { closed <- l.Close() }()
+	select {
+	case err := <-closed:
+		if err != nil {
+			t.Error(err)
+		}
+	case <-time.After(10 * time.Second):
+		t.Fatal("Close hangs: the listener blocks")
+	}
+	if err := <-accepted; !errors.Is(err, net.ErrClosed) {
+		t.Errorf("Accept() = %v, want ErrClosed", err)
+	}
+	if err := link.Done(); err != nil {
+		t.Error(err)
 	}
 }

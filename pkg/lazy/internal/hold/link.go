@@ -5,9 +5,11 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net"
 	"os"
 	"os/exec"
+	"slices"
 	"sync"
 	"time"
 
@@ -91,11 +93,12 @@ func (l *Link) take(taken *Taken) (err error) {
 			return errors.Join(fmt.Errorf("take from the holder: %w", err), l.conn.Close())
 		}
 		for i, f := range files {
-			mine, err := dup(f)
-			if err != nil {
+			his, err1 := dup(f)
+			mine, err2 := dup(f)
+			if err := errors.Join(err1, err2, f.Close()); err != nil {
 				return errors.Join(err, l.conn.Close())
 			}
-			taken.Files[m.Names[i]], l.kept[m.Names[i]] = f, mine
+			taken.Files[m.Names[i]], l.kept[m.Names[i]] = his, mine
 		}
 		if m.Op == opEnd {
 			taken.Whole = m.Whole
@@ -104,13 +107,29 @@ func (l *Link) take(taken *Taken) (err error) {
 	}
 }
 
+// dup duplicates f to a number in the upper half of what this process may have: low ones may mean something to
+// a daemon that takes over from another, like the numbers of events that it read.
 func dup(f *os.File) (*os.File, error) {
-	fd, err := unix.FcntlInt(f.Fd(), unix.F_DUPFD_CLOEXEC, fdPeer+1)
+	var limit unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {
+		return nil, err
+	}
+	raw, err := f.SyscallConn() // f.Fd would make the file block, for everybody who has it
 	if err != nil {
+		return nil, err
+	}
+	var copied int
+	ctlErr := raw.Control(func(fd uintptr) {
+		copied, err = unix.FcntlInt(fd, unix.F_DUPFD_CLOEXEC, int(min(limit.Cur/2, maxBase))) //nolint:gosec // bounded
+	})
+	if err = errors.Join(err, ctlErr); err != nil {
 		return nil, fmt.Errorf("duplicate descriptor: %w", err)
 	}
-	return os.NewFile(uintptr(fd), f.Name()), nil
+	return os.NewFile(uintptr(copied), f.Name()), nil
 }
+
+// maxBase is the lowest number of duplicates where descriptors are plenty.
+const maxBase = 1 << 16
 
 func closeAll(files map[string]*os.File) error {
 	var errs []error
@@ -170,6 +189,13 @@ func (l *Link) Kept() int {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return len(l.kept)
+}
+
+// Names returns the names of the descriptors that the holder has, sorted.
+func (l *Link) Names() []string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return slices.Sorted(maps.Keys(l.kept))
 }
 
 // Holder returns the process of the holder.

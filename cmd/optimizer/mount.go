@@ -1,0 +1,147 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"runtime/debug"
+
+	"github.com/spf13/cobra"
+
+	"github.com/headstart-oci/headstart/pkg/lazy"
+)
+
+// lazyFlags say which daemon a command speaks to.
+type lazyFlags struct {
+	stateDir string
+	runDir   string
+}
+
+func (f *lazyFlags) addFlags(cmd *cobra.Command) {
+	fl := cmd.Flags()
+	fl.StringVar(&f.stateDir, "state-dir", lazy.DefaultStateDir, "what was fetched, and the daemon that has it; on ext4, XFS or btrfs")
+	fl.StringVar(&f.runDir, "run-dir", lazy.DefaultRunDir, "the daemon's socket and log")
+}
+
+func (f *lazyFlags) client() (*lazy.Client, error) {
+	return lazy.NewClient(lazy.ClientOptions{StateDir: f.stateDir, RunDir: f.runDir, Version: version(debug.ReadBuildInfo())})
+}
+
+type mountOptions struct {
+	*global
+	lazy       lazyFlags
+	remote     remoteFlags
+	platform   string
+	bootstrap  string
+	blobDir    string
+	background string
+	rate       string
+	readAhead  int
+	noPrefetch bool
+	wait       bool
+	output     string
+}
+
+func newMount(g *global) *cobra.Command {
+	o := &mountOptions{global: g}
+	cmd := &cobra.Command{
+		Use:   "mount IMAGE DIR",
+		Short: "Mount a Nydus image before its data is there",
+		Long: `mount puts the tree of a Nydus image (RAFS v6) at a directory, read-only, as soon as its
+bootstrap is there. The kernel reads it by itself (EROFS); what is read and not local yet is
+fetched first, and verified. The prefetch blob is fetched at once, the rest by --background.
+
+A daemon does that, which is started when there is none and ends when nothing is mounted; readers
+survive its death. Credentials are read from docker's config.json when they are needed, and kept nowhere.
+It takes root, Linux 6.14 and a state directory on ext4, XFS or btrfs.`,
+		Example: `  optimizer mount registry.example/nginx:optimized /mnt
+  optimizer mount oci:images:nginx-optimized /mnt --background full --rate 10MiB --wait
+  optimizer mount --bootstrap image.boot --blob-dir blobs /mnt
+  optimizer umount /mnt`,
+		Args: atMost(2, "an image and a directory"),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			ref, dir, err := o.arguments(cmd, args)
+			if err != nil {
+				return err
+			}
+			rate, err := parseSize(o.rate)
+			if err != nil {
+				return usagef(cmd, "--rate: %w", err)
+			}
+			return o.run(cmd.Context(), dir, lazy.Request{
+				Reference: ref, Bootstrap: o.bootstrap, BlobDir: o.blobDir, Platform: o.platform, Remote: o.lazyRemote(),
+				Background: o.background, Rate: int64(rate), NoPrefetch: o.noPrefetch, ReadAhead: o.kernelReadAhead(), //nolint:gosec // parseSize bounds it
+			})
+		},
+	}
+	o.lazy.addFlags(cmd)
+	o.remote.addFlags(cmd)
+	fl := cmd.Flags()
+	fl.StringVar(&o.platform, "platform", "", "OS/ARCH[/VARIANT] of an image for several (default this machine's)")
+	fl.StringVar(&o.bootstrap, "bootstrap", "", "mount this bare bootstrap file instead of an image")
+	fl.StringVar(&o.blobDir, "blob-dir", "", "directory of the bootstrap's blobs, each named by its id")
+	fl.StringVar(&o.background, "background", "idle", "what happens to data that nobody reads: none, idle (fetched while nobody waits), full")
+	fl.StringVar(&o.rate, "rate", "0", "how many bytes a second --background may fetch; 0: no limit")
+	fl.IntVar(&o.readAhead, "read-ahead", lazy.DefaultReadAhead, "KiB that the kernel reads ahead until all is local")
+	fl.BoolVar(&o.noPrefetch, "no-prefetch", false, "leave the prefetch blob and table alone")
+	fl.BoolVar(&o.wait, "wait", false, "return when all is local")
+	fl.StringVarP(&o.output, "output", "o", "text", "what standard output gets: text (nothing) or json")
+	return cmd
+}
+
+func (o *mountOptions) arguments(cmd *cobra.Command, args []string) (ref, dir string, err error) {
+	switch {
+	case o.output != "text" && o.output != "json":
+		return "", "", usagef(cmd, "--output: got %q, want text or json", o.output)
+	case o.background != "none" && o.background != "idle" && o.background != "full":
+		return "", "", usagef(cmd, "--background: got %q, want none, idle or full", o.background)
+	case o.wait && o.background == "none":
+		return "", "", usagef(cmd, "--wait would wait for ever with --background none")
+	case o.readAhead < 0:
+		return "", "", usagef(cmd, "--read-ahead: got %d, want KiB, 0 for none", o.readAhead)
+	case (o.bootstrap == "") != (o.blobDir == ""):
+		return "", "", usagef(cmd, "--bootstrap and --blob-dir go together")
+	case o.bootstrap != "" && len(args) == 1:
+		return "", args[0], nil
+	case o.bootstrap != "":
+		return "", "", usagef(cmd, "--bootstrap stands for an image: want a directory, got %d arguments", len(args))
+	case len(args) != 2:
+		return "", "", usagef(cmd, "want an image and a directory, got %d arguments", len(args))
+	}
+	return args[0], args[1], nil
+}
+
+func (o *mountOptions) kernelReadAhead() int {
+	if o.readAhead == 0 {
+		return -1 // 0 means the default there
+	}
+	return o.readAhead
+}
+
+func (o *mountOptions) lazyRemote() lazy.Remote {
+	r := o.remote.options()
+	return lazy.Remote{
+		PlainHTTP: r.PlainHTTP, HostsDir: r.HostsDir, DockerConfig: r.DockerConfig, ContainerdAddress: r.ContainerdAddress,
+		Namespace: r.Namespace, RegistryFallback: r.RegistryFallback, Retries: r.Retries, Stall: o.remote.stall,
+	}
+}
+
+func (o *mountOptions) run(ctx context.Context, dir string, r lazy.Request) error {
+	c, err := o.lazy.client()
+	if err != nil {
+		return err
+	}
+	m, err := c.Mount(ctx, dir, r)
+	if err != nil {
+		return err
+	}
+	o.note("%s is at %s", m.Reference, m.Dir)
+	if o.wait {
+		if m, err = c.Wait(ctx, m.Device); err != nil {
+			return fmt.Errorf("wait for %s, which stays mounted: %w", dir, err)
+		}
+	}
+	if o.output == "json" {
+		return printJSON(o.out, m)
+	}
+	return nil
+}

@@ -1,0 +1,83 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"text/tabwriter"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/headstart-oci/headstart/pkg/lazy"
+)
+
+type statusOptions struct {
+	*global
+	lazy   lazyFlags
+	output string
+}
+
+func newStatus(g *global) *cobra.Command {
+	o := &statusOptions{global: g}
+	cmd := &cobra.Command{
+		Use:   "status",
+		Short: "Show what is mounted, and how much of it is local",
+		Long: `status shows the mounts of a daemon: lazy (some of it is fetched when it is read), complete (all is local, and
+nothing is in the way of a read) or failed (it lost its daemon: what was not local cannot be read). Misses are chunks
+that somebody waited for although no list named them; waits are reads that found something missing.`,
+		Example: `  optimizer status
+  optimizer status -o json`,
+		Args: atMost(0, "none"),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if o.output != "text" && o.output != "json" {
+				return usagef(cmd, "--output: got %q, want text or json", o.output)
+			}
+			return o.run(cmd.Context())
+		},
+	}
+	o.lazy.addFlags(cmd)
+	cmd.Flags().StringVarP(&o.output, "output", "o", "text", "what standard output gets: text or json")
+	return cmd
+}
+
+func (o *statusOptions) run(ctx context.Context) error {
+	c, err := o.lazy.client()
+	if err != nil {
+		return err
+	}
+	s, err := c.Status(ctx, o.output == "json")
+	if errors.Is(err, lazy.ErrNoDaemon) {
+		s, err = lazy.Status{StateDir: o.lazy.stateDir, Mounts: []lazy.Mount{}}, nil
+	}
+	if err != nil {
+		return err
+	}
+	if o.output == "json" {
+		return printJSON(o.out, s)
+	}
+	if s.PID == 0 {
+		o.note("no daemon runs for %s: nothing is mounted", s.StateDir)
+		return nil
+	}
+	o.note("daemon %d, holder %d, state in %s", s.PID, s.Holder, s.StateDir)
+	w := tabwriter.NewWriter(o.out, 0, 0, 2, ' ', 0)
+	fmt.Fprintln(w, "DIR\tIMAGE\tSTATE\tLOCAL\tFETCHED\tREQUESTS\tMISSES\tWAITS\tWAITED")
+	for _, m := range s.Mounts {
+		requests := m.Stats.Demand.Requests + m.Stats.Prefetch.Requests + m.Stats.Background.Requests
+		fetched := m.Stats.Demand.Bytes + m.Stats.Prefetch.Bytes + m.Stats.Background.Bytes
+		fmt.Fprintf(w, "%s\t%s\t%s\t%.1f/%.1f MB\t%.1f MB\t%d\t%d\t%d\t%s\n", m.Dir, m.Reference, m.State,
+			mb(m.Local), mb(m.Total), mb(fetched), requests, m.Stats.Misses, m.Stats.Waits, m.Stats.Waited.Round(time.Millisecond))
+	}
+	if err := w.Flush(); err != nil {
+		return err
+	}
+	for _, m := range s.Mounts {
+		if m.Error != "" {
+			o.warn("%s: %s", m.Dir, m.Error)
+		}
+	}
+	return nil
+}
+
+func mb(n int64) float64 { return float64(n) / 1e6 }

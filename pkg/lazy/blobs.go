@@ -1,0 +1,185 @@
+package lazy
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"slices"
+	"sync"
+
+	"github.com/headstart-oci/headstart/pkg/lazy/internal/fill"
+	"github.com/headstart-oci/headstart/pkg/lazy/internal/store"
+	"github.com/headstart-oci/headstart/pkg/rafs"
+)
+
+// blob is a cache file that mounts use. All fields but st are guarded by daemon.blobMu; ensure copies fillings.
+type blob struct {
+	st   *store.Blob
+	refs int
+	// fillings are what fills it: one for each set of chunks that images use of the blob, mostly one.
+	fillings []*filling
+
+	syncMu  sync.Mutex // guards what follows, and st against the end while it is synced
+	closed  bool
+	settled bool // complete, durable, and without a mark
+}
+
+// sync makes the blob durable, unless it is closed, which has done so.
+func (b *blob) sync() error {
+	b.syncMu.Lock()
+	defer b.syncMu.Unlock()
+	if b.closed {
+		return nil
+	}
+	return b.st.Sync()
+}
+
+// filling fills one set of chunks.
+type filling struct {
+	chunks [sha256.Size]byte
+	fb     *fill.Blob
+	refs   int
+}
+
+// use is a mount's part in a blob.
+type use struct {
+	b   *blob
+	f   *filling
+	src fill.Source
+
+	watched bool
+}
+
+// chunkSet identifies what an image uses of a blob.
+func chunkSet(chunks []rafs.Chunk) (sum [sha256.Size]byte) {
+	h := sha256.New()
+	var rec [8 + 4 + len(rafs.Digest{})]byte
+	for i := range chunks {
+		binary.LittleEndian.PutUint64(rec[:], chunks[i].UncompressedOffset)
+		binary.LittleEndian.PutUint32(rec[8:], chunks[i].UncompressedSize)
+		copy(rec[12:], chunks[i].Digest[:])
+		_, _ = h.Write(rec[:]) // never fails
+	}
+	h.Sum(sum[:0])
+	return sum
+}
+
+// openBlob opens the cache file of blob n of img and has it watched. name is that of the file which
+// a mount has already, empty for a new mount.
+func (d *daemon) openBlob(img *rafs.Image, n int, src fill.Source, name string) (_ *use, err error) {
+	info, chunks := img.Blobs[n], img.BlobChunks(n)
+	d.blobMu.Lock()
+	defer d.blobMu.Unlock()
+	var st *store.Blob
+	if name == "" {
+		st, err = d.store.OpenBlob(info, chunks)
+	} else {
+		st, err = d.store.Adopt(name, info, chunks)
+	}
+	if err != nil {
+		return nil, err
+	}
+	b := d.blobs[st.Name()]
+	if b == nil {
+		b = &blob{st: st}
+		d.blobs[st.Name()] = b
+	}
+	b.refs++
+	b.syncMu.Lock()
+	b.settled = false // this image may use more of it
+	b.syncMu.Unlock()
+	u := &use{b: b, src: src}
+	if err := d.attachSource(u, info, chunks); err != nil {
+		return nil, errors.Join(err, d.closeUse(u))
+	}
+	if err := d.guard(b); err != nil {
+		return nil, errors.Join(err, d.closeUse(u))
+	}
+	if err := d.watch.Add(b.st); err != nil {
+		return nil, errors.Join(err, d.closeUse(u))
+	}
+	u.watched = true
+	return u, nil
+}
+
+// attachSource finds or makes what fills the chunks. The caller holds blobMu.
+func (d *daemon) attachSource(u *use, info rafs.Blob, chunks []rafs.Chunk) error {
+	set := chunkSet(chunks)
+	for _, f := range u.b.fillings {
+		if f.chunks == set {
+			f.refs++
+			f.fb.AddSource(u.src)
+			u.f = f
+			return nil
+		}
+	}
+	fb, err := d.fill.Open(u.b.st, u.src, info, chunks)
+	if err != nil {
+		return err
+	}
+	u.f = &filling{chunks: set, fb: fb, refs: 1}
+	u.b.fillings = append(u.b.fillings, u.f)
+	return nil
+}
+
+// guard keeps the descriptors of a blob. The caller holds blobMu.
+func (d *daemon) guard(b *blob) error {
+	name, kept := b.st.Name(), b.st.Descriptors()
+	if err := errors.Join(d.link.Keep(keptData+name, kept.Data), d.link.Keep(keptBits+name, kept.Bits)); err != nil {
+		return err
+	}
+	return nil
+}
+
+// ensure gets what a reader of st waits for.
+func (d *daemon) ensure(ctx context.Context, st *store.Blob, off, n int64) error {
+	d.blobMu.Lock()
+	var fillings []*filling
+	if b := d.blobs[st.Name()]; b != nil {
+		fillings = slices.Clone(b.fillings)
+	}
+	d.blobMu.Unlock()
+	for _, f := range fillings {
+		if err := f.fb.Ensure(ctx, off, n); err != nil && !errors.Is(err, fill.ErrRange) {
+			return err
+		}
+	}
+	if !st.ReadyRange(off, n) {
+		return fmt.Errorf("blob %s: no mount has a source of all chunks in %d bytes at %d", st.Name(), n, off)
+	}
+	return nil
+}
+
+// closeUse gives a mount's part in a blob back. The last one closes the blob; no mount has it then. The caller holds blobMu.
+func (d *daemon) closeUse(u *use) error {
+	var errs []error
+	if u.f != nil {
+		u.f.refs--
+		if u.f.refs > 0 {
+			u.f.fb.RemoveSource(u.src)
+		} else {
+			u.f.fb.Close()
+			for i, f := range u.b.fillings {
+				if f == u.f {
+					u.b.fillings = append(u.b.fillings[:i:i], u.b.fillings[i+1:]...)
+					break
+				}
+			}
+		}
+	}
+	if u.watched {
+		errs = append(errs, d.watch.Remove(u.b.st))
+	}
+	u.b.refs--
+	if u.b.refs == 0 {
+		name := u.b.st.Name()
+		errs = append(errs, d.link.Drop(keptData+name, keptBits+name))
+		delete(d.blobs, name)
+	}
+	u.b.syncMu.Lock()
+	defer u.b.syncMu.Unlock()
+	u.b.closed = u.b.refs == 0
+	return errors.Join(append(errs, u.b.st.Close())...)
+}

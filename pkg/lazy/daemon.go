@@ -1,0 +1,391 @@
+package lazy
+
+import (
+	"cmp"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"time"
+
+	"go.uber.org/zap"
+
+	"github.com/headstart-oci/headstart/pkg/fanotify"
+	"github.com/headstart-oci/headstart/pkg/lazy/internal/erofs"
+	"github.com/headstart-oci/headstart/pkg/lazy/internal/fill"
+	"github.com/headstart-oci/headstart/pkg/lazy/internal/hold"
+	"github.com/headstart-oci/headstart/pkg/lazy/internal/store"
+	"github.com/headstart-oci/headstart/pkg/lazy/internal/watch"
+)
+
+// DaemonOptions configures [RunDaemon].
+type DaemonOptions struct {
+	// StateDir and RunDir are those of [ClientOptions].
+	StateDir, RunDir string
+	// Idle is how long the daemon stays with nothing mounted; 0: 30 s.
+	Idle time.Duration
+	// Limit is how long a reader waits for a backend that is down; 0: 60 s.
+	Limit time.Duration
+	// Holder is the command line of this program that calls [RunHolder], Daemon that which calls
+	// RunDaemon with the same options. Both begin with the program's name.
+	Holder, Daemon []string
+	// Version is told to clients.
+	Version string
+	// Ready gets one line when the daemon listens, or why it does not, and is closed. A [Client] that
+	// starts a daemon gives it as standard output. nil: nobody asks.
+	Ready io.WriteCloser
+	Log   *zap.Logger // nil: nothing is logged
+}
+
+// RunHolder is the holder's process: see the package's comment. It is started by [RunDaemon] alone,
+// and returns when the daemon has ended for good.
+func RunHolder(ctx context.Context, log *zap.Logger) error { return hold.Run(ctx, log) }
+
+// Names of kept descriptors. Those of blobs are followed by [store.Blob.Name].
+const (
+	keptLock     = "lock"
+	keptListener = "listener"
+	keptGroup    = "group" // of events
+	keptTable    = "table" // of pending events
+	keptData     = "data/"
+	keptBits     = "bits/"
+)
+
+// daemon is a running daemon.
+type daemon struct {
+	o        DaemonOptions
+	log      *zap.Logger
+	link     *hold.Link
+	store    *store.Store
+	fill     *fill.Scheduler
+	group    *fanotify.Group
+	table    *watch.Table
+	watch    *watch.Watcher
+	listener *net.UnixListener
+	boot     string // the id of this boot
+
+	mu     sync.Mutex // guards what follows
+	mounts map[string]*mount
+	busy   int       // calls being answered
+	last   time.Time // when something was mounted last, or began to be
+
+	blobMu sync.Mutex // guards blobs and mount.uses; taken before mu
+	blobs  map[string]*blob
+
+	bootMu     sync.Mutex     // guards what follows
+	bootstraps map[string]int // users by digest
+
+	calls sync.WaitGroup
+	poke  chan struct{} // makes the janitor look at once
+}
+
+// RunDaemon answers the kernel and clients until nothing was mounted for a while, or ctx is done: then, with
+// something mounted, the holder starts another daemon, and readers wait for it.
+func RunDaemon(ctx context.Context, o DaemonOptions) error {
+	if o.Log == nil {
+		o.Log = zap.NewNop()
+	}
+	d := &daemon{
+		o: o, log: o.Log, mounts: map[string]*mount{}, blobs: map[string]*blob{}, bootstraps: map[string]int{}, last: time.Now(), poke: make(chan struct{}, 1),
+	}
+	d.o.Idle, d.o.Limit = cmp.Or(o.Idle, 30*time.Second), cmp.Or(o.Limit, time.Minute)
+	err := d.start(ctx)
+	if told := tellReady(o, err); err == nil {
+		err = told
+	}
+	if err != nil {
+		return errors.Join(err, d.close(len(d.mounts) == 0))
+	}
+	return d.run(ctx)
+}
+
+// tellReady tells who waits whether the daemon runs.
+func tellReady(o DaemonOptions, err error) error {
+	if o.Ready == nil {
+		return nil
+	}
+	a := answer{}
+	if err != nil {
+		a = failure(err)
+	}
+	a.Protocol, a.Version = Protocol, o.Version
+	b, err := json.Marshal(a)
+	if err == nil {
+		_, err = o.Ready.Write(append(b, '\n'))
+	}
+	// Nobody may listen any more, which is no reason to end.
+	if err = errors.Join(err, o.Ready.Close()); err != nil {
+		o.Log.Info("nobody waits for the daemon", zap.Error(err))
+	}
+	return nil
+}
+
+// start makes everything ready, with what an earlier daemon left, if there was one.
+func (d *daemon) start(ctx context.Context) (err error) {
+	if d.boot, err = bootID(); err != nil {
+		return err
+	}
+	if err := os.MkdirAll(d.o.StateDir, 0o700); err != nil {
+		return fmt.Errorf("state directory: %w", err)
+	}
+	link, taken, err := hold.Join(hold.Options{Holder: d.o.Holder, Daemon: d.o.Daemon, Log: d.log})
+	if err != nil {
+		return err
+	}
+	d.link = link
+	if taken.Restarted {
+		d.log.Warn("taking over from a daemon that ended", zap.Int("descriptors", len(taken.Files)), zap.Bool("whole", taken.Whole))
+	}
+	own := newHeld(taken.Files)
+	defer func() { err = errors.Join(err, own.close()) }()
+	// Before anything else is opened: numbers of descriptors belong to pending events.
+	guarded, err := d.startWatch(own)
+	if err != nil {
+		return err
+	}
+	if d.store, err = store.Open(d.o.StateDir, store.Options{Lock: own.take(keptLock), Kept: own.blobs(), Log: d.log}); err != nil {
+		return err
+	}
+	if err := d.link.Keep(keptLock, d.store.LockFile()); err != nil {
+		return err
+	}
+	if !guarded {
+		if err := errors.Join(erofs.Probe(d.o.StateDir), store.Probe(d.o.StateDir)); err != nil {
+			return fmt.Errorf("state directory %s: %w", d.o.StateDir, err)
+		}
+	}
+	d.fill = fill.New(fill.Options{Limit: d.o.Limit, Log: d.log})
+	d.recover(ctx, guarded)
+	return d.listen(own.take(keptListener))
+}
+
+// startWatch makes the group of events, or takes over the one that an earlier daemon left; guarded tells which.
+func (d *daemon) startWatch(own *held) (guarded bool, err error) {
+	var table *watch.Table
+	group, kept := own.take(keptGroup), own.take(keptTable)
+	if group != nil {
+		guarded = true
+		if d.group, err = fanotify.Adopt(group); err != nil {
+			return false, errors.Join(err, group.Close())
+		}
+	} else if d.group, err = fanotify.New(fanotify.Options{PreContent: true}); err != nil {
+		return false, err
+	}
+	if kept != nil && guarded {
+		if table, err = watch.OpenTable(kept); err != nil {
+			// What it knew is pending gets an error from the watcher's first look.
+			d.log.Error("pending events are lost: their readers get an error", zap.Error(err))
+		} else {
+			kept = nil
+		}
+	}
+	if kept != nil {
+		if err := kept.Close(); err != nil {
+			return false, err
+		}
+	}
+	if table == nil {
+		if table, err = watch.NewTable(0); err != nil {
+			return false, err
+		}
+	}
+	d.table = table
+	if !guarded {
+		if err := d.link.Keep(keptGroup, d.group.File()); err != nil {
+			return false, err
+		}
+	}
+	if err := d.link.Keep(keptTable, table.File()); err != nil {
+		return false, err
+	}
+	d.watch, err = watch.New(watch.Config{Group: d.group, Table: table, Ensure: d.ensure, Log: d.log})
+	return guarded, err
+}
+
+// bootID names this boot: backing devices of earlier ones mean nothing.
+func bootID() (string, error) {
+	b, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	return strings.TrimSpace(string(b)), err
+}
+
+// held are the descriptors of an earlier daemon until somebody takes them.
+type held struct{ files map[string]*os.File }
+
+func newHeld(files map[string]*os.File) *held { return &held{files} }
+
+// take hands out a descriptor; nil when there is none of this name.
+func (h *held) take(name string) *os.File {
+	f := h.files[name]
+	delete(h.files, name)
+	return f
+}
+
+// under hands out all descriptors whose names begin with prefix, by what follows.
+func (h *held) under(prefix string) map[string]*os.File {
+	found := map[string]*os.File{}
+	for name, f := range h.files {
+		if rest, ok := strings.CutPrefix(name, prefix); ok {
+			found[rest] = f
+			delete(h.files, name)
+		}
+	}
+	return found
+}
+
+// blobs hands out the pairs of blobs.
+func (h *held) blobs() map[string]store.Kept {
+	kept := map[string]store.Kept{}
+	bits := h.under(keptBits)
+	for name, data := range h.under(keptData) {
+		if b := bits[name]; b != nil {
+			kept[name] = store.Kept{Data: data, Bits: b}
+			delete(bits, name)
+		} else {
+			h.files[keptData+name] = data
+		}
+	}
+	for name, f := range bits {
+		h.files[keptBits+name] = f
+	}
+	return kept
+}
+
+func (h *held) close() error {
+	var errs []error
+	for _, f := range h.files {
+		errs = append(errs, f.Close())
+	}
+	return errors.Join(errs...)
+}
+
+// listen makes the socket, or takes the one that clients wait at already.
+func (d *daemon) listen(kept *os.File) error {
+	if kept != nil {
+		l, err := net.FileListener(kept)
+		if err = errors.Join(err, kept.Close()); err != nil {
+			return fmt.Errorf("listener: %w", err)
+		}
+		d.listener = l.(*net.UnixListener)
+		d.listener.SetUnlinkOnClose(false)
+		return nil
+	}
+	if err := os.MkdirAll(d.o.RunDir, 0o700); err != nil {
+		return fmt.Errorf("run directory: %w", err)
+	}
+	return throughDir(d.o.RunDir, socketName(d.o.StateDir), func(path string) error {
+		if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
+			return err
+		}
+		l, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
+		if err != nil {
+			return err
+		}
+		l.SetUnlinkOnClose(false)
+		d.listener = l
+		if err := os.Chmod(path, 0o600); err != nil {
+			return err
+		}
+		f, err := l.File()
+		if err != nil {
+			return err
+		}
+		return errors.Join(d.link.Keep(keptListener, f), f.Close())
+	})
+}
+
+// run serves until there is nothing to do.
+func (d *daemon) run(ctx context.Context) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	var watchErr error
+	d.calls.Go(func() {
+		defer cancel() // a daemon that cannot answer makes room for another
+		watchErr = d.watch.Run(ctx)
+	})
+	d.log.Info("lazy mounts are served", zap.String("state_dir", d.o.StateDir), zap.Int("pid", os.Getpid()), zap.Int("holder", d.link.Holder()))
+	d.calls.Go(func() { d.accept(ctx) })
+	d.calls.Go(func() { d.syncLoop(ctx) })
+	idle := d.janitor(ctx)
+	cancel()
+	if idle {
+		// Nobody must find a socket behind which nobody listens.
+		err := throughDir(d.o.RunDir, socketName(d.o.StateDir), os.Remove)
+		if err != nil && !errors.Is(err, os.ErrNotExist) {
+			d.log.Warn("remove the socket", zap.Error(err))
+		}
+	}
+	err := d.listener.Close()
+	d.calls.Wait()
+	d.mu.Lock()
+	idle = len(d.mounts) == 0 // a call may have been quicker, or ctx ended with nothing mounted
+	d.mu.Unlock()
+	return errors.Join(watchErr, err, d.close(idle))
+}
+
+// close gives everything back. done ends the holder too; else it starts another daemon when this process ends.
+func (d *daemon) close(done bool) error {
+	var errs []error
+	if d.listener != nil && done {
+		_ = throughDir(d.o.RunDir, socketName(d.o.StateDir), os.Remove)
+	}
+	if d.fill != nil {
+		d.fill.Close()
+	}
+	if d.watch != nil {
+		errs = append(errs, d.watch.Close())
+	}
+	if d.table != nil {
+		errs = append(errs, d.table.Close())
+	}
+	if d.group != nil {
+		errs = append(errs, d.group.Close())
+	}
+	if d.link != nil && !done {
+		errs = append(errs, d.link.Close())
+	}
+	if d.store != nil {
+		errs = append(errs, d.store.Close())
+	}
+	if d.link != nil && done {
+		errs = append(errs, d.link.Done())
+	}
+	return errors.Join(errs...)
+}
+
+// accept answers clients, each in a goroutine of its own.
+func (d *daemon) accept(ctx context.Context) {
+	for {
+		c, err := d.listener.AcceptUnix()
+		if err != nil {
+			if ctx.Err() == nil {
+				d.log.Error("accept", zap.Error(err))
+				select {
+				case <-ctx.Done():
+				case <-time.After(100 * time.Millisecond): // out of descriptors, for instance
+					continue
+				}
+			}
+			return
+		}
+		d.mu.Lock()
+		d.busy++
+		d.mu.Unlock()
+		d.calls.Go(func() {
+			d.serve(ctx, c)
+			d.mu.Lock()
+			d.busy--
+			d.mu.Unlock()
+		})
+	}
+}
+
+// logPath is where a client that starts a daemon puts what it says.
+func logPath(runDir, stateDir string) string {
+	return filepath.Join(runDir, strings.TrimSuffix(socketName(stateDir), ".sock")+".log")
+}

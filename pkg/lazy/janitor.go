@@ -1,0 +1,176 @@
+package lazy
+
+import (
+	"context"
+	"time"
+
+	"go.uber.org/zap"
+
+	"github.com/headstart-oci/headstart/pkg/lazy/internal/erofs"
+)
+
+const (
+	lookPause = time.Second // between two looks at superblocks: the kernel tells nobody when one ends
+	syncPause = 5 * time.Second
+)
+
+// look makes the janitor look at once.
+func (d *daemon) look() {
+	select {
+	case d.poke <- struct{}{}:
+	default:
+	}
+}
+
+// janitor ends mounts whose superblocks are gone and gets out of the way of complete ones, until ctx is
+// done. It returns true when nothing was mounted and nobody asked for anything for a while.
+func (d *daemon) janitor(ctx context.Context) (idle bool) {
+	tick := time.NewTicker(lookPause)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return false
+		case <-tick.C:
+		case <-d.poke:
+		}
+		d.sweep()
+		d.mu.Lock()
+		idle = len(d.mounts) == 0 && d.busy == 0 && time.Since(d.last) >= d.o.Idle
+		d.mu.Unlock()
+		if idle {
+			return true
+		}
+	}
+}
+
+// sweep looks at every mount once.
+func (d *daemon) sweep() {
+	d.mu.Lock()
+	mounts := make([]*mount, 0, len(d.mounts))
+	for _, m := range d.mounts {
+		mounts = append(mounts, m)
+	}
+	d.mu.Unlock()
+	if len(mounts) == 0 {
+		return
+	}
+	living, err := erofs.Living()
+	if err != nil {
+		d.log.Error("superblocks", zap.Error(err))
+		return
+	}
+	for _, m := range mounts {
+		switch {
+		case !living[m.rec.BDI]:
+			if err := d.end(m); err != nil {
+				d.log.Warn("end of a mount", zap.String("dir", m.rec.Dir), zap.Error(err))
+			}
+			d.log.Info("unmounted", zap.String("dir", m.rec.Dir), zap.String("bdi", m.rec.BDI))
+		case d.isComplete(m):
+			d.complete(m)
+		}
+	}
+}
+
+// isComplete reports whether everything of a mount became local. Blobs that did lose their mark.
+func (d *daemon) isComplete(m *mount) bool {
+	d.mu.Lock()
+	known := m.final != nil || m.failed != ""
+	d.mu.Unlock()
+	if known {
+		return false
+	}
+	complete := true
+	for _, b := range d.blobsOf(m) {
+		if !b.st.Complete() {
+			complete = false
+		} else if err := d.settle(b); err != nil {
+			d.log.Error("take a complete blob's mark away", zap.Error(err))
+			complete = false
+		}
+	}
+	return complete
+}
+
+// settle makes a complete blob durable and takes its mark away, once.
+func (d *daemon) settle(b *blob) error {
+	b.syncMu.Lock()
+	defer b.syncMu.Unlock()
+	if b.closed || b.settled {
+		return nil
+	}
+	done, err := d.watch.Settle(b.st)
+	b.settled = done
+	return err
+}
+
+// blobsOf returns the blobs of m, some of which may be closed at any time.
+func (d *daemon) blobsOf(m *mount) (blobs []*blob) {
+	d.blobMu.Lock()
+	defer d.blobMu.Unlock()
+	for _, u := range m.uses {
+		blobs = append(blobs, u.b)
+	}
+	return blobs
+}
+
+// complete makes what a mount has durable, says so in its record, and takes everything of ours out of its way.
+func (d *daemon) complete(m *mount) {
+	if !d.syncMount(m) {
+		return // it is not complete any more, or is tried again
+	}
+	final := d.describe(m, true)
+	d.mu.Lock()
+	m.rec.Complete, m.rec.Total = true, final.Total
+	d.mu.Unlock()
+	if err := d.store.PutMount(m.rec.ID, m.rec); err != nil {
+		d.log.Error("record of a mount", zap.String("dir", m.rec.Dir), zap.Error(err))
+		return
+	}
+	d.mu.Lock()
+	m.final = &final
+	m.finish()
+	d.mu.Unlock()
+	if err := d.release(m); err != nil {
+		d.log.Warn("release a complete mount", zap.String("dir", m.rec.Dir), zap.Error(err))
+	}
+	if err := erofs.SetReadAhead(m.rec.BDI, NormalReadAhead); err != nil {
+		d.log.Info("read-ahead of a complete mount", zap.String("bdi", m.rec.BDI), zap.Error(err))
+	}
+	d.log.Info("complete", zap.String("dir", m.rec.Dir), zap.Int64("bytes", final.Total))
+}
+
+// syncMount makes what the blobs of m have durable, and reports whether all of it is.
+func (d *daemon) syncMount(m *mount) bool {
+	ok := true
+	for _, b := range d.blobsOf(m) {
+		if err := b.sync(); err != nil {
+			d.log.Error("make a blob durable", zap.Error(err))
+			ok = false
+		}
+	}
+	return ok
+}
+
+// syncLoop makes what was fetched durable now and then, so that a machine that stops has most of it.
+func (d *daemon) syncLoop(ctx context.Context) {
+	tick := time.NewTicker(syncPause)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+		d.mu.Lock()
+		mounts := make([]*mount, 0, len(d.mounts))
+		for _, m := range d.mounts {
+			mounts = append(mounts, m)
+		}
+		d.mu.Unlock()
+		for _, m := range mounts {
+			d.syncMount(m)
+		}
+	}
+}

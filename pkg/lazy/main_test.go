@@ -1,0 +1,164 @@
+package lazy_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/headstart-oci/headstart/internal/testenv"
+	"github.com/headstart-oci/headstart/pkg/fanotify"
+	"github.com/headstart-oci/headstart/pkg/lazy"
+	"github.com/headstart-oci/headstart/pkg/lazy/internal/erofs"
+)
+
+func TestMain(m *testing.M) { testenv.Main(m) }
+
+// box is a state directory with a daemon, the real command's.
+type box struct {
+	t      testing.TB
+	client *lazy.Client
+	dir    string
+	state  string
+	run    string
+	binary string
+}
+
+// newBox returns a box whose daemon starts with the first mount, and sees to it that nothing
+// stays after the test.
+func newBox(t testing.TB) *box {
+	t.Helper()
+	testenv.Root(t)
+	dir := t.TempDir()
+	testenv.Kernel(t, "pre-content events", fanotify.Probe(fanotify.FeaturePreAccess))
+	testenv.Kernel(t, "EROFS mounts of plain files", erofs.Probe(dir))
+	b := &box{t: t, dir: dir, state: filepath.Join(dir, "state"), run: filepath.Join(dir, "run"), binary: testenv.Binary(t, "optimizer")}
+	b.client = b.clientOf(b.state, b.run)
+	t.Cleanup(b.end)
+	return b
+}
+
+func (b *box) clientOf(state, run string) *lazy.Client {
+	b.t.Helper()
+	c, err := lazy.NewClient(lazy.ClientOptions{
+		StateDir: state, RunDir: run, Version: "test",
+		Command: []string{b.binary, "lazyd", "--state-dir", state, "--run-dir", run, "--idle", "100ms", "--limit", "10s"},
+	})
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	return c
+}
+
+// end unmounts what is left and waits until the daemon has ended.
+func (b *box) end() {
+	ctx := context.Background()
+	s, err := b.client.Status(ctx, false)
+	for _, m := range s.Mounts {
+		// The test's mount; what it unmounted itself is gone.
+		if err := b.client.Unmount(ctx, m.Dir, true); err != nil {
+			b.t.Logf("clean up: %v", err)
+		}
+	}
+	for deadline := time.Now().Add(20 * time.Second); !errors.Is(err, lazy.ErrNoDaemon) && time.Now().Before(deadline); time.Sleep(20 * time.Millisecond) {
+		if now, e := b.client.Status(ctx, false); e == nil {
+			s, err = now, nil
+		} else {
+			err = e
+		}
+	}
+	if !errors.Is(err, lazy.ErrNoDaemon) {
+		b.t.Errorf("the daemon stays: %+v, %v", s, err)
+		_ = unix.Kill(s.Holder, unix.SIGKILL)
+		_ = unix.Kill(s.PID, unix.SIGKILL)
+	}
+	if logs, err := filepath.Glob(filepath.Join(b.run, "*.log")); err == nil && b.t.Failed() {
+		for _, name := range logs {
+			log, _ := os.ReadFile(name)
+			b.t.Logf("%s:\n%.6000s", filepath.Base(name), log)
+		}
+	}
+}
+
+// mountpoint makes a directory to mount at.
+func (b *box) mountpoint(name string) string {
+	b.t.Helper()
+	dir := filepath.Join(b.dir, name)
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		b.t.Fatal(err)
+	}
+	return dir
+}
+
+func (b *box) mount(dir string, r lazy.Request) lazy.Mount {
+	b.t.Helper()
+	m, err := b.client.Mount(b.t.Context(), dir, r)
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	return m
+}
+
+func (b *box) status() lazy.Status {
+	b.t.Helper()
+	s, err := b.client.Status(b.t.Context(), true)
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	return s
+}
+
+func (b *box) unmount(dir string) {
+	b.t.Helper()
+	if err := b.client.Unmount(b.t.Context(), dir, false); err != nil {
+		b.t.Fatal(err)
+	}
+}
+
+// layout is the zoo of the shared fixtures, as the real nydusify converted it.
+func layout(t testing.TB) lazy.Request {
+	return lazy.Request{Reference: "oci:" + filepath.Join(testenv.Fixtures(t), "oci", "nydus-v6"), Platform: "linux/amd64", Background: "none"}
+}
+
+// loose is a variant of it as loose files.
+func loose(t testing.TB, variant string) lazy.Request {
+	dir := filepath.Join(testenv.Fixtures(t), "nydus", variant)
+	return lazy.Request{Bootstrap: filepath.Join(dir, "image.boot"), BlobDir: filepath.Join(dir, "blobs"), Background: "none"}
+}
+
+// compare has the fixtures' own program compare a tree with what the images mean.
+func compare(t testing.TB, dir string) {
+	t.Helper()
+	if err := compareErr(t, dir); err != nil {
+		t.Error(err)
+	}
+}
+
+func compareErr(t testing.TB, dir string) error {
+	fixtures := testenv.Fixtures(t)
+	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
+	defer cancel()
+	out, err := exec.CommandContext(ctx, testenv.Tool(t, "python3"), filepath.Join(fixtures, "cmp_tree.py"), dir, filepath.Join(fixtures, "expected.json")).CombinedOutput()
+	if err != nil {
+		return fmt.Errorf("cmp_tree.py %s: %w\n%.2000s", dir, err, out)
+	}
+	return nil
+}
+
+// eventually waits until ok returns "", else fails with what it says.
+func eventually(t testing.TB, ok func() string) {
+	t.Helper()
+	said := ""
+	for deadline := time.Now().Add(20 * time.Second); time.Now().Before(deadline); time.Sleep(10 * time.Millisecond) {
+		if said = ok(); said == "" {
+			return
+		}
+	}
+	t.Error(said)
+}

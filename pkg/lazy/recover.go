@@ -1,0 +1,139 @@
+package lazy
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+
+	"go.uber.org/zap"
+
+	"github.com/headstart-oci/headstart/pkg/lazy/internal/backend"
+	"github.com/headstart-oci/headstart/pkg/lazy/internal/erofs"
+	"github.com/headstart-oci/headstart/pkg/lazy/internal/fill"
+)
+
+// recover takes over the mounts of earlier daemons, before the first event is read. guarded: their
+// descriptors were kept all the time.
+func (d *daemon) recover(ctx context.Context, guarded bool) {
+	stored, err := d.store.Mounts()
+	if err != nil {
+		d.log.Error("records of mounts", zap.Error(err))
+	}
+	living, err := erofs.Living()
+	if err != nil {
+		d.log.Error("superblocks", zap.Error(err))
+	}
+	unused := map[string]bool{}
+	for id, data := range stored {
+		var rec record
+		if err := json.Unmarshal(data, &rec); err != nil {
+			d.log.Error("record of a mount", zap.String("id", id), zap.Error(err))
+			continue
+		}
+		if rec.Boot != d.boot || !living[rec.BDI] {
+			if err := d.store.RemoveMount(id); err != nil {
+				d.log.Warn("remove a record", zap.String("id", id), zap.Error(err))
+			}
+			unused[rec.Bootstrap] = true
+			continue
+		}
+		m := &mount{rec: rec, dir: rec.Dir, over: make(chan struct{}), ended: make(chan struct{}), booted: true}
+		d.bootstraps[rec.Bootstrap]++
+		d.mounts[id] = m
+		d.recoverOne(ctx, m, guarded)
+	}
+	for sum := range unused {
+		if d.bootstraps[sum] > 0 {
+			continue
+		}
+		if err := d.store.RemoveBootstrap(sum); err != nil {
+			d.log.Warn("remove a bootstrap", zap.Error(err))
+		}
+	}
+	d.dropUnused()
+}
+
+// recoverOne makes a mount served again. What stands in the way makes it a failed mount: what is local
+// can be read, everything else is an error.
+func (d *daemon) recoverOne(ctx context.Context, m *mount, guarded bool) {
+	switch {
+	case m.rec.Complete:
+		m.final = &Mount{
+			ID: m.rec.ID, Reference: m.rec.Reference, Digest: m.rec.Origin.Digest.String(), Since: m.rec.Since, Device: m.rec.Device,
+			BDI: m.rec.BDI, Bootstrap: m.rec.Bootstrap, Blobs: len(m.rec.Blobs), Local: m.rec.Total, Total: m.rec.Total, Prefetched: true,
+		}
+		m.finish()
+		return
+	case !guarded:
+		d.fail(m, ErrFailed)
+		return
+	}
+	if err := d.adopt(ctx, m); err != nil {
+		d.fail(m, fmt.Errorf("%w: %w", ErrFailed, err))
+	}
+}
+
+func (d *daemon) fail(m *mount, err error) {
+	d.log.Error("mount cannot be filled any more; unmount it", zap.String("dir", m.dir), zap.String("reference", m.rec.Reference), zap.Error(err))
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	m.failed = err.Error()
+	m.finish()
+}
+
+// adopt opens the blobs of a mount that outlived its daemon.
+func (d *daemon) adopt(ctx context.Context, m *mount) error {
+	path, err := d.store.Bootstrap(m.rec.Bootstrap)
+	if err != nil {
+		return err
+	}
+	tree, err := readBootstrap(path)
+	if err != nil {
+		return fmt.Errorf("bootstrap %s: %w", path, err)
+	}
+	if len(tree.Blobs) != len(m.rec.Blobs) {
+		return fmt.Errorf("bootstrap %s has %d blobs, its mount %d", path, len(tree.Blobs), len(m.rec.Blobs))
+	}
+	source := func(n int) fill.Source { return m.src.Blob(n) }
+	if m.src, err = backend.Reopen(ctx, m.rec.Origin, d.backendOptions(&m.rec.Request)); err != nil {
+		// What is local stays readable; what is not gets this error.
+		d.log.Error("reopen an image", zap.String("reference", m.rec.Reference), zap.Error(err))
+		broken := brokenSource{err}
+		source = func(int) fill.Source { return broken }
+	}
+	for n := range tree.Blobs {
+		u, err := d.openBlob(tree, n, source(n), m.rec.Blobs[n])
+		if err != nil {
+			return err
+		}
+		m.uses = append(m.uses, u)
+	}
+	d.prefetch(m, tree)
+	return nil
+}
+
+// brokenSource is a place that cannot be reached and says why.
+type brokenSource struct{ err error }
+
+// Range implements fill.Source.
+func (s brokenSource) Range(context.Context, fill.Request) (io.ReadCloser, error) { return nil, s.err }
+
+// Retry implements fill.Source.
+func (s brokenSource) Retry(error) fill.Retry { return fill.Retry{} }
+
+// dropUnused tells the holder which descriptors no mount needs any more: an earlier daemon may have died between
+// two steps.
+func (d *daemon) dropUnused() {
+	var names []string
+	for _, name := range d.link.Names() {
+		for _, prefix := range []string{keptData, keptBits} {
+			if len(name) > len(prefix) && name[:len(prefix)] == prefix && d.blobs[name[len(prefix):]] == nil {
+				names = append(names, name)
+			}
+		}
+	}
+	if err := d.link.Drop(names...); err != nil {
+		d.log.Warn("drop descriptors", zap.Error(err))
+	}
+}
