@@ -80,6 +80,9 @@ type checked struct {
 }
 
 func (o *checkOptions) run(ctx context.Context, ref string) (err error) {
+	if o.replay == "" {
+		o.image.read = rafs.OpenTables // the tree is read once, by Check
+	}
 	img, err := o.image.open(ctx, ref)
 	if err != nil {
 		return err

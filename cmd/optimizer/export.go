@@ -53,7 +53,7 @@ The file is sparse where the image has zeros. When it fails, nothing is left.`,
 }
 
 func (o *exportOptions) run(ctx context.Context, ref, file string) (err error) {
-	o.image.strict = true
+	o.image.read = rafs.OpenStrict
 	img, err := o.image.open(ctx, ref)
 	if err != nil {
 		return err

@@ -9,6 +9,7 @@ import (
 	"golang.org/x/term"
 
 	"github.com/headstart-oci/headstart/internal/nydusimage"
+	"github.com/headstart-oci/headstart/pkg/rafs"
 )
 
 // imageFlags are the options of commands that read a Nydus image.
@@ -18,7 +19,8 @@ type imageFlags struct {
 	bootstrap string
 	blobDir   string
 	tempDir   string
-	strict    bool // not a flag: the tree is going to be written out
+	// read is no flag: how the bootstrap is read; nil: rafs.Open.
+	read func(bootstrap io.ReaderAt, size int64) (*rafs.Image, error)
 }
 
 func (f *imageFlags) addFlags(cmd *cobra.Command) {
@@ -46,12 +48,13 @@ func (f *imageFlags) image(cmd *cobra.Command, args []string) (ref string, rest 
 // open opens what the command line names.
 func (f *imageFlags) open(ctx context.Context, ref string) (*nydusimage.Image, error) {
 	if ref == "" {
-		if f.strict {
-			return nydusimage.OpenFilesStrict(f.bootstrap, f.blobDir)
+		read := f.read
+		if read == nil {
+			read = rafs.Open
 		}
-		return nydusimage.OpenFiles(f.bootstrap, f.blobDir)
+		return nydusimage.OpenFilesBy(read, f.bootstrap, f.blobDir)
 	}
-	return nydusimage.Open(ctx, ref, nydusimage.Options{Platform: f.platform, Remote: f.remote.options(), TempDir: f.tempDir, Strict: f.strict})
+	return nydusimage.Open(ctx, ref, nydusimage.Options{Platform: f.platform, Remote: f.remote.options(), TempDir: f.tempDir, Read: f.read})
 }
 
 // isTerminal reports whether a stream is a terminal.

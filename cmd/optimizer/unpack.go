@@ -12,6 +12,7 @@ import (
 
 	"github.com/headstart-oci/headstart/internal/atomicfile"
 	"github.com/headstart-oci/headstart/internal/unpack"
+	"github.com/headstart-oci/headstart/pkg/rafs"
 )
 
 type unpackOptions struct {
@@ -58,7 +59,7 @@ nothing is left.`,
 }
 
 func (o *unpackOptions) run(ctx context.Context, ref string, dir []string) (err error) {
-	o.image.strict = true
+	o.image.read = rafs.OpenStrict
 	img, err := o.image.open(ctx, ref)
 	if err != nil {
 		return err

@@ -21,8 +21,9 @@ import (
 type Options struct {
 	Platform string // "os/arch[/variant]"; empty: this machine's
 	Remote   remote.Options
-	// Strict has the tree compared with itself as far as that goes: [rafs.OpenStrict].
-	Strict bool
+	// Read reads the bootstrap; nil: [rafs.Open]. [rafs.OpenStrict] suits who writes the tree out, and
+	// [rafs.OpenTables] who does not want it: RAFS has none then.
+	Read func(bootstrap io.ReaderAt, size int64) (*rafs.Image, error)
 	// TempDir is where the bootstrap, and blobs of images that are no layout, are put while
 	// the Image is open; empty: os.TempDir. The files have no name: nothing stays behind.
 	TempDir string
@@ -85,7 +86,11 @@ func open(ctx context.Context, ref remote.Reference, src remote.Source, o Option
 	img.blobFile = func(ctx context.Context, id string) (*os.File, error) {
 		return img.fetchBlob(ctx, ref, id, o.TempDir)
 	}
-	img.RAFS, err = o.read(file, size)
+	read := o.Read
+	if read == nil {
+		read = rafs.Open
+	}
+	img.RAFS, err = read(file, size)
 	if err == nil {
 		err = errors.Join(doc.Check(img.blobIDs()), doc.checkDiffID(diffID))
 	}
@@ -98,15 +103,11 @@ func open(ctx context.Context, ref remote.Reference, src remote.Source, o Option
 // OpenFiles opens loose files: a bare bootstrap and a directory with one file per blob,
 // named by its id. blobDir may be empty when no blob is going to be read.
 func OpenFiles(bootstrap, blobDir string) (*Image, error) {
-	return openFiles(bootstrap, blobDir, Options{})
+	return OpenFilesBy(rafs.Open, bootstrap, blobDir)
 }
 
-// OpenFilesStrict is [OpenFiles] with [Options].Strict.
-func OpenFilesStrict(bootstrap, blobDir string) (*Image, error) {
-	return openFiles(bootstrap, blobDir, Options{Strict: true})
-}
-
-func openFiles(bootstrap, blobDir string, o Options) (*Image, error) {
+// OpenFilesBy is [OpenFiles] with [Options].Read.
+func OpenFilesBy(read func(bootstrap io.ReaderAt, size int64) (*rafs.Image, error), bootstrap, blobDir string) (*Image, error) {
 	f, err := os.Open(bootstrap)
 	if err != nil {
 		return nil, err
@@ -125,17 +126,10 @@ func openFiles(bootstrap, blobDir string, o Options) (*Image, error) {
 		}
 		return os.Open(filepath.Join(blobDir, id))
 	}
-	if img.RAFS, err = o.read(f, img.size); err != nil {
+	if img.RAFS, err = read(f, img.size); err != nil {
 		return nil, errors.Join(fmt.Errorf("bootstrap %s: %w", bootstrap, err), f.Close())
 	}
 	return img, nil
-}
-
-func (o *Options) read(bootstrap io.ReaderAt, size int64) (*rafs.Image, error) {
-	if o.Strict {
-		return rafs.OpenStrict(bootstrap, size)
-	}
-	return rafs.Open(bootstrap, size)
 }
 
 // Close releases everything.

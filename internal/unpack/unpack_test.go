@@ -37,7 +37,7 @@ func cmpTree(t *testing.T, dir string) {
 func variant(t *testing.T, name string) (*nydusimage.Image, unpack.Source) {
 	t.Helper()
 	dir := filepath.Join(testenv.Fixtures(t), "nydus", name)
-	img, err := nydusimage.OpenFilesStrict(filepath.Join(dir, "image.boot"), filepath.Join(dir, "blobs"))
+	img, err := nydusimage.OpenFilesBy(rafs.OpenStrict, filepath.Join(dir, "image.boot"), filepath.Join(dir, "blobs"))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -20,6 +20,8 @@ type bootstrapReader interface {
 	load(faults *faultList, tally *tally) (*Image, []Chunk, error)
 	// info describes the tables.
 	info() *Info
+	// bare returns an image with all but a tree and its prefetch table.
+	bare() *Image
 }
 
 // openBootstrap finds the version and reads the tables, without the tree.
@@ -61,6 +63,16 @@ func Open(r io.ReaderAt, size int64) (*Image, error) { return open(r, size, faul
 // The differences are ErrInvalid and ErrDigest.
 func OpenStrict(r io.ReaderAt, size int64) (*Image, error) {
 	return open(r, size, faultList{limit: 1, links: true})
+}
+
+// OpenTables is [Open] without the tree: Root and Prefetch are nil, and faults of the tree and of the chunk table are
+// not found. It is for who has the tree read by others, as [Check] does.
+func OpenTables(r io.ReaderAt, size int64) (*Image, error) {
+	b, err := openBootstrap(r, size)
+	if err != nil {
+		return nil, fmt.Errorf("open bootstrap: %w", err)
+	}
+	return b.bare(), nil
 }
 
 func open(r io.ReaderAt, size int64, faults faultList) (*Image, error) {

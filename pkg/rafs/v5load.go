@@ -43,16 +43,21 @@ type v5Dir struct {
 	path  *v6Path
 }
 
+// bare implements bootstrapReader.
+func (t *v5Tables) bare() *Image {
+	return &Image{
+		Version: V5, Blobs: slices.Clone(t.blobs), ChunkSize: t.super.ChunkSize,
+		Compressor: t.compressor(), Digester: t.digester(),
+	}
+}
+
 // load implements bootstrapReader.
 func (t *v5Tables) load(faults *faultList, tally *tally) (*Image, []Chunk, error) {
 	l := &v5Loader{
 		v5Tables: t, faults: faults, deep: faults.links, tally: tally, budget: t.src.size,
 		visited: newBitset(uint64(t.super.InodeTableEntries) + 1), // the table itself has 32 times that
 		links:   map[uint32]*v5Link{}, wanted: map[uint32]*Inode{}, lookup: map[uint32]uint32{},
-		img: &Image{
-			Version: V5, Blobs: slices.Clone(t.blobs), ChunkSize: t.super.ChunkSize,
-			Compressor: t.compressor(), Digester: t.digester(),
-		},
+		img: t.bare(),
 	}
 	err := l.run()
 	return l.img, l.chunks, err

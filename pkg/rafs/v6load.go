@@ -83,6 +83,11 @@ func (h *v6Head) layout() uint16 {
 // chunkID packs the place of a chunk: 8 bits of blob, 24 of index.
 func chunkID(blob uint16, index uint32) uint32 { return uint32(blob)<<24 | index }
 
+// bare implements bootstrapReader.
+func (t *v6Tables) bare() *Image {
+	return &Image{Version: V6, Blobs: t.blobs, ChunkSize: t.ext.ChunkSize, Compressor: t.compressor(), Digester: t.digester()}
+}
+
 // load implements bootstrapReader.
 func (t *v6Tables) load(faults *faultList, tally *tally) (*Image, []Chunk, error) {
 	l := newV6Loader(t, faults, tally, t.src.size > maxMetSize)
@@ -108,7 +113,7 @@ func newV6Loader(t *v6Tables, faults *faultList, counts *tally, keepAll bool) *v
 	}
 	l := &v6Loader{
 		v6Tables: t, faults: faults, tally: counts, inodes: map[uint64]v6Loaded{}, wanted: map[uint64]bool{}, keepAll: keepAll, budget: t.src.size,
-		img: &Image{Version: V6, Blobs: t.blobs, ChunkSize: t.ext.ChunkSize, Compressor: t.compressor(), Digester: t.digester()},
+		img: t.bare(),
 	}
 	if !keepAll {
 		l.met = newBitset(t.src.size/disk.NidSize + 1)
