@@ -26,6 +26,47 @@ const (
 	maxLayer = 8 << 30
 )
 
+// bootstrap is a bootstrap that is being fetched.
+type bootstrap struct {
+	cancel context.CancelFunc
+	done   chan struct{} // closed when what follows is there
+	file   *os.File
+	size   int64
+	diffID digest.Digest
+	err    error
+}
+
+// startBootstrap begins to fetch a bootstrap layer. Its wait or drop is called.
+func startBootstrap(ctx context.Context, src remote.Source, desc ocispec.Descriptor, tempDir string) *bootstrap {
+	b := &bootstrap{done: make(chan struct{})}
+	ctx, b.cancel = context.WithCancel(ctx)
+	go func() {
+		defer close(b.done)
+		b.file, b.size, b.diffID, b.err = fetchBootstrap(ctx, src, desc, tempDir)
+	}()
+	return b
+}
+
+// wait returns what [fetchBootstrap] did.
+func (b *bootstrap) wait() (*os.File, int64, digest.Digest, error) {
+	<-b.done
+	b.cancel()
+	return b.file, b.size, b.diffID, b.err
+}
+
+// drop ends the fetch; b may be nil.
+func (b *bootstrap) drop() error {
+	if b == nil {
+		return nil
+	}
+	b.cancel()
+	<-b.done
+	if b.file == nil {
+		return nil
+	}
+	return b.file.Close()
+}
+
 // fetchBootstrap unpacks the bootstrap of a layer into a file without a name and returns
 // it with its size and the digest of the layer's tar. Every byte of the layer is read, so
 // that its digest is verified.

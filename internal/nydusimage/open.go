@@ -66,19 +66,24 @@ func Open(ctx context.Context, ref string, o Options) (*Image, error) {
 }
 
 func open(ctx context.Context, ref remote.Reference, src remote.Source, o Options) (*Image, error) {
-	sel, err := remote.SelectNydus(ctx, src, o.Platform)
-	if err != nil {
-		return nil, err
-	}
-	if !Is(sel.Manifest) {
-		return nil, fmt.Errorf("%w: no layer says that it is a bootstrap or a blob: this is a plain container image", ErrInvalid)
+	var boot *bootstrap
+	sel, err := remote.SelectNydusEarly(ctx, src, o.Platform, func(m ocispec.Manifest) {
+		if last, err := (&Document{Manifest: m}).Bootstrap(); err == nil {
+			boot = startBootstrap(ctx, src, last, o.TempDir)
+		}
+	})
+	if err == nil && !Is(sel.Manifest) {
+		err = fmt.Errorf("%w: no layer says that it is a bootstrap or a blob: this is a plain container image", ErrInvalid)
 	}
 	doc := &Document{Manifest: sel.Manifest, Config: sel.Config}
-	last, err := doc.Bootstrap()
-	if err != nil {
-		return nil, err
+	var last ocispec.Descriptor
+	if err == nil {
+		last, err = doc.Bootstrap()
 	}
-	file, size, diffID, err := fetchBootstrap(ctx, src, last, o.TempDir)
+	if err != nil {
+		return nil, errors.Join(err, boot.drop())
+	}
+	file, size, diffID, err := boot.wait()
 	if err != nil {
 		return nil, fmt.Errorf("bootstrap layer %s: %w", last.Digest, err)
 	}

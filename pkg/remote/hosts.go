@@ -7,6 +7,7 @@ import (
 	"io"
 	"io/fs"
 	"net/http"
+	"net/url"
 	"os"
 	"path/filepath"
 	"sync/atomic"
@@ -51,12 +52,16 @@ func registryHosts(ctx context.Context, host string, o settings) ([]docker.Regis
 			return nil, err
 		}
 	}
+	proxy, err := proxyURL(o.Proxy)
+	if err != nil {
+		return nil, err
+	}
 	clear := new(atomic.Bool)
 	clear.Store(o.PlainHTTP)
 	ho := config.HostOptions{
 		HostDir:      find,
 		Credentials:  credentialsFunc(ctx, o),
-		UpdateClient: clientUpdater(o, clear),
+		UpdateClient: clientUpdater(o, clear, proxy),
 	}
 	if o.PlainHTTP {
 		ho.DefaultScheme = "http"
@@ -75,6 +80,18 @@ func registryHosts(ctx context.Context, host string, o settings) ([]docker.Regis
 		}
 	}
 	return hosts, nil
+}
+
+// proxyURL reads [Options].Proxy.
+func proxyURL(s string) (*url.URL, error) {
+	if s == "" {
+		return nil, nil //nolint:nilnil // none is no error
+	}
+	u, err := url.Parse(s)
+	if err != nil || u.Host == "" || u.Scheme != "http" && u.Scheme != "https" && u.Scheme != "socks5" {
+		return nil, fmt.Errorf("%w: proxy %.200q: want http://HOST:PORT", ErrInvalid, s)
+	}
+	return u, nil
 }
 
 // oneByOne lets one goroutine at a time use the library's authorizer, which hosts share: it
@@ -122,7 +139,7 @@ func checkHostsFile(file string) error {
 }
 
 // clientUpdater puts our round tripper around the library's transport, once for each client.
-func clientUpdater(o settings, clear *atomic.Bool) config.UpdateClientFunc {
+func clientUpdater(o settings, clear *atomic.Bool, proxy *url.URL) config.UpdateClientFunc {
 	first := true
 	return func(c *http.Client) error {
 		tr, ok := c.Transport.(*http.Transport)
@@ -136,6 +153,9 @@ func clientUpdater(o settings, clear *atomic.Bool) config.UpdateClientFunc {
 			tr.ResponseHeaderTimeout = 0 // the transport watches, by phase
 			tr.DisableCompression = true // blobs are compressed, and digests are of stored bytes
 			tr.MaxIdleConnsPerHost = 8
+			if proxy != nil {
+				tr.Proxy = http.ProxyURL(proxy)
+			}
 			tr.WriteBufferSize, tr.ReadBufferSize = 64<<10, 64<<10
 		}
 		c.Transport = &transport{base: tr, o: o, clear: clear}

@@ -46,6 +46,10 @@ type Options struct {
 	// what containerd does not have: the image, or layers discarded after unpacking.
 	RegistryFallback bool
 
+	// Proxy is the URL of an HTTP proxy that all requests to registries go through, loopback ones too; empty: as the
+	// environment says (HTTPS_PROXY, HTTP_PROXY, NO_PROXY).
+	Proxy string
+
 	// UserAgent is sent to registries; empty: "headstart".
 	UserAgent string
 

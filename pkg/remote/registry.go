@@ -79,8 +79,9 @@ type repository struct {
 	ref Reference
 	o   settings
 
-	mu    sync.Mutex // guards hosts
+	mu    sync.Mutex // guards what follows
 	hosts []docker.RegistryHost
+	moved map[movedKey]movedTo // where blobs were last found
 }
 
 func newRepository(ref Reference, o settings) *repository { return &repository{ref: ref, o: o} }

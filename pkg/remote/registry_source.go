@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -42,6 +43,9 @@ func anyHost[T any](ctx context.Context, r *repository, caps docker.HostCapabili
 	hosts, err := r.endpoints(ctx, caps)
 	if err != nil {
 		return none, err
+	}
+	if ctx.Value(avoidMirrorsKey{}) != nil {
+		slices.Reverse(hosts) // a list of our own
 	}
 	var errs []error
 	for i, h := range hosts {
@@ -103,7 +107,22 @@ func (s registrySource) resolveAt(ctx context.Context, h docker.RegistryHost) (o
 	} else {
 		drain(resp.Body) // 405: no HEAD here; others: GET says why
 	}
-	return s.resolveByGet(ctx, h, c)
+	desc, _, err := s.resolveByGet(ctx, h, c)
+	return desc, err
+}
+
+// resolveDocument is Resolve for those who read the manifest anyhow: with its bytes, in one request.
+func (s registrySource) resolveDocument(ctx context.Context) (ocispec.Descriptor, []byte, error) {
+	caps, object := docker.HostCapabilityPull, s.ref.Digest.String()
+	if s.ref.Digest == "" {
+		caps, object = caps|docker.HostCapabilityResolve, s.ref.Tag
+	}
+	var data []byte
+	desc, err := anyHost(ctx, s.repository, caps, func(ctx context.Context, h docker.RegistryHost) (desc ocispec.Descriptor, err error) {
+		desc, data, err = s.resolveByGet(ctx, h, call{want: "pull manifest " + object, path: "manifests/" + object, header: http.Header{"Accept": {acceptManifests}}})
+		return desc, err
+	})
+	return desc, data, err
 }
 
 // described returns what the header says about a manifest; fields may be missing.
@@ -135,33 +154,37 @@ func (s registrySource) checkResolved(h docker.RegistryHost, c call, desc ocispe
 }
 
 // resolveByGet reads the manifest itself, to know its digest, size and media type.
-func (s registrySource) resolveByGet(ctx context.Context, h docker.RegistryHost, c call) (ocispec.Descriptor, error) {
+func (s registrySource) resolveByGet(ctx context.Context, h docker.RegistryHost, c call) (ocispec.Descriptor, []byte, error) {
 	c.method = http.MethodGet
 	resp, err := s.do(ctx, h, c)
 	if err != nil {
-		return ocispec.Descriptor{}, err
+		return ocispec.Descriptor{}, nil, err
 	}
 	if resp.StatusCode != http.StatusOK {
-		return ocispec.Descriptor{}, s.answer(h, c, resp)
+		return ocispec.Descriptor{}, nil, s.answer(h, c, resp)
 	}
 	data, err := io.ReadAll(io.LimitReader(resp.Body, MaxManifestSize+1))
 	if err = errors.Join(err, resp.Body.Close()); err != nil {
-		return ocispec.Descriptor{}, s.fail(h, c, err)
+		return ocispec.Descriptor{}, nil, s.fail(h, c, err)
 	}
 	if len(data) > MaxManifestSize {
-		return ocispec.Descriptor{}, s.fail(h, c, fmt.Errorf("%w: manifest of more than %d bytes", ErrTooLarge, MaxManifestSize))
+		return ocispec.Descriptor{}, nil, s.fail(h, c, fmt.Errorf("%w: manifest of more than %d bytes", ErrTooLarge, MaxManifestSize))
 	}
 	desc := described(resp, "")
+	if says := desc.Digest; says.Validate() == nil && says.Algorithm().FromBytes(data) != says {
+		return ocispec.Descriptor{}, nil, s.fail(h, c, fmt.Errorf("%w: the registry says %s and sends something else", ErrDigest, says))
+	}
 	desc.Size, desc.Digest = int64(len(data)), digest.FromBytes(data)
 	if s.ref.Digest != "" {
 		desc.Digest = s.ref.Digest.Algorithm().FromBytes(data)
 	}
 	if !isManifest(desc.MediaType) {
 		if desc.MediaType, err = sniff(data); err != nil {
-			return ocispec.Descriptor{}, s.fail(h, c, err)
+			return ocispec.Descriptor{}, nil, s.fail(h, c, err)
 		}
 	}
-	return s.checkResolved(h, c, desc)
+	desc, err = s.checkResolved(h, c, desc)
+	return desc, data, err
 }
 
 // sniff returns the media type of a manifest or index by its content.
@@ -255,7 +278,7 @@ func (s registrySource) openAt(ctx context.Context, h docker.RegistryHost, desc 
 	if ranged {
 		c.header.Set("Range", fmt.Sprintf("bytes=%d-%d", off, end-1))
 	}
-	resp, err := s.do(ctx, h, c)
+	resp, err := s.doRedirected(ctx, h, c, desc.Digest)
 	if err != nil {
 		return nil, err
 	}

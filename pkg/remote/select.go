@@ -1,11 +1,15 @@
 package remote
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
+	"io"
 	"slices"
 	"strings"
+	"syscall"
 
 	"github.com/containerd/containerd/v2/core/images"
 	"github.com/containerd/platforms"
@@ -53,22 +57,71 @@ func (i Image) Nydus() bool { return isNydusManifest(i.Manifest) }
 // Errors are [ErrPlatform] with what there is, [ErrInvalid], [ErrUnsupported] (schema 1, what
 // is no container image), [ErrTooLarge], and those of the source.
 func Select(ctx context.Context, src Source, platform string) (Image, error) {
-	return selectImage(ctx, src, platform, false)
+	return selectImage(ctx, src, platform, selection{})
 }
 
 // SelectNydus is [Select] for readers of Nydus images: where an index has a Nydus image and a
 // plain one for the platform, it takes the Nydus image. Whether a manifest that is marked in
 // no index is one is left to the caller ([Image].Nydus).
 func SelectNydus(ctx context.Context, src Source, platform string) (Image, error) {
-	return selectImage(ctx, src, platform, true)
+	return SelectNydusEarly(ctx, src, platform, func(ocispec.Manifest) {})
 }
 
-func selectImage(ctx context.Context, src Source, platform string, nydus bool) (Image, error) {
+// SelectNydusEarly is [SelectNydus] in as few round trips as there can be. early is told the manifest while its config, which
+// may say that it is the wrong one, is still on its way: what it names can be asked for at the same time.
+func SelectNydusEarly(ctx context.Context, src Source, platform string, early func(m ocispec.Manifest)) (Image, error) {
+	return selectImage(ctx, src, platform, selection{nydus: true, early: early})
+}
+
+// selection says how an image is selected.
+type selection struct {
+	nydus bool                     // where there is a Nydus image and a plain one, the Nydus image
+	early func(m ocispec.Manifest) // nil: nobody asks
+}
+
+// resolved is a source of which the document that the reference resolves to has been read.
+type resolved struct {
+	Source
+	root ocispec.Descriptor
+	data []byte
+}
+
+// resolveDocument resolves src's reference, with the document itself where that comes at the same price.
+func resolveDocument(ctx context.Context, src Source) (Source, ocispec.Descriptor, error) {
+	s, ok := src.(interface {
+		resolveDocument(ctx context.Context) (ocispec.Descriptor, []byte, error)
+	})
+	if !ok {
+		root, err := src.Resolve(ctx)
+		return src, root, err
+	}
+	root, data, err := s.resolveDocument(ctx)
+	if errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, syscall.ECONNRESET) {
+		root, err = src.Resolve(ctx) // what breaks in the middle goes on, once its size is known
+		return src, root, err
+	}
+	return resolved{src, root, data}, root, err
+}
+
+// Fetch implements Source.
+func (r resolved) Fetch(ctx context.Context, desc ocispec.Descriptor) (io.ReadCloser, error) {
+	if desc.Digest != r.root.Digest {
+		return r.Source.Fetch(ctx, desc)
+	}
+	return verify(io.NopCloser(bytes.NewReader(r.data)), desc, ""), nil
+}
+
+func selectImage(ctx context.Context, src Source, platform string, how selection) (Image, error) {
 	want, err := parsePlatform(platform)
 	if err != nil {
 		return Image{}, err
 	}
-	root, err := src.Resolve(ctx)
+	var root ocispec.Descriptor
+	if how.nydus {
+		src, root, err = resolveDocument(ctx, src)
+	} else {
+		root, err = src.Resolve(ctx)
+	}
 	if err != nil {
 		return Image{}, err
 	}
@@ -76,14 +129,14 @@ func selectImage(ctx context.Context, src Source, platform string, nydus bool) (
 	if err != nil {
 		return Image{}, err
 	}
-	if nydus {
+	if how.nydus {
 		entries = preferNydus(entries, want)
 	}
 	desc, err := choose(entries, root, want)
 	if err != nil {
 		return Image{}, err
 	}
-	img, err := load(ctx, src, desc)
+	img, err := load(ctx, src, desc, how.early)
 	if err != nil {
 		return Image{}, err
 	}
@@ -340,8 +393,8 @@ func platformNames(entries []ocispec.Descriptor) string {
 	return strings.Join(names, ", ")
 }
 
-// load reads desc's manifest and config and checks that they belong together.
-func load(ctx context.Context, src Source, desc ocispec.Descriptor) (Image, error) {
+// load reads desc's manifest and config and checks that they belong together. early, if not nil, is told the manifest first.
+func load(ctx context.Context, src Source, desc ocispec.Descriptor, early func(ocispec.Manifest)) (Image, error) {
 	data, err := ReadAll(ctx, src, desc, MaxManifestSize)
 	if err != nil {
 		return Image{}, err
@@ -352,6 +405,9 @@ func load(ctx context.Context, src Source, desc ocispec.Descriptor) (Image, erro
 	}
 	if !images.IsConfigType(m.Config.MediaType) {
 		return Image{}, fmt.Errorf("%w: manifest %s: config of media type %.100q: no container image", ErrUnsupported, desc.Digest, m.Config.MediaType)
+	}
+	if early != nil {
+		early(m)
 	}
 	config, err := ReadAll(ctx, src, m.Config, MaxConfigSize)
 	if err != nil {

@@ -81,7 +81,7 @@ func (i Index) Load(ctx context.Context, src Source, entry ocispec.Descriptor) (
 	if !images.IsManifestType(entry.MediaType) {
 		return Image{}, notImage(entry)
 	}
-	img, err := load(ctx, src, entry)
+	img, err := load(ctx, src, entry, nil)
 	if err != nil {
 		return Image{}, err
 	}

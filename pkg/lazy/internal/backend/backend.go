@@ -156,6 +156,9 @@ type remoteBlob struct {
 
 // Range implements fill.Source.
 func (b *remoteBlob) Range(ctx context.Context, r fill.Request) (io.ReadCloser, error) {
+	if r.Suspect {
+		ctx = remote.AvoidMirrors(ctx)
+	}
 	return b.src.FetchRange(ctx, b.files.file(r).descriptor(), r.Offset, r.Length)
 }
 
