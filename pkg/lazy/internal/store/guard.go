@@ -16,9 +16,11 @@ import (
 // asidePrefix begins the names of directories that wait for their users to go.
 const asidePrefix = ".aside-"
 
-// guard looks at every data file that was not kept: its mark is gone, so that its holes read
-// as zeros. One that is incomplete and that somebody has open is cut to nothing and put aside.
-func (s *Store) guard(kept map[string]Kept) error {
+// guard looks at every data file that was not kept. One that is incomplete and that somebody
+// has open is put aside. When nothing was kept (fresh) its mark is gone, so that its holes
+// would read as zeros: it is cut to nothing. Else its mark lives, and reads of it
+// are events that fail; to cut it would be one too, which nobody answers yet.
+func (s *Store) guard(kept map[string]Kept, fresh bool) error {
 	entries, err := fs.ReadDir(s.root.FS(), "blobs")
 	if err != nil {
 		return err
@@ -30,7 +32,7 @@ func (s *Store) guard(kept map[string]Kept) error {
 			continue
 		}
 		if strings.HasPrefix(name, asidePrefix) {
-			errs = append(errs, s.removeAside(name))
+			errs = append(errs, s.removeAside(name, fresh))
 			continue
 		}
 		complete, err := s.complete(name)
@@ -38,7 +40,7 @@ func (s *Store) guard(kept map[string]Kept) error {
 			s.log.Warn("state of a blob cannot be read", zap.String("blob", name), zap.Error(err))
 		}
 		if !complete {
-			errs = append(errs, s.guardOne(name, err != nil))
+			errs = append(errs, s.guardOne(name, err != nil, fresh))
 		}
 	}
 	return errors.Join(errs...)
@@ -85,7 +87,7 @@ func covered(bits []uint64, recs []chunkRecord) bool {
 
 // guardOne puts one incomplete blob aside when somebody has it open, or when it is of no
 // use.
-func (s *Store) guardOne(name string, useless bool) error {
+func (s *Store) guardOne(name string, useless, fresh bool) error {
 	f, err := s.root.OpenFile(path.Join("blobs", name, "data"), os.O_RDWR, 0)
 	if errors.Is(err, fs.ErrNotExist) {
 		return s.root.RemoveAll(path.Join("blobs", name))
@@ -100,7 +102,7 @@ func (s *Store) guardOne(name string, useless bool) error {
 	if !used && !useless {
 		return nil
 	}
-	return s.putAside(name)
+	return s.putAside(name, fresh)
 }
 
 // inUse reports whether the file is open anywhere else. f must be its only descriptor
@@ -115,36 +117,35 @@ func inUse(f *os.File) bool {
 	return err != nil
 }
 
-// putAside takes a blob's directory out of use. What somebody has open is cut to
-// nothing: a read of it fails, where a hole would give zeros.
-func (s *Store) putAside(name string) error {
+// putAside takes a blob's directory out of use; see removeAside.
+func (s *Store) putAside(name string, cut bool) error {
 	aside := asidePrefix + name + "-" + rand.Text()
 	if err := s.root.Rename(path.Join("blobs", name), path.Join("blobs", aside)); err != nil {
 		return err
 	}
-	f, err := s.root.OpenFile(path.Join("blobs", aside, "data"), os.O_RDWR, 0)
-	if err == nil {
-		if inUse(f) {
-			s.log.Warn("a mount lost its data: unmount it and mount again", zap.String("blob", name))
-		}
-		err = errors.Join(f.Truncate(0), f.Close())
-	}
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return fmt.Errorf("cut data of %s: %w", name, err)
-	}
-	return s.removeAside(aside)
+	return s.removeAside(aside, cut)
 }
 
-// removeAside deletes a directory that was put aside once nobody uses it.
-func (s *Store) removeAside(name string) error {
+// removeAside deletes a directory that was put aside once nobody uses it. Until then, with cut, the data
+// file is cut to nothing: a read of it fails, where a hole would give zeros.
+func (s *Store) removeAside(name string, cut bool) error {
 	f, err := s.root.OpenFile(path.Join("blobs", name, "data"), os.O_RDWR, 0)
-	if err == nil {
-		used := inUse(f)
-		if err := f.Close(); err != nil || used {
-			return err
-		}
-	} else if !errors.Is(err, fs.ErrNotExist) {
+	if errors.Is(err, fs.ErrNotExist) {
+		return s.root.RemoveAll(path.Join("blobs", name))
+	}
+	if err != nil {
 		return err
+	}
+	used := inUse(f)
+	if used && cut {
+		s.log.Warn("a mount lost its data: unmount it and mount again", zap.String("blob", name))
+		err = f.Truncate(0)
+	}
+	if err := errors.Join(err, f.Close()); err != nil {
+		return fmt.Errorf("cut data of %s: %w", name, err)
+	}
+	if used {
+		return nil
 	}
 	return s.root.RemoveAll(path.Join("blobs", name))
 }

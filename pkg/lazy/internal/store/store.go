@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"os"
 	"path/filepath"
 	"strings"
@@ -35,8 +36,8 @@ type Kept struct {
 
 // Options says how [Open] opens a state directory. The zero value is a fresh start.
 type Options struct {
-	// Lock is the locked file of an earlier process ([Store.LockFile]); nil: the lock is
-	// taken. The Store owns it when Open succeeds.
+	// Lock is the locked file of an earlier process ([Store.LockFile]), kept together with
+	// the group of its marks; nil: the lock is taken, and no mark lives. The Store owns it when Open succeeds.
 	Lock *os.File
 	// Kept are the descriptors of an earlier process by [Blob.Name]. Blobs that are not
 	// in it have nobody who guards them. The Store owns them when Open succeeds.
@@ -64,8 +65,9 @@ var directories = []string{"blobs", "bootstraps", "mounts"}
 // Open opens the state directory at path and creates it where it is missing. It returns
 // [ErrLocked] while another process has it.
 //
-// Incomplete data files that nobody guards and somebody has open are cut to nothing, so
-// that their mounts read errors where they would read zeros. Whether the file system is
+// Without o.Lock nothing of an earlier process lives: incomplete data files that
+// somebody has open are cut to nothing, so that their mounts read errors where they would
+// read zeros. Whether the file system is
 // fit for lazy mounts is not asked here: see [Probe].
 func Open(path string, o Options) (_ *Store, err error) {
 	path, err = filepath.Abs(path)
@@ -97,7 +99,7 @@ func Open(path string, o Options) (_ *Store, err error) {
 		err = errors.Join(err, root.MkdirAll(d, 0o700), atomicfile.Clean(root, d))
 	}
 	if err == nil {
-		err = s.guard(o.Kept)
+		err = s.guard(o.Kept, o.Lock == nil)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("state directory %s: %w", path, errors.Join(err, root.Close()))
@@ -202,6 +204,27 @@ func (s *Store) Adopt(name string, b rafs.Blob, chunks []rafs.Chunk) (*Blob, err
 	return blob, nil
 }
 
+// Unadopted returns the kept descriptors of blobs that nobody has opened since [Open], by name. They are
+// the Store's.
+func (s *Store) Unadopted() map[string]Kept {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return maps.Clone(s.kept)
+}
+
+// Release closes kept descriptors that nobody opened. The mark on the data file must be gone, and no mount
+// may have it.
+func (s *Store) Release(name string) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	k, ok := s.kept[name]
+	if !ok {
+		return nil
+	}
+	delete(s.kept, name)
+	return errors.Join(k.Data.Close(), k.Bits.Close())
+}
+
 // check returns the chunks of b as records.
 func check(b rafs.Blob, chunks []rafs.Chunk) ([]chunkRecord, error) {
 	if b.ID == "" || len(b.ID) > 128 || strings.Trim(b.ID, "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ-_") != "" {
@@ -230,7 +253,7 @@ func (s *Store) openBlob(name string, b rafs.Blob, recs []chunkRecord) (*Blob, e
 	blob, err := s.load(name, b, recs)
 	if errors.Is(err, errCorrupt) {
 		s.log.Warn("start a blob's cache anew", zap.String("blob", name), zap.Error(err))
-		if err = s.putAside(name); err == nil {
+		if err = s.putAside(name, true); err == nil {
 			blob, err = s.load(name, b, recs)
 		}
 	}
@@ -272,6 +295,7 @@ func (s *Store) load(name string, of rafs.Blob, recs []chunkRecord) (_ *Blob, er
 	b := &Blob{store: s, name: name, blob: of, identity: identity(of), done: make(chan struct{})}
 	path := filepath.Join("blobs", name)
 	kept, adopted := s.kept[name]
+	b.adopted = adopted
 	if err := s.root.Mkdir(path, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
 		return nil, err
 	}

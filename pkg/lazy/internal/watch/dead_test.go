@@ -10,6 +10,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/headstart-oci/headstart/pkg/fanotify"
 	"github.com/headstart-oci/headstart/pkg/lazy/internal/store"
 	"github.com/headstart-oci/headstart/pkg/lazy/internal/watch"
 	"github.com/headstart-oci/headstart/pkg/rafs"
@@ -64,6 +65,64 @@ func TestEverybodyDies(t *testing.T) {
 	if blob.Local() != 0 {
 		t.Errorf("Local = %d in a new data file", blob.Local())
 	}
+}
+
+// TestMarkWithoutKeeper is a mount whose mark lives, and whose descriptors were not kept: opening the state
+// directory does not wait for ever, its reads fail, and the image can be mounted anew.
+func TestMarkWithoutKeeper(t *testing.T) {
+	state := t.TempDir()
+	needKernel(t, state)
+	group, table := newGroup(t), newTable(t, 0)
+	m := openImage(t, "v6-zstd", state, store.Options{})
+	w, stop := m.start(t, watch.Config{Group: group, Table: table})
+	files := manyFiles(t, m.mount(t), 20)
+	if _, err := os.ReadFile(files[0]); err != nil {
+		t.Error(err)
+	}
+	stop()
+	fd, err := unix.FcntlInt(m.store.LockFile().Fd(), unix.F_DUPFD_CLOEXEC, 0)
+	must(t, err)
+	must(t, errors.Join(w.Close(), m.store.Close()))
+	next := openImage(t, "v6-zstd", state, store.Options{Lock: os.NewFile(uintptr(fd), "lock")})
+	again, _ := next.start(t, watch.Config{Group: group, Table: table})
+	dir := next.mount(t)
+	compare(t, dir)
+	for _, f := range files[1:] {
+		if p, err := os.ReadFile(f); !errors.Is(err, unix.EIO) {
+			t.Fatalf("%s: %d bytes, %v; want EIO", f, len(p), err)
+		}
+	}
+	if again.Stats().Denied == 0 {
+		t.Errorf("stats = %+v, want denied events of the old mount", again.Stats())
+	}
+}
+
+// TestMarkedTooEarly is a mark that an earlier process left on a data file that no mount has.
+func TestMarkedTooEarly(t *testing.T) {
+	state := t.TempDir()
+	needKernel(t, state)
+	group, table := newGroup(t), newTable(t, 0)
+	s, err := store.Open(state, store.Options{})
+	must(t, err)
+	defer s.Close()
+	w, err := watch.New(watch.Config{Group: group, Table: table})
+	must(t, err)
+	defer w.Close()
+	blob, err := s.OpenBlob(synthetic(4))
+	must(t, err)
+	must(t, group.Mark(fanotify.Mark{Kind: fanotify.Inode, Mask: fanotify.PreAccess, Dir: int(blob.File().Fd())}))
+	must(t, blob.Close())
+	blob, err = s.OpenBlob(synthetic(4))
+	must(t, err)
+	if err := w.Add(blob); !errors.Is(err, watch.ErrMarked) {
+		t.Errorf("Add = %v, want ErrMarked", err)
+	}
+	must(t, blob.Close())
+	blob, err = s.OpenBlob(synthetic(4))
+	must(t, err)
+	must(t, w.Add(blob))
+	must(t, synthesize(blob, 0, blob.Size())) // raises no event that nobody answers
+	must(t, w.Remove(blob))
 }
 
 // manyFiles returns at most n regular files of the mount that are not empty.

@@ -202,7 +202,7 @@ func readReport(t *testing.T, c *exec.Cmd, out *bufio.Reader) watch.Stats {
 func TestKilledDaemons(t *testing.T) {
 	kills := 30
 	if testing.Short() {
-		kills = 6
+		kills = 4
 	}
 	total, takenOver, images := 0, int64(0), 0
 	for total < kills {
@@ -224,7 +224,10 @@ func drill(t *testing.T, limit int) (kills int, takenOver int64) {
 	t.Helper()
 	h := newHolder(t, "v6-zstd", 40*time.Millisecond)
 	dir := h.m.mount(t)
-	const readers = 6
+	readers := 6
+	if testing.Short() {
+		readers = 3
+	}
 	results := make(chan error, readers)
 	for range readers {
 		go func() {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"sync"
 	"sync/atomic"
 
@@ -131,6 +132,9 @@ func (w *Watcher) Add(b *store.Blob) error {
 	id := identify(b)
 	known := w.blobs[id]
 	if known == nil {
+		if err := w.unmarked(b); err != nil {
+			return err
+		}
 		known = &watched{blob: b}
 		w.blobs[id] = known
 	}
@@ -139,9 +143,9 @@ func (w *Watcher) Add(b *store.Blob) error {
 	}
 	var err error
 	if b.Complete() {
-		err = w.unmark(b)
+		err = w.Unmark(b.File())
 	} else {
-		err = w.group.Mark(mark(b))
+		err = w.group.Mark(mark(b.File()))
 	}
 	if err != nil {
 		if known.refs == 0 {
@@ -153,13 +157,34 @@ func (w *Watcher) Add(b *store.Blob) error {
 	return nil
 }
 
-func mark(b *store.Blob) fanotify.Mark {
-	return fanotify.Mark{Kind: fanotify.Inode, Mask: fanotify.PreAccess, Dir: int(b.File().Fd())}
+// ErrMarked is returned by [Watcher.Add] for a data file that was opened while an earlier process' mark was on it:
+// writing it would be an event that this process has to answer first.
+var ErrMarked = errors.New("the data file was opened with a mark on it")
+
+// unmarked makes sure that writing to a blob raises no events. The mark that it finds is gone
+// afterwards, so that the blob may be closed and opened again.
+func (w *Watcher) unmarked(b *store.Blob) error {
+	if b.Adopted() {
+		return nil
+	}
+	err := w.group.Unmark(mark(b.File()))
+	if errors.Is(err, unix.ENOENT) {
+		return nil
+	}
+	if err == nil {
+		err = ErrMarked
+	}
+	return fmt.Errorf("watch blob %s: %w", b.Name(), err)
 }
 
-// unmark removes the mark of b, where there is one.
-func (w *Watcher) unmark(b *store.Blob) error {
-	if err := w.group.Unmark(mark(b)); err != nil && !errors.Is(err, unix.ENOENT) {
+func mark(f *os.File) fanotify.Mark {
+	return fanotify.Mark{Kind: fanotify.Inode, Mask: fanotify.PreAccess, Dir: int(f.Fd())}
+}
+
+// Unmark removes the mark of a data file that no mount has, where there is one: of a kept one that nobody adopts
+// ([store.Store.Unadopted]), before its descriptors are given up.
+func (w *Watcher) Unmark(f *os.File) error {
+	if err := w.group.Unmark(mark(f)); err != nil && !errors.Is(err, unix.ENOENT) {
 		return err
 	}
 	return nil
@@ -180,7 +205,7 @@ func (w *Watcher) Settle(b *store.Blob) (bool, error) {
 	if known := w.blobs[identify(b)]; known == nil || known.blob != b || !b.Complete() {
 		return false, nil
 	}
-	if err := w.unmark(b); err != nil {
+	if err := w.Unmark(b.File()); err != nil {
 		return false, fmt.Errorf("settle blob %s: %w", b.Name(), err)
 	}
 	return true, nil
@@ -200,7 +225,7 @@ func (w *Watcher) Remove(b *store.Blob) error {
 		known.refs--
 		return nil
 	}
-	if err := w.unmark(b); err != nil {
+	if err := w.Unmark(b.File()); err != nil {
 		return fmt.Errorf("remove blob %s: %w", b.Name(), err)
 	}
 	delete(w.blobs, id)
