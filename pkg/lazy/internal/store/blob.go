@@ -25,7 +25,7 @@ type Blob struct {
 	identity [32]byte
 	dir      *os.Root
 	data     *os.File
-	adopted  bool
+	opened   atomic.Bool // see FirstUse
 	dev, ino uint64
 	ready    *shm.Memory
 	refs     int // guarded by store.mu
@@ -94,9 +94,9 @@ func (b *Blob) Size() int64 { return int64(b.blob.UncompressedSize) } //nolint:g
 // it and therefore raises no event. It stays the Blob's.
 func (b *Blob) File() *os.File { return b.data }
 
-// Adopted reports whether the descriptors are those that an earlier process kept. Then a mark may
-// have been on the data file all the time; else none may have been when it was opened.
-func (b *Blob) Adopted() bool { return b.adopted }
+// FirstUse reports, once, that this process opened the data file by itself. Then no mark may be on it yet; on
+// one whose descriptors an earlier process kept a mark may have been all the time.
+func (b *Blob) FirstUse() bool { return b.opened.Swap(false) }
 
 // Inode returns the device and inode number of the data file as fstat(2) has them.
 func (b *Blob) Inode() (dev, ino uint64) { return b.dev, b.ino }

@@ -96,7 +96,8 @@ func (r *chunkRecord) chunk() rafs.Chunk {
 
 // first and end are the blocks that the chunk covers, half-open.
 func (r *chunkRecord) first() uint64 { return r.Offset / BlockSize }
-func (r *chunkRecord) end() uint64   { return (r.Offset + uint64(r.Size) + BlockSize - 1) / BlockSize }
+
+func (r *chunkRecord) end() uint64 { return (r.Offset + uint64(r.Size) + BlockSize - 1) / BlockSize }
 
 // encode returns the file of h and body; it fills in the sums.
 func encode(h header, body []byte) ([]byte, error) {
@@ -111,7 +112,7 @@ func encode(h header, body []byte) ([]byte, error) {
 
 // decode returns the header and the body of a file whose records have size bytes; errConflict
 // when it is sound and of another blob.
-func decode(p []byte, magic [8]byte, blob [32]byte, size int) (header, []byte, error) {
+func decode(p []byte, magic [8]byte, blob [32]byte, size uint64) (header, []byte, error) {
 	var h header
 	if len(p) < sizeHeader {
 		return header{}, nil, fmt.Errorf("%w: %d bytes, want at least %d", errCorrupt, len(p), sizeHeader)
@@ -131,8 +132,8 @@ func decode(p []byte, magic [8]byte, blob [32]byte, size int) (header, []byte, e
 		return header{}, nil, fmt.Errorf("%w: file of another blob", errConflict)
 	case h.Size%BlockSize != 0 || h.Size/BlockSize > maxBlocks:
 		return header{}, nil, fmt.Errorf("%w: size %d", errCorrupt, h.Size)
-	case uint64(len(body)) != uint64(h.Records)*uint64(size):
-		return header{}, nil, fmt.Errorf("%w: %d bytes of records, want %d", errCorrupt, len(body), uint64(h.Records)*uint64(size))
+	case uint64(len(body)) != uint64(h.Records)*size:
+		return header{}, nil, fmt.Errorf("%w: %d bytes of records, want %d", errCorrupt, len(body), uint64(h.Records)*size)
 	case h.BodySum != crc32.Checksum(body, castagnoli):
 		return header{}, nil, fmt.Errorf("%w: checksum %#x, want %#x", errCorrupt, crc32.Checksum(body, castagnoli), h.BodySum)
 	}

@@ -104,9 +104,7 @@ func Open(path string, o Options) (_ *Store, err error) {
 	if err != nil {
 		return nil, fmt.Errorf("state directory %s: %w", path, errors.Join(err, root.Close()))
 	}
-	for name, k := range o.Kept {
-		s.kept[name] = k
-	}
+	maps.Copy(s.kept, o.Kept)
 	return s, nil
 }
 
@@ -295,7 +293,7 @@ func (s *Store) load(name string, of rafs.Blob, recs []chunkRecord) (_ *Blob, er
 	b := &Blob{store: s, name: name, blob: of, identity: identity(of), done: make(chan struct{})}
 	path := filepath.Join("blobs", name)
 	kept, adopted := s.kept[name]
-	b.adopted = adopted
+	b.opened.Store(!adopted)
 	if err := s.root.Mkdir(path, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
 		return nil, err
 	}

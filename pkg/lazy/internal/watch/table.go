@@ -84,11 +84,11 @@ func OpenTable(f *os.File) (*Table, error) {
 	}
 	t := &Table{memory: m, words: m.Words()}
 	slots := t.words[wordSlots].Load()
-	if magic := t.words[wordMagic].Load(); magic != tableMagic || slots < 1 || slots > 1<<20 || firstSlot+int(slots)*slotWords != len(t.words) { //nolint:gosec // bounded
+	if magic := t.words[wordMagic].Load(); magic != tableMagic || slots < 1 || slots > 1<<20 || firstSlot+int(slots)*slotWords != len(t.words) {
 		err := fmt.Errorf("%w: magic %#x, %d slots, %d words", ErrTable, magic, slots, len(t.words))
 		return nil, errors.Join(err, m.Unmap())
 	}
-	t.slots = int(slots) //nolint:gosec // bounded above
+	t.slots = int(slots)
 	return t, nil
 }
 
@@ -188,7 +188,7 @@ func pending(e fanotify.Event) event {
 	const most = 1<<63 - 1
 	p := event{fd: e.FD, count: most}
 	if e.HasRange {
-		p.offset, p.count = int64(min(e.Offset, most)), int64(min(e.Count, most)) //nolint:gosec // bounded
+		p.offset, p.count = int64(min(e.Offset, most)), int64(min(e.Count, most))
 	}
 	return p
 }

@@ -139,7 +139,7 @@ func (w *Watcher) sweep() error {
 	for _, i := range w.inherited {
 		numbers[i.fd] = true
 	}
-	for fd := range int32(min(limit.Max, maxSwept)) { //nolint:gosec // bounded
+	for fd := range int32(min(limit.Max, maxSwept)) {
 		if numbers[fd] {
 			continue
 		}

@@ -88,7 +88,7 @@ func New(c Config) (*Watcher, error) {
 	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {
 		return nil, fmt.Errorf("watch: %w", err)
 	}
-	w.limit = max(1, min(w.table.slots, int(min(limit.Cur, 1<<20))-reserve)) //nolint:gosec // bounded
+	w.limit = max(1, min(w.table.slots, int(min(limit.Cur, 1<<20))-reserve))
 	// Before anything else takes one of the numbers.
 	err := w.inherit()
 	if err == nil {
@@ -164,7 +164,7 @@ var ErrMarked = errors.New("the data file was opened with a mark on it")
 // unmarked makes sure that writing to a blob raises no events. The mark that it finds is gone
 // afterwards, so that the blob may be closed and opened again.
 func (w *Watcher) unmarked(b *store.Blob) error {
-	if b.Adopted() {
+	if !b.FirstUse() {
 		return nil
 	}
 	err := w.group.Unmark(mark(b.File()))
