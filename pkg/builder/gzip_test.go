@@ -87,4 +87,7 @@ func TestGzipV5Apart(t *testing.T) {
 		out, _ := l.optimize(t, builder.OptimizeOptions{List: listOf("/b", "/e")})
 		out.judgeTwice(t)
 	}
+	// A chunk of the largest size that does not compress has a size that a long v6 record cannot say.
+	o := builder.Options{Compressor: rafs.CompressorGzip, FSVersion: rafs.V5, ChunkSize: 16 << 20, VerifyData: true}
+	built(t, convert(t, tars(t, makeTar(t, reg("noise", string(noise(11, 16<<20))))), o)).judgeTwice(t)
 }

@@ -67,7 +67,7 @@ func randomOptions(r *rand.Rand) builder.Options {
 		ChunkSize:  uint32(1) << []int{12, 12, 12, 13, 16, 16, 20, 24}[r.IntN(8)],
 		Workers:    1 + r.IntN(3), NoRecompress: r.IntN(2) == 0, VerifyData: true,
 	}
-	if o.FSVersion == rafs.V6 && o.ChunkSize < 1<<24 && r.IntN(8) == 0 {
+	if (o.FSVersion == rafs.V5 || o.ChunkSize < 1<<24) && r.IntN(8) == 0 {
 		o.Compressor = rafs.CompressorGzip
 	}
 	if o.FSVersion == rafs.V6 && r.IntN(4) == 0 {

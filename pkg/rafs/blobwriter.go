@@ -49,7 +49,7 @@ type BlobOptions struct {
 
 // v2 tells whether records are of the long form.
 func (o *BlobOptions) v2() bool {
-	return o.ChunkInfoV2 || o.BatchSize > 0 || o.Compressor == CompressorGzip
+	return o.ChunkInfoV2 || o.BatchSize > 0 || o.Compressor == CompressorGzip && o.Version != V5
 }
 
 func (o *BlobOptions) check() error {
