@@ -93,10 +93,7 @@ func (f files) check(ctx context.Context) error {
 
 // corrupt returns a copy of f in which one file has a fault such as disks, networks and people make.
 func (f files) corrupt(r *rand.Rand, names []string) (files, string) {
-	out := files{}
-	for name, p := range f {
-		out[name] = p
-	}
+	out := maps.Clone(f)
 	name := names[r.IntN(len(names))]
 	p := bytes.Clone(f[name])
 	at := r.IntN(len(p))
