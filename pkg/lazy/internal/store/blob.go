@@ -23,7 +23,6 @@ type Blob struct {
 	name     string
 	blob     rafs.Blob
 	identity [32]byte
-	dir      *os.Root
 	data     *os.File
 	opened   atomic.Bool // see FirstUse
 	dev, ino uint64
@@ -297,7 +296,16 @@ func (b *Blob) release() error {
 	if b.data != nil {
 		errs = append(errs, b.data.Close())
 	}
-	return errors.Join(append(errs, b.dir.Close())...)
+	return errors.Join(errs...)
+}
+
+// inDir calls f with the blob's directory, which is not kept open: a machine has many blobs.
+func (b *Blob) inDir(f func(dir *os.Root) error) error {
+	dir, err := b.store.root.OpenRoot(filepath.Join("blobs", b.name))
+	if err != nil {
+		return err
+	}
+	return errors.Join(f(dir), dir.Close())
 }
 
 // stat fills in what identifies the data file.

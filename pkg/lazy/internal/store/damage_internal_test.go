@@ -128,6 +128,27 @@ func TestDamagedFiles(t *testing.T) {
 	}, 0)
 }
 
+// TestDamagedWhileOpen is a table that broke while mounts have the blob.
+func TestDamagedWhileOpen(t *testing.T) {
+	dir := t.TempDir()
+	b, chunks := numbered(4, 4096)
+	s, err := Open(dir, Options{})
+	must(t, err)
+	defer s.Close()
+	blob, err := s.OpenBlob(b, chunks[:2])
+	must(t, err)
+	must(t, os.WriteFile(filepath.Join(dir, "blobs", b.ID, "chunks"), []byte("broken"), 0o600))
+	other, err := s.OpenBlob(b, chunks)
+	must(t, err)
+	if other.Name() == blob.Name() || other.Total() != 4*4096 {
+		t.Errorf("the other image got %s of %d bytes, want a data file of its own", other.Name(), other.Total())
+	}
+	must(t, blob.Put(chunks[0], fill(chunks[0])))
+	if !blob.Ready(chunks[0]) {
+		t.Error("the first image cannot be filled any more")
+	}
+}
+
 // TestUnguarded holds a data file open, as a mount does, while every process that could guard it is gone.
 func TestUnguarded(t *testing.T) {
 	dir := t.TempDir()

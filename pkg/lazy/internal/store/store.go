@@ -269,22 +269,27 @@ func (b *Blob) extend(of rafs.Blob, recs []chunkRecord) error {
 	if identity(of) != b.identity || of.UncompressedSize != b.blob.UncompressedSize {
 		return errConflict
 	}
-	_, old, err := readTable(b.dir, b.identity)
-	if err != nil {
-		return err
-	}
-	all, added, err := merge(old, recs)
-	if err != nil || !added {
-		return err
-	}
-	t, err := writeTable(b.dir, b.blob, all)
-	if err != nil {
-		return err
-	}
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	b.setView(newView(t, all, len(b.ready.Words())))
-	return nil
+	return b.inDir(func(dir *os.Root) error {
+		_, old, err := readTable(dir, b.identity)
+		if errors.Is(err, errCorrupt) { // mounts have the file: the other image gets one of its own
+			return errors.Join(errConflict, err)
+		}
+		if err != nil {
+			return err
+		}
+		all, added, err := merge(old, recs)
+		if err != nil || !added {
+			return err
+		}
+		t, err := writeTable(dir, b.blob, all)
+		if err != nil {
+			return err
+		}
+		b.mu.Lock()
+		defer b.mu.Unlock()
+		b.setView(newView(t, all, len(b.ready.Words())))
+		return nil
+	})
 }
 
 // load opens the data file called name, or creates it, with recs. errCorrupt when what is there
@@ -297,10 +302,14 @@ func (s *Store) load(name string, of rafs.Blob, recs []chunkRecord) (_ *Blob, er
 	if err := s.root.Mkdir(path, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
 		return nil, err
 	}
-	if b.dir, err = s.root.OpenRoot(path); err != nil {
+	dir, err := s.root.OpenRoot(path)
+	if err != nil {
 		return nil, err
 	}
 	defer func() {
+		if cerr := dir.Close(); err == nil {
+			err = cerr
+		}
 		if err != nil {
 			if adopted { // they are still the store's
 				b.data, b.ready = nil, nil
@@ -311,18 +320,18 @@ func (s *Store) load(name string, of rafs.Blob, recs []chunkRecord) (_ *Blob, er
 	fresh := false
 	if adopted {
 		b.data = kept.Data
-	} else if b.data, fresh, err = openData(b.dir); err != nil {
+	} else if b.data, fresh, err = openData(dir); err != nil {
 		return nil, err
 	}
-	if err := errors.Join(b.stat(), atomicfile.Clean(b.dir, ".")); err != nil {
+	if err := errors.Join(b.stat(), atomicfile.Clean(dir, ".")); err != nil {
 		return nil, err
 	}
 	used := !fresh && !adopted && inUse(b.data)
-	old, all, err := b.loadTable(recs, fresh, adopted)
+	old, all, err := b.loadTable(dir, recs, fresh, adopted)
 	if err != nil {
 		return nil, err
 	}
-	if err := b.loadBits(kept.Bits, fresh, adopted); err != nil {
+	if err := b.loadBits(dir, kept.Bits, fresh, adopted); err != nil {
 		return nil, err
 	}
 	if used && !covered(b.durable, old) {
@@ -349,8 +358,8 @@ func openData(dir *os.Root) (f *os.File, fresh bool, err error) {
 
 // loadTable sets a view with the blob's table and returns the records that it had, and
 // those that it has with recs.
-func (b *Blob) loadTable(recs []chunkRecord, fresh, adopted bool) (old, all []chunkRecord, err error) {
-	size, old, err := readTable(b.dir, b.identity)
+func (b *Blob) loadTable(dir *os.Root, recs []chunkRecord, fresh, adopted bool) (old, all []chunkRecord, err error) {
+	size, old, err := readTable(dir, b.identity)
 	if fresh || adopted && errors.Is(err, errCorrupt) {
 		// The bits of a kept file say what is there, whatever became of the table.
 		size, old, err = b.blob.UncompressedSize, nil, nil
@@ -367,9 +376,9 @@ func (b *Blob) loadTable(recs []chunkRecord, fresh, adopted bool) (old, all []ch
 	}
 	var t *table
 	if added || fresh || len(old) == 0 {
-		t, err = writeTable(b.dir, b.blob, all)
+		t, err = writeTable(dir, b.blob, all)
 	} else {
-		t, err = openTable(b.dir, all)
+		t, err = openTable(dir, all)
 	}
 	if err != nil {
 		return nil, nil, err
@@ -379,9 +388,9 @@ func (b *Blob) loadTable(recs []chunkRecord, fresh, adopted bool) (old, all []ch
 }
 
 // loadBits sets the ready bits: the kept ones, else the durable ones.
-func (b *Blob) loadBits(kept *os.File, fresh, adopted bool) error {
+func (b *Blob) loadBits(dir *os.Root, kept *os.File, fresh, adopted bool) error {
 	words := max(1, int((b.blob.UncompressedSize/BlockSize+63)/64)) //nolint:gosec // at most maxBlocks
-	durable, err := readReady(b.dir, b.identity, b.blob.UncompressedSize, b.written.Load())
+	durable, err := readReady(dir, b.identity, b.blob.UncompressedSize, b.written.Load())
 	if fresh || adopted && errors.Is(err, errCorrupt) {
 		durable, err = nil, nil
 	}

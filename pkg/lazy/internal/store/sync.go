@@ -84,9 +84,11 @@ func (b *Blob) writeReady(words []uint64) error {
 	if err != nil {
 		return err
 	}
-	return atomicfile.Write(b.dir, ".", "ready", 0o600, func(w io.Writer) error {
-		_, err := w.Write(p)
-		return err
+	return b.inDir(func(dir *os.Root) error {
+		return atomicfile.Write(dir, ".", "ready", 0o600, func(w io.Writer) error {
+			_, err := w.Write(p)
+			return err
+		})
 	})
 }
 

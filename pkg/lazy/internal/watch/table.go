@@ -47,7 +47,7 @@ var ErrTable = errors.New("no table of pending events of this version")
 type Table struct {
 	memory *shm.Memory
 	words  []atomic.Uint64
-	slots  int
+	slots  int // inboxEvents more than may be pending when the next ones are read
 }
 
 // NewTable returns an empty table for slots events; 0: [DefaultSlots]. The caller closes it.
@@ -58,6 +58,8 @@ func NewTable(slots int) (*Table, error) {
 	if slots < 1 || slots > 1<<20 {
 		return nil, fmt.Errorf("table of %d pending events, want 1 to %d", slots, 1<<20)
 	}
+	// A read may give twice as many events as asked for, if they had no ranges.
+	slots += inboxEvents
 	m, err := shm.New("headstart-pending", firstSlot+slots*slotWords)
 	if err != nil {
 		return nil, err
@@ -84,7 +86,7 @@ func OpenTable(f *os.File) (*Table, error) {
 	}
 	t := &Table{memory: m, words: m.Words()}
 	slots := t.words[wordSlots].Load()
-	if magic := t.words[wordMagic].Load(); magic != tableMagic || slots < 1 || slots > 1<<20 || firstSlot+int(slots)*slotWords != len(t.words) {
+	if magic := t.words[wordMagic].Load(); magic != tableMagic || slots <= inboxEvents || slots > 1<<20+inboxEvents || firstSlot+int(slots)*slotWords != len(t.words) {
 		err := fmt.Errorf("%w: magic %#x, %d slots, %d words", ErrTable, magic, slots, len(t.words))
 		return nil, errors.Join(err, m.Unmap())
 	}

@@ -295,13 +295,13 @@ func TestOpenTableRefuses(t *testing.T) {
 	again, err := OpenTable(f)
 	must(t, err)
 	must(t, again.Close())
-	table.words[wordSlots].Store(11)
+	table.words[wordSlots].Add(1)
 	f = dup()
 	defer f.Close()
 	if got, err := OpenTable(f); got != nil || !errors.Is(err, ErrTable) {
 		t.Errorf("OpenTable of another size = %v, %v, want ErrTable", got, err)
 	}
-	table.words[wordSlots].Store(10)
+	table.words[wordSlots].Add(^uint64(0))
 	table.words[wordMagic].Store(tableMagic + 1)
 	if got, err := OpenTable(f); got != nil || !errors.Is(err, ErrTable) {
 		t.Errorf("OpenTable of another version = %v, %v, want ErrTable", got, err)

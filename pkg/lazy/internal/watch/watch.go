@@ -73,8 +73,8 @@ type watched struct {
 	refs int
 }
 
-// reserve is how many descriptors are left to the rest of the process, at least.
-const reserve = 256
+// share is the part of the process' descriptors that events may have: one in share. A blob takes three.
+const share = 4
 
 // New returns a Watcher that has not read anything yet. What the table says is pending
 // keeps the descriptor numbers that it needs: nothing may be read from the group before
@@ -88,7 +88,7 @@ func New(c Config) (*Watcher, error) {
 	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {
 		return nil, fmt.Errorf("watch: %w", err)
 	}
-	w.limit = max(1, min(w.table.slots, int(min(limit.Cur, 1<<20))-reserve))
+	w.limit = max(1, min(w.table.slots-inboxEvents, int(min(limit.Cur, 1<<20))/share))
 	// Before anything else takes one of the numbers.
 	err := w.inherit()
 	if err == nil {
