@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"strings"
 
 	"go.uber.org/zap"
 
@@ -125,10 +126,18 @@ func (s brokenSource) Retry(error) fill.Retry { return fill.Retry{} }
 // dropUnused tells the holder which descriptors no mount needs any more: an earlier daemon may have died between
 // two steps.
 func (d *daemon) dropUnused() {
+	kept := map[string]bool{}
+	for name := range d.store.Unadopted() {
+		if err := d.store.Release(name, d.watch.Unmark); err != nil {
+			// Of a mount that cannot be filled any more: while its mark lives, its reads fail.
+			d.log.Warn("descriptors of a blob stay", zap.Error(err))
+			kept[name] = true
+		}
+	}
 	var names []string
 	for _, name := range d.link.Names() {
 		for _, prefix := range []string{keptData, keptBits} {
-			if len(name) > len(prefix) && name[:len(prefix)] == prefix && d.blobs[name[len(prefix):]] == nil {
+			if blob, ok := strings.CutPrefix(name, prefix); ok && blob != "" && d.blobs[blob] == nil && !kept[blob] {
 				names = append(names, name)
 			}
 		}

@@ -24,6 +24,8 @@ var (
 	ErrLocked = errors.New("state directory is in use by another daemon")
 	// ErrUnsupported is returned for blobs that EROFS cannot read from a data file.
 	ErrUnsupported = errors.New("not supported by lazy mounts")
+	// ErrInUse is returned for a data file that somebody else has open.
+	ErrInUse = errors.New("data file is in use")
 	// ErrUnknownChunk is returned by [Blob.Put] for a chunk that no image has.
 	ErrUnknownChunk = errors.New("no image has this chunk")
 )
@@ -210,14 +212,21 @@ func (s *Store) Unadopted() map[string]Kept {
 	return maps.Clone(s.kept)
 }
 
-// Release closes kept descriptors that nobody opened. The mark on the data file must be gone, and no mount
-// may have it.
-func (s *Store) Release(name string) error {
+// Release gives kept descriptors up that nobody opened: it has unmark take the mark off the data file, and
+// closes them. [ErrInUse] while somebody else has the file open, such as a mount: without the mark its holes
+// would read as zeros.
+func (s *Store) Release(name string, unmark func(data *os.File) error) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	k, ok := s.kept[name]
 	if !ok {
 		return nil
+	}
+	if inUse(k.Data) {
+		return fmt.Errorf("release blob %s: %w", name, ErrInUse)
+	}
+	if err := unmark(k.Data); err != nil {
+		return fmt.Errorf("release blob %s: %w", name, err)
 	}
 	delete(s.kept, name)
 	return errors.Join(k.Data.Close(), k.Bits.Close())

@@ -287,6 +287,21 @@ func TestKept(t *testing.T) {
 	if _, err := s.Adopt(blob.Name()+".1", b, chunks); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("Adopt of what was not kept = %v, want ErrNotExist", err)
 	}
+	// What nobody adopts is given up, unless it is in use.
+	user, err := os.Open(blob.Path())
+	must(t, err)
+	var unmarked int
+	unmark := func(*os.File) error { unmarked++; return nil }
+	d = blob.Descriptors()
+	third := store.Options{Lock: dup(first.LockFile()), Kept: map[string]store.Kept{blob.Name(): {Data: dup(d.Data), Bits: dup(d.Bits)}}}
+	other := open(t, dir, third)
+	if err := other.Release(blob.Name(), unmark); !errors.Is(err, store.ErrInUse) || unmarked != 0 || len(other.Unadopted()) != 1 {
+		t.Errorf("Release of what is in use = %v, %d times unmarked, want ErrInUse, 0", err, unmarked)
+	}
+	must(t, user.Close())
+	if err := other.Release(blob.Name(), unmark); err != nil || unmarked != 1 || len(other.Unadopted()) != 0 {
+		t.Errorf("Release = %v, %d times unmarked, want once", err, unmarked)
+	}
 	// The first process goes; the lock stays with the second.
 	must(t, again.Put(chunks[0], data[0]))
 	must(t, first.Close())
