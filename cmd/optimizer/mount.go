@@ -68,7 +68,7 @@ It takes root, Linux 6.14 and a state directory on ext4, XFS or btrfs.`,
 				return usagef(cmd, "--rate: %w", err)
 			}
 			return o.run(cmd.Context(), dir, lazy.Request{
-				Reference: ref, Bootstrap: o.bootstrap, BlobDir: o.blobDir, Platform: o.platform, Remote: o.lazyRemote(),
+				Reference: ref, Bootstrap: o.bootstrap, BlobDir: o.blobDir, Platform: o.platform, Remote: o.remote.lazy(),
 				Background: o.background, Rate: int64(rate), NoPrefetch: o.noPrefetch, ReadAhead: o.kernelReadAhead(), //nolint:gosec // parseSize bounds it
 			})
 		},
@@ -117,11 +117,12 @@ func (o *mountOptions) kernelReadAhead() int {
 	return o.readAhead
 }
 
-func (o *mountOptions) lazyRemote() lazy.Remote {
-	r := o.remote.options()
+// lazy returns what a daemon is told of the flags.
+func (f *remoteFlags) lazy() lazy.Remote {
+	r := f.options()
 	return lazy.Remote{
 		PlainHTTP: r.PlainHTTP, HostsDir: r.HostsDir, DockerConfig: r.DockerConfig, ContainerdAddress: r.ContainerdAddress,
-		Namespace: r.Namespace, RegistryFallback: r.RegistryFallback, Retries: r.Retries, Stall: o.remote.stall,
+		Namespace: r.Namespace, RegistryFallback: r.RegistryFallback, Retries: r.Retries, Stall: f.stall,
 	}
 }
 

@@ -44,6 +44,7 @@ type recordOptions struct {
 	mounts     []runroot.Mount
 	scratch    string
 	platform   string
+	exact      bool
 
 	timeout    time.Duration
 	idle       time.Duration
@@ -83,12 +84,17 @@ directory, which goes when the recording ends, and run with its entrypoint, envi
 directory and volumes, in mount, process and IPC namespaces of its own, with a container's
 capabilities. It needs no container runtime. Arguments replace the image's command.
 
+With --exact the image is mounted lazily instead (see mount), cold and with read-ahead off, so that the
+list has the pages that were touched and no others. A Nydus image is fetched as far as it is read; any other is
+converted for the recording first. Merge the list into a profile to sharpen it.
+
 What a command writes is thrown away, unless --root is used with --in-place. The recording ends with
 the workload's first process (and what it started ends with it), after --timeout, after --idle without a
 first touch of a file, at a line that matches --until-log, or on Ctrl-C; the list is written in each
 case. The exit status is 1 when the workload ended by itself and failed. It takes root.`,
 		Example: `  optimizer record nginx:latest --until-log 'start worker process'
   optimizer record oci:./layout:app --env MODE=fast -o app.list -- --serve --port 8080
+  optimizer record --exact nginx:latest --until-log 'start worker process' -o exact.list
   optimizer record --root rootfs -o app.list -- /usr/bin/python3 -c 'import flask'
   optimizer record --container 3f2a --idle 30s -o web.list
   optimizer record --pid 4242 --timeout 1m --format paths -o -`,
@@ -118,6 +124,7 @@ func (o *recordOptions) addFlags(cmd *cobra.Command, raw *recordFlags) {
 	f.StringArrayVar(&raw.mounts, "mount", nil, "type=bind,source=PATH,target=PATH[,readonly]; may be repeated")
 	f.StringVar(&o.scratch, "scratch", "", "directory to unpack images in (default "+imageroot.DefaultBase+")")
 	f.StringVar(&o.platform, "platform", "", "platform of the image (default this machine's)")
+	f.BoolVar(&o.exact, "exact", false, "run the image on a cold lazy mount without read-ahead, to record the pages that are touched and no others")
 	f.DurationVar(&o.timeout, "timeout", 0, "end the recording after this time (default no limit)")
 	f.DurationVar(&o.idle, "idle", 0, "end it when no file was touched for the first time for so long (default no limit)")
 	f.StringVar(&raw.untilLog, "until-log", "", "end it at the first line of output, or of a container's log, that matches this regular expression")
@@ -200,7 +207,7 @@ func (o *recordOptions) until(cmd *cobra.Command, pattern string) (err error) {
 // how works out how a command is run.
 func (o *recordOptions) how(cmd *cobra.Command, raw recordFlags) (err error) {
 	if o.image == "" {
-		for _, name := range []string{"entrypoint", "scratch", "platform"} {
+		for _, name := range []string{"entrypoint", "scratch", "platform", "exact"} {
 			if cmd.Flags().Changed(name) {
 				return usagef(cmd, "--%s goes with an image", name)
 			}

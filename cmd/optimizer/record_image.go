@@ -20,16 +20,16 @@ import (
 	"github.com/headstart-oci/headstart/pkg/remote"
 )
 
-// runImage unpacks the image, runs it and records it from its first instruction.
+// runImage unpacks the image, or mounts it, runs it and records it from its first instruction.
 func (o *recordOptions) runImage(ctx context.Context, server string, l *persist.List) (err error) {
 	if uid := os.Geteuid(); uid != 0 {
 		return fmt.Errorf("record %s: it takes root, runs as user %d: layers have owners and devices, and tracing takes CAP_SYS_ADMIN", o.image, uid)
 	}
-	root, err := o.unpack(ctx)
+	root, release, err := o.place(ctx)
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, root.Close()) }()
+	defer func() { err = errors.Join(err, release()) }()
 	run, err := o.runOptions(root)
 	if err != nil {
 		return fmt.Errorf("image %s: %w", o.image, err)
@@ -51,7 +51,24 @@ func (o *recordOptions) runImage(ctx context.Context, server string, l *persist.
 		return err
 	}
 	l.Accesses = creation.Merge(l.Accesses, created)
+	o.refine(l, root)
 	return o.ended(l, p, ours)
+}
+
+// place puts the image where it can be run, and returns what takes it away again.
+func (o *recordOptions) place(ctx context.Context) (*imageroot.Root, func() error, error) {
+	if o.exact {
+		r, err := o.mountExact(ctx)
+		if err != nil {
+			return nil, nil, err
+		}
+		return r.Root, r.Close, nil
+	}
+	r, err := o.unpack(ctx)
+	if err != nil {
+		return nil, nil, err
+	}
+	return r, r.Close, nil
 }
 
 func (o *recordOptions) unpack(ctx context.Context) (_ *imageroot.Root, err error) {
