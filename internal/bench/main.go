@@ -3,7 +3,7 @@
 // cost and completeness on a burst of files, the latency that the plugin adds to a
 // container's start, and what is recorded of a start against what it needs.
 //
-//	go run ./internal/bench [-rows convert,optimize,check,memory,burst,start,ready,ranges] [-runs 7]
+//	go run ./internal/bench [-rows convert,optimize,check,memory,burst,start,ready,ranges,lazy] [-runs 7]
 //
 // Walls are medians of interleaved runs, so that a slow minute of the machine falls on
 // both sides; ratios, not times, are what the tables are for.
@@ -71,6 +71,7 @@ func rows() []row {
 		{"start", benchStart},
 		{"ready", benchReady},
 		{"ranges", benchRanges},
+		{"lazy", benchLazy},
 	}
 }
 

@@ -29,7 +29,7 @@ const rangeChunk = 64 << 10
 // nothing is read ahead, from an EROFS of its own.
 func benchRanges(ctx context.Context, b *bench) error {
 	fmt.Fprintf(b.out, "\nwhat a start touches, and the prefetch blob that is made of its list (chunks of %d KiB, zstd)\n", rangeChunk>>10)
-	fmt.Fprintf(b.out, "%-10s %6s %10s %10s %10s %10s %9s %10s %10s %9s  %s\n", "", "files", "whole", "recorded", "certain", "truth", "covered",
+	fmt.Fprintf(b.out, "%-18s %6s %10s %10s %10s %10s %9s %10s %10s %9s  %s\n", "", "files", "whole", "recorded", "certain", "truth", "covered",
 		"blob raw", "blob", "covered", "grade")
 	for _, name := range []workload.Name{workload.Nginx, workload.Python, workload.Node, workload.JDK} {
 		if err := b.ranges(ctx, name); err != nil {
@@ -52,18 +52,35 @@ func (b *bench) ranges(ctx context.Context, name workload.Name) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
-	root, list := filepath.Join(dir, "root"), filepath.Join(dir, "list")
+	root := filepath.Join(dir, "root")
 	if err := unpackLayers(ctx, img, root); err != nil {
 		return err
 	}
-	record := []string{
-		b.bin + "optimizer", "record", "--quiet", "--server-path", b.bin + "optimizer-server", "--root", root, "-o", list, "--timeout", startLimit + "s",
+	truth, err := coldPages(ctx, dir, root, img)
+	if err != nil {
+		return fmt.Errorf("cold start: %w", err)
 	}
+	stock := []string{"--root", root}
 	for _, e := range img.Config.Config.Env {
-		record = append(record, "--env", e)
+		stock = append(stock, "--env", e)
 	}
-	record = append(append(record, "--"), img.Command()...)
-	if _, err := timed(ctx, record); err != nil {
+	stock = append(append(stock, "--"), img.Command()...)
+	for _, how := range []struct {
+		name string
+		args []string
+	}{{string(name), stock}, {string(name) + ", --exact", []string{"--exact", "--scratch", dir, "oci:" + img.Dir}}} {
+		if err := b.rangesOf(ctx, dir, how.name, how.args, img, truth); err != nil {
+			return fmt.Errorf("%s: %w", how.name, err)
+		}
+	}
+	return nil
+}
+
+// rangesOf records a start, builds an image around the list, and prints both against the truth.
+func (b *bench) rangesOf(ctx context.Context, dir, name string, args []string, img *workload.Image, truth map[string]extent) error {
+	list := filepath.Join(dir, "list")
+	record := []string{b.bin + "optimizer", "record", "--quiet", "--server-path", b.bin + "optimizer-server", "-o", list, "--timeout", startLimit + "s"}
+	if _, err := timed(ctx, append(record, args...)); err != nil {
 		return err
 	}
 	f, err := os.Open(list)
@@ -74,10 +91,6 @@ func (b *bench) ranges(ctx context.Context, name workload.Name) (err error) {
 	if err := errors.Join(err, f.Close()); err != nil {
 		return err
 	}
-	truth, err := coldPages(ctx, dir, root, img)
-	if err != nil {
-		return fmt.Errorf("cold start: %w", err)
-	}
 	out, err := exec.CommandContext(ctx, b.bin+"optimizer", "convert", "--quiet", "--temp-dir", dir, "--chunk-size", "64KiB", "--profile", list, "-o", "json",
 		"oci:"+img.Dir, "oci:"+filepath.Join(dir, "out")+":bench").Output()
 	if err != nil {
@@ -87,7 +100,7 @@ func (b *bench) ranges(ctx context.Context, name workload.Name) (err error) {
 	if err := json.Unmarshal(out, &made); err != nil {
 		return fmt.Errorf("convert: %w", err)
 	}
-	b.printRanges(string(name), l, truth, made.Prefetch)
+	b.printRanges(name, l, truth, made.Prefetch)
 	return nil
 }
 
@@ -228,6 +241,6 @@ func (b *bench) printRanges(name string, l *persist.List, truth map[string]exten
 		}
 	}
 	share := func(n int64) string { return fmt.Sprintf("%.2f %%", 100*float64(n)/float64(max(needed, 1))) }
-	fmt.Fprintf(b.out, "%-10s %6d %10s %10s %10s %10s %9s %10s %10s %9s  %s\n", name, len(l.Accesses), mb(whole), mb(recorded), mb(certain), mb(needed),
+	fmt.Fprintf(b.out, "%-18s %6d %10s %10s %10s %10s %9s %10s %10s %9s  %s\n", name, len(l.Accesses), mb(whole), mb(recorded), mb(certain), mb(needed),
 		share(covered), mb(blob.RawBytes), mb(blob.Bytes), share(chunks), l.Grade)
 }
