@@ -11,7 +11,7 @@ SUDO       ?= $(if $(DESTDIR),,$(shell [ "$$(id -u)" = 0 ] || command -v sudo))
 PLUGIN      = $(DESTDIR)/opt/nri/plugins/02-optimizer-nri-plugin
 CONFIG      = $(DESTDIR)/etc/nri/conf.d/02-optimizer-nri-plugin.conf
 
-.PHONY: build optimizer install install-optimizer install-service demo test test-race lint fuzz bench soak tools clean
+.PHONY: build optimizer install install-optimizer install-service demo test test-race lint fuzz bench bench-start soak tools clean
 build optimizer: ## our commands, static, into bin/
 	CGO_ENABLED=0 go build -trimpath -o bin/ ./cmd/...
 
@@ -50,6 +50,10 @@ fuzz: ## every fuzz target for FUZZTIME
 bench: ## against the peers, in one run
 	$(TOOLS) install bench
 	go run ./internal/bench
+
+bench-start: ## cold starts over a simulated link, against a whole pull and nydusd; draws docs/start.svg
+	$(TOOLS) install bench
+	go run ./internal/benchstart -svg docs/start.svg $(STARTFLAGS)
 
 soak: ## long runs: tests called TestSoak…, for SOAK each
 	SOAK=$(SOAK) go test -count=1 -timeout 0 -v -run '^TestSoak' $(PKG)

@@ -1,0 +1,134 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/headstart-oci/headstart/internal/linksim"
+	"github.com/headstart-oci/headstart/pkg/lazy"
+)
+
+func startLazy(ctx context.Context, b *bench, img *image, link *linksim.Link, dir string) (*started, error) {
+	return b.lazy(ctx, img.lazy, img, link, dir)
+}
+
+func startPrefetch(ctx context.Context, b *bench, img *image, link *linksim.Link, dir string) (*started, error) {
+	return b.lazy(ctx, img.fast, img, link, dir)
+}
+
+// lazyMount is a lazy mount with directories, a daemon and a holder of its own.
+type lazyMount struct {
+	b             *bench
+	state, runDir string
+	dir           string
+}
+
+// lazy mounts a tag of the image lazily. The daemon is not there before and starts within the time. Nothing is fetched
+// in the background, so that what passes the link is the start's.
+func (b *bench) lazy(ctx context.Context, tag string, img *image, link *linksim.Link, dir string) (_ *started, err error) {
+	m := &lazyMount{b: b, state: filepath.Join(dir, "state"), runDir: filepath.Join(dir, "run"), dir: filepath.Join(dir, "mnt")}
+	s := &started{layers: []string{m.dir}, report: func(r *result) error { return m.report(ctx, r) }}
+	if err := errors.Join(os.Mkdir(m.state, 0o700), os.Mkdir(m.runDir, 0o700), os.Mkdir(m.dir, 0o755)); err != nil {
+		return nil, err
+	}
+	s.began = time.Now()
+	if _, err := m.optimizer(ctx, "mount", "--plain-http", "--background", "none", link.Host()+"/"+img.name+":"+tag, m.dir); err != nil {
+		return nil, err
+	}
+	s.onClose(func() error { return m.close(context.WithoutCancel(ctx)) })
+	defer func() {
+		if err != nil {
+			_ = s.close()
+		}
+	}()
+	st, err := m.status(ctx)
+	if err != nil {
+		return nil, err
+	}
+	s.pids = []int{st.PID, st.Holder}
+	return s, nil
+}
+
+func (m *lazyMount) optimizer(ctx context.Context, verb string, args ...string) ([]byte, error) {
+	return m.b.command(ctx, nil, m.b.optimizer, append([]string{verb, "--state-dir", m.state, "--run-dir", m.runDir}, args...)...)
+}
+
+func (m *lazyMount) status(ctx context.Context) (s lazy.Status, err error) {
+	out, err := m.optimizer(ctx, "status", "-o", "json")
+	if err == nil {
+		err = json.Unmarshal(out, &s)
+	}
+	if err == nil && len(s.Mounts) != 1 {
+		err = fmt.Errorf("status has %d mounts, want one", len(s.Mounts))
+	}
+	return s, err
+}
+
+// report says what was fetched on demand that no list named, or after the prefetch blob was here.
+func (m *lazyMount) report(ctx context.Context, r *result) error {
+	s, err := m.status(ctx)
+	if err != nil {
+		return err
+	}
+	mount := s.Mounts[0]
+	r.Misses = int(mount.Stats.Misses)
+	for _, miss := range mount.Misses {
+		r.MissBytes += miss.Size
+		if mount.Stats.Prefetch.Chunks > 0 { // without a prefetch blob every chunk is one
+			r.Missed = append(r.Missed, fmt.Sprintf("chunk %d of blob %.12s, %d bytes at %d, %s", miss.Index, miss.Blob, miss.Size, miss.Offset, miss.Path))
+		}
+	}
+	return nil
+}
+
+// close unmounts, and ends holder and daemon, which would wait a while for another mount.
+func (m *lazyMount) close(ctx context.Context) error {
+	s, err := m.status(ctx)
+	for range 100 {
+		if _, uerr := m.optimizer(ctx, "umount", m.dir); uerr == nil {
+			break
+		}
+		time.Sleep(20 * time.Millisecond) //nolint:forbidigo // nothing says when a killed reader's files are released
+	}
+	if err != nil {
+		return errors.Join(err, unix.Unmount(m.dir, unix.MNT_DETACH))
+	}
+	if err := endAll(s.Holder, s.PID); err != nil {
+		return err
+	}
+	var st, parent unix.Stat_t
+	if err := errors.Join(unix.Stat(m.dir, &st), unix.Stat(filepath.Dir(m.dir), &parent)); err != nil {
+		return err
+	}
+	if st.Dev != parent.Dev {
+		return fmt.Errorf("%s is still mounted", m.dir)
+	}
+	return nil
+}
+
+// endAll kills a daemon and its holder. Each would start the other again: both are stopped first.
+func endAll(pids ...int) (err error) {
+	var fds []int
+	for _, pid := range pids {
+		if fd, err := unix.PidfdOpen(pid, 0); err == nil {
+			fds = append(fds, fd)
+		}
+	}
+	for _, signal := range []unix.Signal{unix.SIGSTOP, unix.SIGKILL} {
+		for _, fd := range fds {
+			_ = unix.PidfdSendSignal(fd, signal, nil, 0) // it may have ended
+		}
+	}
+	for _, fd := range fds {
+		_, perr := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, 5000) //nolint:gosec // a descriptor
+		err = errors.Join(err, perr, unix.Close(fd))
+	}
+	return err
+}
