@@ -1,0 +1,116 @@
+package lazy_test
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/headstart-oci/headstart/internal/testenv"
+)
+
+// TestFixtures compares every v6 fixture, mounted lazily, with the tree that it means, by the fixtures' own comparer.
+func TestFixtures(t *testing.T) {
+	fixtures := testenv.Fixtures(t)
+	python, err := exec.LookPath("python3")
+	if err != nil {
+		testenv.Missing(t, "python3: %v", err)
+	}
+	mounts := map[string][]string{"oci/nydus-v6": {"oci:" + filepath.Join(fixtures, "oci", "nydus-v6")}}
+	dirs, err := filepath.Glob(filepath.Join(fixtures, "nydus", "v6-*"))
+	must(t, err)
+	if len(dirs) == 0 {
+		t.Fatalf("%s has no v6 images", fixtures)
+	}
+	for _, d := range dirs {
+		mounts[filepath.Base(d)] = []string{"--bootstrap", filepath.Join(d, "image.boot"), "--blob-dir", filepath.Join(d, "blobs")}
+	}
+	for name, args := range mounts {
+		t.Run(name, func(t *testing.T) {
+			r := newRig(t)
+			for _, background := range []string{"none", "full"} {
+				dir := r.mount(t, append([]string{"--background", background}, args...)...)
+				out, err := exec.Command(python, filepath.Join(fixtures, "cmp_tree.py"), dir, filepath.Join(fixtures, "expected.json")).CombinedOutput()
+				if err != nil {
+					t.Errorf("background %s: %v\n%s", background, err, out)
+				}
+				must(t, r.umount(dir))
+			}
+		})
+	}
+}
+
+// TestV5 asks for a mount of a v5 image, which the kernel does not know.
+func TestV5(t *testing.T) {
+	fixtures := testenv.Fixtures(t)
+	r := newRig(t)
+	d := filepath.Join(fixtures, "nydus", "v5-zstd")
+	dir := t.TempDir()
+	_, err := r.command("mount", "--bootstrap", filepath.Join(d, "image.boot"), "--blob-dir", filepath.Join(d, "blobs"), dir)
+	if err == nil || !strings.Contains(err.Error(), "5") {
+		t.Errorf("mount of a v5 image: got %v, want an error that says what it is", err)
+	}
+	var st, parent unix.Stat_t
+	must(t, errors.Join(unix.Stat(dir, &st), unix.Stat(filepath.Dir(dir), &parent)))
+	if st.Dev != parent.Dev {
+		t.Errorf("something is mounted at %s", dir)
+	}
+}
+
+// TestWholeTree reads the whole of a real image through cold mounts, by 1, 8 and 64 processes at once and in every way, and compares
+// the content of all files with what tar unpacks: our images, plain and optimized, and the real nydus-image's.
+func TestWholeTree(t *testing.T) {
+	img := newImages(t)
+	list := filepath.Join(t.TempDir(), "list")
+	must(t, os.WriteFile(list, []byte(strings.Join(sorted(img.want)[:2000], "\n")+"\n"), 0o600))
+	for _, c := range []struct {
+		name string
+		args []string
+	}{
+		{"ours", []string{img.ours(t, "plain")}},
+		{"optimized", []string{img.ours(t, "fast", "--chunk-size", "64KiB", "--profile", list)}},
+		{"nydus-image", img.theirs(t)},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			for _, n := range []struct{ readers, part int }{{1, 1}, {8, 4}, {64, 32}} {
+				if testing.Short() && n.readers != 8 {
+					continue
+				}
+				t.Run(fmt.Sprint(n.readers), func(t *testing.T) {
+					r := newRig(t)
+					dir := r.mount(t, append([]string{"--background", "none"}, c.args...)...)
+					readAll(t, dir, img.want, n.readers, n.part)
+					s, err := r.status()
+					must(t, err)
+					if len(s.Mounts) != 1 || s.Mounts[0].Stats.Failed != 0 || s.Mounts[0].Stats.Corrupt != 0 {
+						t.Errorf("status after reading: %+v, want one mount without failures", s.Mounts)
+					}
+					must(t, r.umount(dir))
+				})
+			}
+		})
+	}
+}
+
+// TestDirectIO asserts what is documented: the kernel refuses O_DIRECT on EROFS mounts of plain files.
+func TestDirectIO(t *testing.T) {
+	fixtures := testenv.Fixtures(t)
+	r := newRig(t)
+	d := filepath.Join(fixtures, "nydus", "v6-zstd")
+	dir := r.mount(t, "--bootstrap", filepath.Join(d, "image.boot"), "--blob-dir", filepath.Join(d, "blobs"))
+	for name := range sums(t, dir) {
+		fd, err := unix.Open(filepath.Join(dir, name), unix.O_RDONLY|unix.O_DIRECT|unix.O_CLOEXEC, 0)
+		if err == nil {
+			_ = unix.Close(fd)
+		}
+		if !errors.Is(err, unix.EINVAL) {
+			t.Errorf("open %s with O_DIRECT: got %v, want EINVAL", name, err)
+		}
+		return
+	}
+}
