@@ -156,7 +156,11 @@ func (d *daemon) start(ctx context.Context) (err error) {
 		return err
 	}
 	if !guarded {
-		if err := errors.Join(erofs.Probe(d.o.StateDir), store.Probe(d.o.StateDir)); err != nil {
+		// The file system first: on some, EROFS says no to good kernels.
+		if err := store.Probe(d.o.StateDir); err != nil {
+			return err
+		}
+		if err := erofs.Probe(d.o.StateDir); err != nil {
 			return fmt.Errorf("state directory %s: %w", d.o.StateDir, err)
 		}
 	}
