@@ -79,7 +79,7 @@ func takeStdout() (*os.File, error) {
 	out := os.NewFile(uintptr(fd), "standard output")
 	null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
 	if err == nil {
-		err = errors.Join(unix.Dup3(int(null.Fd()), 1, 0), null.Close()) //nolint:gosec // a descriptor fits an int
+		err = errors.Join(unix.Dup3(int(null.Fd()), 1, 0), null.Close())
 	}
 	if err != nil {
 		return nil, errors.Join(err, out.Close())

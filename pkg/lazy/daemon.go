@@ -9,7 +9,6 @@ import (
 	"io"
 	"net"
 	"os"
-	"path/filepath"
 	"strings"
 	"sync"
 	"time"
@@ -96,9 +95,7 @@ func RunDaemon(ctx context.Context, o DaemonOptions) error {
 	}
 	d.o.Idle, d.o.Limit = cmp.Or(o.Idle, 30*time.Second), cmp.Or(o.Limit, time.Minute)
 	err := d.start(ctx)
-	if told := tellReady(o, err); err == nil {
-		err = told
-	}
+	tellReady(o, err)
 	if err != nil {
 		return errors.Join(err, d.close(len(d.mounts) == 0))
 	}
@@ -106,9 +103,9 @@ func RunDaemon(ctx context.Context, o DaemonOptions) error {
 }
 
 // tellReady tells who waits whether the daemon runs.
-func tellReady(o DaemonOptions, err error) error {
+func tellReady(o DaemonOptions, err error) {
 	if o.Ready == nil {
-		return nil
+		return
 	}
 	a := answer{}
 	if err != nil {
@@ -123,7 +120,6 @@ func tellReady(o DaemonOptions, err error) error {
 	if err = errors.Join(err, o.Ready.Close()); err != nil {
 		o.Log.Info("nobody waits for the daemon", zap.Error(err))
 	}
-	return nil
 }
 
 // start makes everything ready, with what an earlier daemon left, if there was one.
@@ -387,9 +383,4 @@ func (d *daemon) accept(ctx context.Context) {
 			d.mu.Unlock()
 		})
 	}
-}
-
-// logPath is where a client that starts a daemon puts what it says.
-func logPath(runDir, stateDir string) string {
-	return filepath.Join(runDir, strings.TrimSuffix(socketName(stateDir), ".sock")+".log")
 }

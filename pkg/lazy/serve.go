@@ -76,7 +76,7 @@ func permitted(c *net.UnixConn) error {
 		return err
 	}
 	var cred *unix.Ucred
-	ctlErr := raw.Control(func(fd uintptr) { cred, err = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED) }) //nolint:gosec // a descriptor fits an int
+	ctlErr := raw.Control(func(fd uintptr) { cred, err = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED) })
 	if err = errors.Join(err, ctlErr); err != nil {
 		return err
 	}

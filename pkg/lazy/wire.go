@@ -138,7 +138,7 @@ func writeMessage(c *net.UnixConn, v any, f *os.File) error {
 	frame := binary.LittleEndian.AppendUint32(nil, uint32(len(b))) //nolint:gosec // bounded above
 	var rights []byte
 	if f != nil {
-		rights = unix.UnixRights(int(f.Fd())) //nolint:gosec // a descriptor fits an int
+		rights = unix.UnixRights(int(f.Fd()))
 	}
 	if _, _, err := c.WriteMsgUnix(frame, rights, nil); err != nil {
 		return err

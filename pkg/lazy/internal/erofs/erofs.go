@@ -222,7 +222,7 @@ func Attach(mount *os.File, dir string) error {
 		return &os.PathError{Op: "mount at", Path: dir, Err: err}
 	}
 	defer func() { _ = unix.Close(at) }()
-	if err := unix.MoveMount(int(mount.Fd()), "", at, "", unix.MOVE_MOUNT_F_EMPTY_PATH|unix.MOVE_MOUNT_T_EMPTY_PATH); err != nil { //nolint:gosec // a descriptor fits an int
+	if err := unix.MoveMount(int(mount.Fd()), "", at, "", unix.MOVE_MOUNT_F_EMPTY_PATH|unix.MOVE_MOUNT_T_EMPTY_PATH); err != nil {
 		if errors.Is(err, unix.EPERM) {
 			err = errors.Join(ErrPermission, err)
 		}

@@ -204,9 +204,7 @@ func TestBackingDevices(t *testing.T) {
 	o.ReadAhead = 16
 	ctx, stop := context.WithCancel(t.Context())
 	var others, ours sync.WaitGroup
-	others.Add(1)
-	go func() {
-		defer others.Done()
+	others.Go(func() {
 		dir := t.TempDir()
 		for ctx.Err() == nil {
 			if err := testenv.MountEROFSAt(dir, o.Bootstrap, o.Devices...); err != nil {
@@ -219,19 +217,17 @@ func TestBackingDevices(t *testing.T) {
 			}
 			time.Sleep(20 * time.Millisecond)
 		}
-	}()
+	})
 	const n = 16
 	made := make([]*erofs.Detached, n)
 	for i := range made {
-		ours.Add(1)
-		go func() {
-			defer ours.Done()
+		ours.Go(func() {
 			d, err := erofs.New(o)
 			if err != nil {
 				t.Error(err)
 			}
 			made[i] = d
-		}()
+		})
 	}
 	ours.Wait()
 	stop()

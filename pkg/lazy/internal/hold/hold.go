@@ -129,7 +129,7 @@ func sendFiles(c *net.UnixConn, files map[string]*os.File, whole bool) error {
 	for batch := range slices.Chunk(names, maxFiles) {
 		fds := make([]int, len(batch))
 		for i, n := range batch {
-			fds[i] = int(files[n].Fd()) //nolint:gosec // a descriptor fits an int
+			fds[i] = int(files[n].Fd())
 		}
 		if err := send(c, message{Op: opKeep, Names: batch}, fds); err != nil {
 			return err

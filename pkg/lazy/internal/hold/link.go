@@ -120,7 +120,7 @@ func dup(f *os.File) (*os.File, error) {
 	}
 	var copied int
 	ctlErr := raw.Control(func(fd uintptr) {
-		copied, err = unix.FcntlInt(fd, unix.F_DUPFD_CLOEXEC, int(min(limit.Cur/2, maxBase))) //nolint:gosec // bounded
+		copied, err = unix.FcntlInt(fd, unix.F_DUPFD_CLOEXEC, int(min(limit.Cur/2, maxBase)))
 	})
 	if err = errors.Join(err, ctlErr); err != nil {
 		return nil, fmt.Errorf("duplicate descriptor: %w", err)
@@ -158,7 +158,7 @@ func (l *Link) Keep(name string, f *os.File) error {
 		err = old.Close()
 	}
 	l.kept[name] = mine
-	l.tell(message{Op: opKeep, Names: []string{name}}, []int{int(mine.Fd())}) //nolint:gosec // a descriptor fits an int
+	l.tell(message{Op: opKeep, Names: []string{name}}, []int{int(mine.Fd())})
 	return err
 }
 
