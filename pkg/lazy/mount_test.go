@@ -139,7 +139,7 @@ func TestForeignUnmount(t *testing.T) {
 	t.Parallel()
 	b := newBox(t)
 	m := b.mount(b.mountpoint("mnt"), layout(t))
-	if out, err := exec.Command(testenv.Tool(t, "umount"), m.Dir).CombinedOutput(); err != nil {
+	if out, err := exec.Command("umount", m.Dir).CombinedOutput(); err != nil {
 		t.Fatalf("umount: %v\n%s", err, out)
 	}
 	eventually(t, func() string {

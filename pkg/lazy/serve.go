@@ -171,16 +171,17 @@ func (d *daemon) serveMount(ctx context.Context, cancel context.CancelFunc, c *n
 	}
 }
 
-// find returns the mount with this st_dev; nil when there is none.
-func (d *daemon) find(device uint64) *mount {
+// find returns the mount with this st_dev, also while it is being given back; nil when there is none.
+func (d *daemon) find(device uint64) (found *mount) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	for _, m := range d.mounts {
-		if m.rec.Device == device && !m.gone {
-			return m
+		// The kernel may have given the number of one that is gone to another.
+		if m.rec.Device == device && (found == nil || !m.gone) {
+			found = m
 		}
 	}
-	return nil
+	return found
 }
 
 // checkLimit bounds how long serveCheck waits: somebody else may have the same superblock mounted.
