@@ -255,9 +255,10 @@ func TestDenied(t *testing.T) {
 	needKernel(t, state)
 	group, table := newGroup(t), newTable(t, 0)
 	m := openImage(t, "v6-zstd", state, store.Options{})
-	down := true
+	var down atomic.Bool
+	down.Store(true)
 	w, _ := m.start(t, watch.Config{Group: group, Table: table, Ensure: func(ctx context.Context, b *store.Blob, offset, length int64) error {
-		if down {
+		if down.Load() {
 			return errors.New("no backend")
 		}
 		return m.ensure(ctx, b, offset, length)
@@ -270,7 +271,7 @@ func TestDenied(t *testing.T) {
 	if s := w.Stats(); s.Denied == 0 {
 		t.Errorf("stats = %+v, want denied events", s)
 	}
-	down = false
+	down.Store(false)
 	compare(t, dir) // the same mount goes on
 }
 

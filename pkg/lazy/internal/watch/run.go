@@ -20,7 +20,16 @@ func (w *Watcher) Run(ctx context.Context) error {
 	defer w.answers.Wait()
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	defer context.AfterFunc(ctx, w.signal)()
+	woken := make(chan struct{})
+	stop := context.AfterFunc(ctx, func() {
+		defer close(woken)
+		w.signal()
+	})
+	defer func() {
+		if !stop() {
+			<-woken // it may write to a descriptor that Close closes
+		}
+	}()
 	if err := w.takeOver(ctx); err != nil {
 		return fmt.Errorf("watch: %w", err)
 	}
