@@ -103,6 +103,11 @@ func readReady(dir *os.Root, blob [32]byte, size uint64, length int64) ([]uint64
 	if err != nil {
 		return nil, err
 	}
+	return parseReady(p, blob, size, length)
+}
+
+// parseReady is readReady for the bytes of the file.
+func parseReady(p []byte, blob [32]byte, size uint64, length int64) ([]uint64, error) {
 	h, body, err := decode(p, magicReady, blob, 8)
 	if err != nil { // also when it is another blob's: the chunk table says whose directory it is
 		return nil, fmt.Errorf("ready: %w: %w", errCorrupt, err)

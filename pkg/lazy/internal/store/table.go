@@ -111,6 +111,11 @@ func readTable(dir *os.Root, blob [32]byte) (size uint64, recs []chunkRecord, er
 	if err != nil {
 		return 0, nil, err
 	}
+	return parseTable(p, blob)
+}
+
+// parseTable is readTable for the bytes of the file.
+func parseTable(p []byte, blob [32]byte) (size uint64, recs []chunkRecord, err error) {
 	h, body, err := decode(p, magicChunks, blob, sizeChunkRecord)
 	if err != nil {
 		return 0, nil, fmt.Errorf("chunks: %w", err)
@@ -121,7 +126,7 @@ func readTable(dir *os.Root, blob [32]byte) (size uint64, recs []chunkRecord, er
 	end := uint64(0)
 	for i := range recs {
 		r := &recs[i]
-		if r.Offset%BlockSize != 0 || r.first() < end || r.Size == 0 || r.end()*BlockSize > h.Size {
+		if r.Offset%BlockSize != 0 || r.Offset > h.Size || r.first() < end || r.Size == 0 || r.end()*BlockSize > h.Size {
 			return 0, nil, fmt.Errorf("chunks: %w: record %d", errCorrupt, i)
 		}
 		end = r.end()
