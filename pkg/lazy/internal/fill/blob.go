@@ -37,7 +37,7 @@ type Blob struct {
 	view      atomic.Pointer[view]
 
 	// Guarded by s.mu:
-	sources []Source
+	sources []*origin
 	flights map[int64]*flight // by the key of their units, until they are done
 	queue   []*flight         // demands that nobody has begun, and some that somebody has
 	running int               // workers of demands
@@ -53,7 +53,7 @@ type Blob struct {
 // either. It asks for nothing yet. Errors are those of [rafs.OpenBlob] for blobs that cannot be read.
 func (s *Scheduler) Open(cache Cache, src Source, info rafs.Blob, chunks []rafs.Chunk) (*Blob, error) {
 	b := &Blob{
-		s: s, info: info, cache: cache, sources: []Source{src}, opened: time.Now(),
+		s: s, info: info, cache: cache, sources: []*origin{newOrigin(src)}, opened: time.Now(),
 		preparing: make(chan struct{}, 1), streaming: make(chan struct{}, 1), flights: map[int64]*flight{},
 	}
 	reader, err := s.reader(info, &span{})
@@ -106,16 +106,7 @@ func (b *Blob) ID() string { return b.info.ID }
 func (b *Blob) AddSource(src Source) {
 	b.s.mu.Lock()
 	defer b.s.mu.Unlock()
-	b.sources = append(b.sources, src)
-}
-
-// RemoveSource forgets src, added by [Blob.AddSource] or [Scheduler.Open]; requests of it may be on the way still, until they end.
-func (b *Blob) RemoveSource(src Source) {
-	b.s.mu.Lock()
-	defer b.s.mu.Unlock()
-	if i := slices.Index(b.sources, src); i >= 0 {
-		b.sources = slices.Delete(slices.Clone(b.sources), i, i+1)
-	}
+	b.sources = append(slices.Clip(b.sources), newOrigin(src))
 }
 
 // Close ends what is being fetched: whoever waits gets [ErrClosed]. It returns when nothing uses the cache or the source any more.

@@ -224,6 +224,39 @@ func TestSecondSource(t *testing.T) {
 	m.blobs[0].RemoveSource(second)
 }
 
+// A source that is removed while it is read from is closed soon after: what it was to bring comes from another one.
+func TestRemoveSource(t *testing.T) {
+	t.Parallel()
+	m := mounted(t, kinds["prefetch"](t), quick())
+	n := m.prefetchBlob()
+	first := m.sources[n]
+	first.set(func(_ int, _ fill.Request, right []byte) (io.Reader, error) {
+		return io.MultiReader(bytes.NewReader(right[:100]), &gate{bytes.NewReader(nil), first.quit}), nil
+	})
+	second := &source{data: first.data}
+	m.blobs[n].AddSource(second)
+	run := m.s.Start(fill.Plan{Blobs: m.blobs, Stream: n, Background: fill.BackgroundNone})
+	errs := make(chan error)
+	chunks := m.BlobChunks(n)
+	go func() { errs <- m.ensure(t.Context(), chunks[len(chunks)-1]) }()
+	for len(first.seen()) < 2 {
+		time.Sleep(time.Millisecond)
+	}
+	// The source's reads return when its contexts end.
+	go func() { time.Sleep(10 * time.Millisecond); close(first.quit) }()
+	m.blobs[n].RemoveSource(first)
+	if err := <-errs; err != nil {
+		t.Error(err)
+	}
+	<-run.Listed()
+	if !m.blobs[n].Complete() || len(second.seen()) == 0 {
+		t.Error("the other source was not asked for the rest")
+	}
+	m.blobs[n].RemoveSource(second)
+	m.ensureAll()
+	m.check()
+}
+
 // Memory for one chunk at a time is enough.
 func TestLittleMemory(t *testing.T) {
 	t.Parallel()

@@ -352,12 +352,15 @@ func (b *Blob) retry(err error) Retry {
 	if _, ours := errors.AsType[*cacheError](err); ours {
 		return Retry{}
 	}
+	if errors.Is(err, errRemoved) {
+		return Retry{Again: true}
+	}
 	b.s.mu.Lock()
 	sources := b.sources
 	b.s.mu.Unlock()
 	var r Retry
-	for _, src := range sources {
-		if one := src.Retry(err); one.Again {
+	for _, o := range sources {
+		if one := o.src.Retry(err); one.Again {
 			if r = one; one.After == 0 {
 				break
 			}

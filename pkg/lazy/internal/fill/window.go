@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"slices"
 	"time"
 
 	"go.uber.org/zap"
@@ -230,46 +229,4 @@ func (b *Blob) decode(ctx context.Context, u unit, mem *scratch, class Class) er
 		b.s.o.Log.Warn("corrupt data", zap.String("blob", b.info.ID), zap.Int64("offset", u.off), zap.Int64("length", u.size), zap.Error(faults))
 	}
 	return faults
-}
-
-// open makes a request of the sources, one after the other; the last one first for what was not right.
-func (b *Blob) open(ctx context.Context, class Class, r Request) (io.ReadCloser, error) {
-	b.s.mu.Lock()
-	sources := slices.Clone(b.sources)
-	b.s.mu.Unlock()
-	if r.Suspect {
-		slices.Reverse(sources)
-	}
-	err := fmt.Errorf("blob %s: %w", b.info.ID, ErrClosed) // no source is left
-	for i, src := range sources {
-		b.s.mu.Lock()
-		b.stats.of(class).Requests++
-		b.s.mu.Unlock()
-		rc, one := src.Range(ctx, r)
-		if one == nil {
-			return &counted{ReadCloser: rc, b: b, class: class}, nil
-		}
-		if i == 0 {
-			err = nil
-		}
-		if err = errors.Join(err, one); ctx.Err() != nil {
-			break
-		}
-	}
-	return nil, err
-}
-
-// counted counts what is read.
-type counted struct {
-	io.ReadCloser
-	b     *Blob
-	class Class
-}
-
-func (c *counted) Read(p []byte) (int, error) {
-	n, err := c.ReadCloser.Read(p)
-	c.b.s.mu.Lock()
-	c.b.stats.of(c.class).Bytes += int64(n)
-	c.b.s.mu.Unlock()
-	return n, err
 }
