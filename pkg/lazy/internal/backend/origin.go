@@ -105,4 +105,4 @@ func (f *File) descriptor() ocispec.Descriptor {
 	return ocispec.Descriptor{MediaType: nydusimage.MediaTypeBlob, Digest: digest.NewDigestFromEncoded(digest.SHA256, f.ID), Size: f.Size}
 }
 
-func clamp(n uint64) int64 { return int64(min(n, 1<<62)) } //nolint:gosec // bounded
+func clamp(n uint64) int64 { return int64(min(n, 1<<62)) }

@@ -84,12 +84,21 @@ func serve(t testing.TB, change func(o *builder.Options)) *registry {
 		o.List.Accesses = append(o.List.Accesses, trace.Access{Path: p, How: trace.Opened})
 	}
 	change(&o)
+	s.publish(t, src, o)
+	return s
+}
+
+// publish converts src and starts the server.
+func (s *registry) publish(t testing.TB, src builder.Source, o builder.Options) {
+	t.Helper()
 	res, err := builder.Convert(t.Context(), src, o)
 	if err != nil {
 		t.Fatal(err)
 	}
 	for _, f := range append(res.Blobs, res.Bootstrap) {
-		s.files[f.Descriptor.Digest.String()] = read(f.Path)
+		if s.files[f.Descriptor.Digest.String()], err = os.ReadFile(f.Path); err != nil {
+			t.Fatal(err)
+		}
 	}
 	s.files[res.ConfigDescriptor.Digest.String()], s.files[res.ManifestDescriptor.Digest.String()] = res.Config, res.Manifest
 	s.manifest = res.ManifestDescriptor
@@ -104,7 +113,6 @@ func serve(t testing.TB, change func(o *builder.Options)) *registry {
 		s.Close()
 	})
 	s.host = strings.TrimPrefix(s.URL, "http://")
-	return s
 }
 
 func (s *registry) ServeHTTP(w http.ResponseWriter, r *http.Request) {

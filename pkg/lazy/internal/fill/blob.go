@@ -42,6 +42,8 @@ type Blob struct {
 	queue   []*flight         // demands that nobody has begun, and some that somebody has
 	running int               // workers of demands
 	stream  *stream           // the stream that is reading this blob
+	ahead   int64             // how far a demand's request goes: more for those that follow each other
+	seen    int64             // the end of the last one
 	listed  map[uint64]bool   // uncompressed offsets of chunks that a prefetch table names
 	whole   bool              // this is a prefetch blob: all of it is listed
 	over    bool              // what was to be prefetched of this blob's image is there, or failed
@@ -210,18 +212,18 @@ func (b *Blob) readTable(ctx context.Context, class Class, suspect bool) (*rafs.
 	if n == 0 || n > maxTable || off > 1<<62 {
 		return nil, fmt.Errorf("%w: blob.meta of %d bytes at %d", rafs.ErrUnsupported, n, off)
 	}
-	rc, err := b.open(ctx, class, Request{Offset: int64(off), Length: int64(n), Meta: true, Suspect: suspect}) //nolint:gosec // bounded
+	rc, err := b.open(ctx, class, Request{Offset: int64(off), Length: int64(n), Meta: true, Suspect: suspect})
 	if err != nil {
 		return nil, err
 	}
-	p, err := io.ReadAll(io.LimitReader(rc, int64(n))) //nolint:gosec // bounded
+	p, err := io.ReadAll(io.LimitReader(rc, int64(n)))
 	if err = errors.Join(err, rc.Close()); err != nil {
 		return nil, err
 	}
 	if uint64(len(p)) != n {
 		return nil, io.ErrUnexpectedEOF
 	}
-	table := &span{off: int64(off), p: p} //nolint:gosec // bounded
+	table := &span{off: int64(off), p: p}
 	base, err := b.s.reader(b.info, table)
 	if err != nil {
 		return nil, err

@@ -2,6 +2,7 @@ package fill_test
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"io"
@@ -11,6 +12,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/headstart-oci/headstart/pkg/builder"
 	"github.com/headstart-oci/headstart/pkg/lazy/internal/fill"
 	"github.com/headstart-oci/headstart/pkg/rafs"
 )
@@ -130,6 +132,35 @@ func TestEnsureJoinsNear(t *testing.T) {
 	}
 	if m.blobs[0].Stats().Demand.Chunks != int64(len(biggest)) {
 		t.Errorf("Stats = %+v, want %d chunks", m.blobs[0].Stats(), len(biggest))
+	}
+}
+
+// Who reads a blob from front to back needs fewer and longer requests; who does not gets little that he did not ask for.
+func TestEnsureAhead(t *testing.T) {
+	t.Parallel()
+	img := convert(t, func(o *builder.Options) { o.ChunkSize, o.Compressor = 1<<12, rafs.CompressorNone })
+	m := mounted(t, img, quick())
+	m.ensureAll()
+	for n, src := range m.sources {
+		requests := src.seen()
+		if len(requests) < 2 {
+			continue
+		}
+		if longest := slices.MaxFunc(requests, func(x, y fill.Request) int { return cmp.Compare(x.Length, y.Length) }); longest.Length <= 128<<10 || longest.Length > 1<<20 {
+			t.Errorf("blob %d: the longest of %d requests is %+v", n, len(requests), longest)
+		}
+	}
+	m = mounted(t, img, quick())
+	chunks := m.BlobChunks(0)
+	for i := len(chunks) - 1; i >= 0; i -= 200 {
+		if err := m.ensure(t.Context(), chunks[i]); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, r := range m.sources[0].seen() {
+		if r.Length > 128<<10 {
+			t.Errorf("%+v is longer than 128 KiB", r)
+		}
 	}
 }
 

@@ -64,7 +64,7 @@ type Options struct {
 	// negative: none.
 	Near int64
 	// Ahead is how many stored bytes a demand's request has at least, where chunks that are missing follow; 0: 128 KiB,
-	// negative: none.
+	// negative: none. Requests that follow each other in a blob get longer, up to 1 MiB.
 	Ahead int64
 	// Backoff is how long is waited before a request is repeated; doubled each time, at most 8 times this; 0: 250 ms.
 	Backoff time.Duration
@@ -77,6 +77,8 @@ type Options struct {
 const (
 	// window bounds the stored bytes of a request: 4 MiB take a third of a second at 100 Mbit/s.
 	maxWindow = 4 << 20
+	// maxAhead is how far a request goes that follows others.
+	maxAhead = 1 << 20
 	// prefetchRequests is how many windows of a prefetch table are fetched at once.
 	prefetchRequests = 2
 )

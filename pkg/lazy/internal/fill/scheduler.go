@@ -309,6 +309,11 @@ func (b *Blob) around(v *view, f *flight) *window {
 	if f.u.size == 0 || !ok || v.reader != f.u.reader {
 		return w
 	}
+	if next := f.u.off - b.seen; b.ahead > 0 && next >= 0 && next <= b.s.o.Near {
+		b.ahead = min(2*b.ahead, max(maxAhead, b.s.o.Ahead))
+	} else {
+		b.ahead = b.s.o.Ahead
+	}
 	for n := v.unitOf(at) + 1; n < v.count(); n++ {
 		if !b.take(w, v.unit(n), true) {
 			break
@@ -319,6 +324,7 @@ func (b *Blob) around(v *view, f *flight) *window {
 			break
 		}
 	}
+	b.seen = w.end
 	slices.SortFunc(w.flights, func(x, y *flight) int { return cmp.Compare(x.u.off, y.u.off) })
 	return w
 }
@@ -334,7 +340,7 @@ func (b *Blob) take(w *window, u unit, behind bool) bool {
 		return false
 	}
 	f := b.flights[u.key()]
-	cheap := behind && b.stream == nil && length <= b.s.o.Ahead
+	cheap := behind && b.stream == nil && length <= b.ahead
 	if f != nil && f.started || f == nil && (!cheap || !b.missing(u.chunks)) {
 		return true // there may be wanted ones beyond it
 	}

@@ -145,7 +145,7 @@ func (b *Blob) streamOnce(ctx context.Context, v *view) (progress bool, err erro
 	if err != nil {
 		return false, err
 	}
-	defer rc.Close() //nolint:errcheck // only read
+	defer rc.Close()
 	b.s.mu.Lock()
 	st.mark, st.marked = time.Now(), off
 	st.trip = min(time.Second, max(time.Millisecond, st.mark.Sub(began)))
@@ -191,7 +191,7 @@ func (b *Blob) streamUnit(ctx context.Context, g *errgroup.Group, r io.Reader, u
 	if err != nil {
 		return err
 	}
-	mem := b.s.scratch.Get().(*scratch) //nolint:errcheck,forcetypeassert // nothing else is in it
+	mem := b.s.scratch.Get().(*scratch) //nolint:forcetypeassert // nothing else is in it
 	drop := func() {
 		b.s.scratch.Put(mem)
 		release()

@@ -56,7 +56,7 @@ func (v *view) place(ctx context.Context) error {
 	for i, c := range v.chunks {
 		var p place
 		if off, size, err := v.reader.StoredRange(ctx, c); err == nil && off <= 1<<62 && size <= maxUnit {
-			p = place{off: int64(off), size: int64(size)} //nolint:gosec // bounded
+			p = place{off: int64(off), size: int64(size)}
 		} else if ctx.Err() != nil {
 			return context.Cause(ctx)
 		}
@@ -105,7 +105,7 @@ func (v *view) count() int {
 func (v *view) unit(n int) unit {
 	if v.units == nil {
 		c := &v.chunks[n]
-		u := unit{n: n, off: int64(min(c.CompressedOffset, 1<<62)), size: int64(c.CompressedSize), chunks: v.chunks[n : n+1], reader: v.reader} //nolint:gosec // bounded
+		u := unit{n: n, off: int64(min(c.CompressedOffset, 1<<62)), size: int64(c.CompressedSize), chunks: v.chunks[n : n+1], reader: v.reader}
 		if u.size > maxUnit {
 			u.size = 0 // which no reader takes
 		}

@@ -87,7 +87,7 @@ func (b *Blob) attempt(ctx context.Context, w *window) error {
 		if rc, err = b.open(ctx, w.class, r); err != nil {
 			return err
 		}
-		defer rc.Close() //nolint:errcheck // only read
+		defer rc.Close()
 	}
 	pos := w.off
 	var again []*flight
@@ -128,7 +128,7 @@ func (b *Blob) load(ctx context.Context, rc io.Reader, class Class, u unit, pos 
 		return &streamError{err}
 	}
 	defer release()
-	mem := b.s.scratch.Get().(*scratch) //nolint:errcheck,forcetypeassert // nothing else is in it
+	mem := b.s.scratch.Get().(*scratch) //nolint:forcetypeassert // nothing else is in it
 	defer b.s.scratch.Put(mem)
 	if err := mem.read(rc, u, pos); err != nil {
 		return &streamError{err}
