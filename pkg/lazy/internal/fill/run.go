@@ -295,6 +295,7 @@ func (b *Blob) fetchUnits(ctx context.Context, units []unit, class Class) error 
 
 // rest fetches what is missing of b, window by window, while nobody waits for anything.
 func (r *Run) rest(b *Blob) error {
+	wait := 50 * time.Millisecond
 	for next := 0; ; {
 		v, err := b.prepare(r.ctx, time.Now().Add(forever), Rest)
 		if err != nil {
@@ -302,7 +303,18 @@ func (r *Run) rest(b *Blob) error {
 		}
 		var units []unit
 		if units, next = b.nextRest(v, next, r.plan.Rate); len(units) == 0 {
-			return nil
+			if b.Complete() {
+				return nil
+			}
+			// Some are corrupt, or on their way to a reader: later, from the start, with the table read anew.
+			if err := r.later(wait); err != nil {
+				return err
+			}
+			wait = min(4*wait, restAgain)
+			if next = 0; b.info.PlacedByMeta() {
+				b.forget(v.reader)
+			}
+			continue
 		}
 		first, last := units[0], units[len(units)-1]
 		if err := r.allowed(last.end() - first.off); err != nil {
@@ -311,6 +323,21 @@ func (r *Run) rest(b *Blob) error {
 		if err := b.persist(r.ctx, units, Rest); err != nil {
 			return err
 		}
+	}
+}
+
+// restAgain is how long the rest waits at most before it looks again for what it did not get.
+const restAgain = 30 * time.Second
+
+// later waits for d or the end of the run.
+func (r *Run) later(d time.Duration) error {
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+		return nil
+	case <-r.ctx.Done():
+		return context.Cause(r.ctx)
 	}
 }
 
@@ -361,14 +388,10 @@ func (r *Run) allowed(n int64) error {
 	}
 	now := time.Now()
 	if wait := r.rateNext.Sub(now); wait > 0 {
-		timer := time.NewTimer(wait)
-		defer timer.Stop()
-		select {
-		case <-timer.C:
-			now = r.rateNext
-		case <-r.ctx.Done():
-			return context.Cause(r.ctx)
+		if err := r.later(wait); err != nil {
+			return err
 		}
+		now = r.rateNext
 	}
 	r.rateNext = now.Add(time.Duration(float64(n) / float64(r.plan.Rate) * float64(time.Second)))
 	return nil

@@ -151,8 +151,10 @@ func (b *Blob) ensure(ctx context.Context, chunks []rafs.Chunk, until time.Time)
 		if err != nil {
 			return err
 		}
+		stale := false // somebody fetched with a table that was dropped
 		for _, f := range b.want(v, chunks, until) {
 			err = errors.Join(err, b.await(ctx, f))
+			stale = stale || f.u.reader != v.reader
 		}
 		switch {
 		case !b.missing(chunks): // whatever happened to others of their units
@@ -163,6 +165,8 @@ func (b *Blob) ensure(ctx context.Context, chunks []rafs.Chunk, until time.Time)
 			return context.Cause(b.ctx)
 		case err == nil && attempt > 2: // once more may be for chunks that were added to a unit on its way
 			return fmt.Errorf("blob %s: chunks from %d on did not stay in the cache", b.info.ID, chunks[0].Index)
+		case err != nil && isCorrupt(err) && stale && attempt < 8:
+			continue
 		case err != nil && isCorrupt(err) && !reread:
 			reread = true // its table has no digest of its own: that may be what is wrong
 			b.forget(v.reader)
