@@ -7,6 +7,7 @@ import (
 	"io"
 	"os"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -35,8 +36,8 @@ type started struct {
 func (s *started) onClose(f func() error) { s.stops = append(s.stops, f) }
 
 func (s *started) close() (err error) {
-	for i := len(s.stops) - 1; i >= 0; i-- {
-		err = errors.Join(err, s.stops[i]())
+	for _, stop := range slices.Backward(s.stops) {
+		err = errors.Join(err, stop())
 	}
 	s.stops = nil
 	return err

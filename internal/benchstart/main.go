@@ -48,13 +48,16 @@ func main() {
 }
 
 // links are those that can be asked for.
-var links = []struct {
-	name    string
-	profile linksim.Profile
-}{
+var links = []namedLink{
 	{"fast", linksim.Profile{RTT: 10 * time.Millisecond, BitsPerSecond: 1e9}},
 	{"middle", linksim.Profile{RTT: 20 * time.Millisecond, BitsPerSecond: 100e6}},
 	{"slow", linksim.Profile{RTT: 80 * time.Millisecond, BitsPerSecond: 25e6}},
+}
+
+// namedLink is a link as flags name it.
+type namedLink struct {
+	name    string
+	profile linksim.Profile
 }
 
 // mode is one way to start an image.
@@ -77,6 +80,7 @@ type options struct {
 	workloads, links, modes []string
 	runs                    int
 	json, svg               string
+	requests                bool
 }
 
 // bench is what every run needs.
@@ -99,6 +103,7 @@ func parse(args []string, stderr io.Writer) (o options, err error) {
 	fs.IntVar(&o.runs, "runs", 3, "starts of each kind; the median counts")
 	fs.StringVar(&o.json, "json", "", "file for all results")
 	fs.StringVar(&o.svg, "svg", "", "file for a plot")
+	fs.BoolVar(&o.requests, "requests", false, "print what each start asks the registry for")
 	if err := fs.Parse(args); err != nil {
 		return o, flag.ErrHelp
 	}
@@ -108,12 +113,7 @@ func parse(args []string, stderr io.Writer) (o options, err error) {
 	}
 	o.workloads, o.links, o.modes = strings.Split(*w, ","), strings.Split(*l, ","), strings.Split(*m, ",")
 	for _, name := range o.links {
-		if !slices.ContainsFunc(links, func(l struct {
-			name    string
-			profile linksim.Profile
-		}) bool {
-			return l.name == name
-		}) {
+		if !slices.ContainsFunc(links, func(l namedLink) bool { return l.name == name }) {
 			fmt.Fprintf(stderr, "got the link %q, want fast, middle or slow\n", name)
 			return o, flag.ErrHelp
 		}
@@ -222,6 +222,11 @@ func (b *bench) once(ctx context.Context, img *image, p linksim.Profile, m mode)
 	passed := link.Stats() // what goes on in the background from here on is not the start's
 	r.Ready = first.ready.Sub(s.began)
 	r.Down, r.Up, r.Requests, r.Connections = passed.Down, passed.Up, passed.Requests, passed.Connections
+	if b.requests {
+		for _, q := range link.Requests() {
+			fmt.Fprintf(b.out, "    %8.3fs %s %s %s\n", q.At.Sub(s.began).Seconds(), q.Method, q.Target, q.Range)
+		}
+	}
 	if s.report != nil {
 		if err := s.report(&r); err != nil {
 			return r, err

@@ -11,7 +11,6 @@ import (
 	"path/filepath"
 
 	"github.com/google/go-containerregistry/pkg/name"
-	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/empty"
 	"github.com/google/go-containerregistry/pkg/v1/mutate"
 	"github.com/google/go-containerregistry/pkg/v1/remote"
@@ -98,7 +97,7 @@ func (b *bench) pushPeer(ctx context.Context, p peerImage, boot, blobs string) e
 		Layer: static.NewLayer(layer, types.OCILayer), MediaType: types.OCILayer,
 		Annotations: map[string]string{nydusimage.AnnotationBootstrap: "true", nydusimage.AnnotationFSVersion: "6"},
 	})
-	var image v1.Image = mutate.ConfigMediaType(mutate.MediaType(empty.Image, types.OCIManifestSchema1), types.OCIConfigJSON)
+	image := mutate.ConfigMediaType(mutate.MediaType(empty.Image, types.OCIManifestSchema1), types.OCIConfigJSON)
 	if image, err = mutate.Append(image, add...); err != nil {
 		return err
 	}

@@ -96,7 +96,7 @@ func writeBootstrap(r io.Reader, file string) (err error) {
 		if err != nil {
 			return err
 		}
-		_, err = io.Copy(f, tr) //nolint:gosec // ours
+		_, err = io.Copy(f, tr)
 		return errors.Join(err, f.Close())
 	}
 }

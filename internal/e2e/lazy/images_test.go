@@ -23,8 +23,6 @@ type images struct {
 	root   string            // what tar makes of its layers
 	want   map[string]string // the digests of its files
 	layout string            // of our images: plain, and fast with a prefetch blob
-	boot   string            // of the real nydus-image's
-	blobs  string
 }
 
 // made is the one set of images of this process. It lies in the temporary directory of the package's tests, which goes with them.
