@@ -7,6 +7,8 @@ import (
 	"errors"
 	"fmt"
 	"hash/crc32"
+	"io"
+	"os"
 
 	"github.com/headstart-oci/headstart/pkg/rafs"
 )
@@ -108,6 +110,30 @@ func encode(h header, body []byte) ([]byte, error) {
 	}
 	binary.LittleEndian.PutUint32(out[offHeaderSum:], crc32.Checksum(out[:offHeaderSum], castagnoli))
 	return append(out, body...), nil
+}
+
+// readState reads a file whose records have size bytes. It takes no more memory than the file's
+// header asks for: errCorrupt when the file is of another length.
+func readState(dir *os.Root, name string, size int64) (_ []byte, err error) {
+	f, err := dir.Open(name)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, f.Close()) }()
+	info, err := f.Stat()
+	if err != nil {
+		return nil, err
+	}
+	var h header
+	if err := binary.Read(io.NewSectionReader(f, 0, sizeHeader), binary.LittleEndian, &h); err != nil {
+		return nil, fmt.Errorf("%s: %w: %d bytes: %w", name, errCorrupt, info.Size(), err)
+	}
+	if want := sizeHeader + int64(h.Records)*size; h.Records > maxBlocks || info.Size() != want {
+		return nil, fmt.Errorf("%s: %w: %d bytes, want %d of %d records", name, errCorrupt, info.Size(), want, h.Records)
+	}
+	p := make([]byte, info.Size())
+	_, err = io.ReadFull(f, p)
+	return p, err
 }
 
 // decode returns the header and the body of a file whose records have size bytes; errConflict

@@ -96,7 +96,7 @@ func (b *Blob) writeReady(words []uint64) error {
 // bytes; none when there is no such file. errCorrupt when it is not what writeReady
 // writes, or speaks of more than there is.
 func readReady(dir *os.Root, blob [32]byte, size uint64, length int64) ([]uint64, error) {
-	p, err := dir.ReadFile("ready")
+	p, err := readState(dir, "ready", 8)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, nil
 	}

@@ -104,7 +104,7 @@ func openTable(dir *os.Root, recs []chunkRecord) (*table, error) {
 // readTable returns the records of a table file; errCorrupt when it is not what
 // writeTable writes.
 func readTable(dir *os.Root, blob [32]byte) (size uint64, recs []chunkRecord, err error) {
-	p, err := dir.ReadFile("chunks")
+	p, err := readState(dir, "chunks", sizeChunkRecord)
 	if errors.Is(err, fs.ErrNotExist) {
 		return 0, nil, fmt.Errorf("%w: %w", errCorrupt, err)
 	}
@@ -126,8 +126,9 @@ func parseTable(p []byte, blob [32]byte) (size uint64, recs []chunkRecord, err e
 	end := uint64(0)
 	for i := range recs {
 		r := &recs[i]
-		if r.Offset%BlockSize != 0 || r.Offset > h.Size || r.first() < end || r.Size == 0 || r.end()*BlockSize > h.Size {
-			return 0, nil, fmt.Errorf("chunks: %w: record %d", errCorrupt, i)
+		if r.Offset%BlockSize != 0 || r.Offset > h.Size || r.first() < end || r.Size == 0 || r.Size > rafs.MaxChunkSize || r.end()*BlockSize > h.Size ||
+			r.Flags&^(flagCompressed|flagBatch) != 0 {
+			return 0, nil, fmt.Errorf("chunks: %w: record %d: %d bytes at %d of %d, flags %#x", errCorrupt, i, r.Size, r.Offset, h.Size, r.Flags)
 		}
 		end = r.end()
 	}
