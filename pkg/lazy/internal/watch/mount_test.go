@@ -1,6 +1,7 @@
 package watch_test
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"os"
@@ -295,7 +296,7 @@ func TestFileSystems(t *testing.T) {
 	}
 	for _, mkfs := range []string{"mkfs.xfs", "mkfs.btrfs"} {
 		t.Run(mkfs, func(t *testing.T) {
-			state := mountFS(t, mkfs)
+			state := mountFS(t, 400<<20, testenv.Tool(t, mkfs))
 			needKernel(t, state)
 			group, table := newGroup(t), newTable(t, 0)
 			m := openImage(t, "v6-zstd", state, store.Options{})
@@ -327,21 +328,85 @@ func TestFileSystems(t *testing.T) {
 	}
 }
 
-// mountFS makes a file system of 400 MiB in a file and mounts it.
-func mountFS(t *testing.T, mkfs string) string {
+// mountFS makes a file system of size bytes in a file and mounts it.
+func mountFS(t *testing.T, size int64, mkfs ...string) string {
 	t.Helper()
 	testenv.Root(t)
 	disk := filepath.Join(t.TempDir(), "disk")
-	must(t, errors.Join(os.WriteFile(disk, nil, 0o600), os.Truncate(disk, 400<<20)))
-	if out, err := exec.Command(testenv.Tool(t, mkfs), disk).CombinedOutput(); err != nil {
+	must(t, errors.Join(os.WriteFile(disk, nil, 0o600), os.Truncate(disk, size)))
+	if out, err := exec.Command(mkfs[0], append(mkfs[1:], disk)...).CombinedOutput(); err != nil {
 		t.Fatalf("%s: %v\n%s", mkfs, err, out)
 	}
 	dir := t.TempDir()
 	if out, err := exec.Command("mount", "-o", "loop", disk, dir).CombinedOutput(); err != nil {
-		testenv.Kernel(t, "file systems of "+mkfs, errors.New(string(out)))
+		testenv.Kernel(t, "file systems of "+mkfs[0], errors.New(string(out)))
 	}
 	t.Cleanup(func() { must(t, testenv.Unmount(dir)) })
 	return dir
+}
+
+// TestDiskFull holds that a read for which there is no room fails, that others go on, and that it works when
+// there is room again.
+func TestDiskFull(t *testing.T) {
+	mkfs, err := exec.LookPath("mkfs.ext4")
+	if err != nil {
+		testenv.Missing(t, "no mkfs.ext4")
+	}
+	state := mountFS(t, 64<<20, mkfs, "-q", "-F", "-m", "0")
+	needKernel(t, state)
+	group, table := newGroup(t), newTable(t, 0)
+	m := openImage(t, "v6-zstd", state, store.Options{})
+	w, _ := m.start(t, watch.Config{Group: group, Table: table})
+	dir := m.mount(t)
+	files := manyFiles(t, dir, 1<<20)
+	want := map[string][]byte{}
+	for _, f := range files[:10] {
+		p, err := os.ReadFile(f)
+		must(t, err)
+		want[f] = p
+	}
+	ballast := filepath.Join(state, "ballast")
+	must(t, fillUp(ballast))
+	failed := 0
+	for _, f := range files[10:] {
+		if _, err := os.ReadFile(f); errors.Is(err, unix.EIO) {
+			failed++
+		} else if err != nil {
+			t.Errorf("%s: %v", f, err)
+		}
+	}
+	dropCaches(t)
+	for f, p := range want {
+		if got, err := os.ReadFile(f); err != nil || !bytes.Equal(got, p) {
+			t.Errorf("%s, which was there: %v", f, err)
+		}
+	}
+	t.Logf("%d of %d reads failed; %+v", failed, len(files)-10, w.Stats())
+	if failed == 0 {
+		t.Error("no read failed on a full disk")
+	}
+	root, err := os.Open(state)
+	must(t, err)
+	must(t, os.Remove(ballast))
+	must(t, errors.Join(unix.Syncfs(int(root.Fd())), root.Close())) // ext4 gives blocks free when its journal says so
+	compare(t, dir)
+}
+
+// fillUp writes until the disk is full.
+func fillUp(name string) error {
+	f, err := os.OpenFile(name, os.O_CREATE|os.O_WRONLY, 0o600)
+	if err != nil {
+		return err
+	}
+	for size := 1 << 20; size >= 512; size /= 2 {
+		for err = nil; err == nil; {
+			_, err = f.Write(make([]byte, size))
+		}
+		if !errors.Is(err, unix.ENOSPC) {
+			return errors.Join(err, f.Close())
+		}
+	}
+	return errors.Join(f.Sync(), f.Close())
 }
 
 // TestTwoMounts holds that what one mount fetched is there for the next one of the same image.
