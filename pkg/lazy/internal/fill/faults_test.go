@@ -263,7 +263,21 @@ func TestLittleMemory(t *testing.T) {
 	o := quick()
 	o.Memory = 1
 	m := mounted(t, kinds["prefetch batches"](t), o)
+	for _, src := range m.sources {
+		var wrong atomic.Bool
+		src.set(func(_ int, r fill.Request, right []byte) (io.Reader, error) {
+			if r.Meta || wrong.Swap(true) {
+				return nil, nil
+			}
+			right = bytes.Clone(right)
+			for i := 100; i < len(right); i += 1 << 15 {
+				right[i] ^= 1 // many units are wrong at once
+			}
+			return bytes.NewReader(right), nil
+		})
+	}
 	run := m.s.Start(fill.Plan{Blobs: m.blobs, Stream: m.prefetchBlob(), Background: fill.BackgroundFull})
+	<-run.Listed()
 	m.ensureAll()
 	m.check()
 	<-run.Done()

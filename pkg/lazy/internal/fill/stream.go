@@ -6,6 +6,7 @@ import (
 	"errors"
 	"io"
 	"slices"
+	"sync"
 	"time"
 
 	"go.uber.org/zap"
@@ -164,14 +165,16 @@ func (b *Blob) streamOnce(ctx context.Context, v *view) (progress bool, err erro
 		}
 	}
 	err = cmp.Or(g.Wait(), err, ctx.Err())
+	r.again.Wait()
 	return pos > off, err
 }
 
 // watched tells a stream's position and rate to those who wait for it.
 type watched struct {
-	r  io.Reader
-	b  *Blob
-	st *stream
+	r     io.Reader
+	b     *Blob
+	st    *stream
+	again sync.WaitGroup // what was corrupt and is fetched a second time
 }
 
 func (w *watched) Read(p []byte) (int, error) {
@@ -183,7 +186,7 @@ func (w *watched) Read(p []byte) (int, error) {
 }
 
 // streamUnit reads u from r and has it decompressed by g.
-func (b *Blob) streamUnit(ctx context.Context, g *errgroup.Group, r io.Reader, u unit, pos *int64) error {
+func (b *Blob) streamUnit(ctx context.Context, g *errgroup.Group, r *watched, u unit, pos *int64) error {
 	if u.off < *pos {
 		return nil // it lies inside another one: left to those who want it
 	}
@@ -213,7 +216,8 @@ func (b *Blob) streamUnit(ctx context.Context, g *errgroup.Group, r io.Reader, u
 			f.corrupt++
 			w := &window{class: Prefetch, flights: []*flight{f}}
 			w.off, w.end = extent(w.flights)
-			b.fetch(ctx, w)
+			// Not here: it takes memory, which who reads the stream may hold while it waits for us.
+			r.again.Go(func() { b.fetch(ctx, w) })
 			return nil
 		}
 		b.s.mu.Lock()
