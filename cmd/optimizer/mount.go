@@ -37,6 +37,7 @@ type mountOptions struct {
 	rate       string
 	readAhead  int
 	noPrefetch bool
+	proxy      string
 	wait       bool
 	output     string
 }
@@ -83,6 +84,7 @@ It takes root, Linux 6.14 and a state directory on ext4, XFS or btrfs.`,
 	fl.StringVar(&o.rate, "rate", "0", "how many bytes a second --background may fetch; 0: no limit")
 	fl.IntVar(&o.readAhead, "read-ahead", lazy.DefaultReadAhead, "KiB that the kernel reads ahead until all is local")
 	fl.BoolVar(&o.noPrefetch, "no-prefetch", false, "leave the prefetch blob and table alone")
+	fl.StringVar(&o.proxy, "proxy", "", "URL of an HTTP proxy for all requests to registries, such as Dragonfly's (default: the daemon's environment)")
 	fl.BoolVar(&o.wait, "wait", false, "return when all is local")
 	fl.StringVarP(&o.output, "output", "o", "text", "what standard output gets: text (nothing) or json")
 	return cmd

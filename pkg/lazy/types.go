@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
 	"time"
 
 	"github.com/headstart-oci/headstart/pkg/lazy/internal/erofs"
@@ -72,6 +73,7 @@ type Remote struct {
 	DockerConfig      string        `json:"docker_config,omitempty"`
 	ContainerdAddress string        `json:"containerd_address,omitempty"`
 	Namespace         string        `json:"namespace,omitempty"`
+	Proxy             string        `json:"proxy,omitempty"` // no user and password: it is stored
 	RegistryFallback  bool          `json:"registry_fallback,omitempty"`
 	Retries           int           `json:"retries,omitempty"`
 	Stall             time.Duration `json:"stall_ns,omitempty"`
@@ -81,6 +83,7 @@ func (r Remote) options() remote.Options {
 	o := remote.Options{
 		PlainHTTP: r.PlainHTTP, HostsDir: r.HostsDir, DockerConfig: r.DockerConfig,
 		ContainerdAddress: r.ContainerdAddress, Namespace: r.Namespace, RegistryFallback: r.RegistryFallback, Retries: r.Retries,
+		Proxy: r.Proxy,
 	}
 	if r.Stall > 0 {
 		o.Timeouts = remote.Timeouts{Connect: min(r.Stall, 5*time.Second), Header: r.Stall, Stall: r.Stall}
@@ -95,6 +98,8 @@ func (r *Request) check() error {
 		return fmt.Errorf("want a reference, or a bootstrap with a blob directory")
 	case r.Bootstrap != "" && r.BlobDir == "":
 		return fmt.Errorf("bootstrap %s: want the directory of its blobs", r.Bootstrap)
+	case strings.Contains(r.Remote.Proxy, "@"):
+		return fmt.Errorf("proxy %q: no user and password can be kept with a mount", "…"+r.Remote.Proxy[strings.LastIndexByte(r.Remote.Proxy, '@'):])
 	case r.Rate < 0:
 		return fmt.Errorf("rate of %d bytes a second, want 0 for no bound, or more", r.Rate)
 	case r.ReadAhead > 1<<20:
