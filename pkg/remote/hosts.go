@@ -156,7 +156,7 @@ func clientUpdater(o settings, clear *atomic.Bool, proxy *url.URL) config.Update
 			if proxy != nil {
 				tr.Proxy = http.ProxyURL(proxy)
 			}
-			tr.WriteBufferSize, tr.ReadBufferSize = 64<<10, 64<<10
+			tr.WriteBufferSize, tr.ReadBufferSize = 64<<10, 16<<10 // long reads go around the latter
 		}
 		c.Transport = &transport{base: tr, o: o, clear: clear}
 		return nil

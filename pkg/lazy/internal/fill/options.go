@@ -57,7 +57,7 @@ type Options struct {
 	Limit time.Duration
 	// Requests is how many requests of demands run at once; 0: 8.
 	Requests int
-	// Memory bounds the bytes of chunks that are being fetched and decompressed, with half of it for demands; 0: 32 MiB.
+	// Memory bounds the bytes of chunks that are being fetched and decompressed, with half of it for demands; 0: 16 MiB.
 	// A single chunk may be larger.
 	Memory int64
 	// Near is how many stored bytes that nobody wants are fetched to make one request of two; 0: 64 KiB,
@@ -86,7 +86,7 @@ const (
 func (o Options) settle() Options {
 	o.Limit = cmp.Or(o.Limit, time.Minute)
 	o.Requests = cmp.Or(o.Requests, 8)
-	o.Memory = cmp.Or(o.Memory, 32<<20)
+	o.Memory = cmp.Or(o.Memory, 16<<20)
 	o.Near = max(0, cmp.Or(o.Near, 64<<10))
 	o.Ahead = max(0, cmp.Or(o.Ahead, 128<<10))
 	o.Backoff = cmp.Or(o.Backoff, 250*time.Millisecond)

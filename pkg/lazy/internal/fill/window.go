@@ -136,13 +136,13 @@ func (b *Blob) load(ctx context.Context, rc io.Reader, class Class, u unit, pos 
 	return b.decode(ctx, u, mem, class)
 }
 
-// weight is the memory that a unit takes.
+// weight is the memory that a unit takes: as it came, in the reader's buffer, and decompressed.
 func weight(u unit) int64 {
 	var most uint32
 	for _, c := range u.chunks {
 		most = max(most, c.UncompressedSize)
 	}
-	return u.size + int64(most)
+	return 2*u.size + int64(most)
 }
 
 // hold reserves memory for class, at most all that there is.
