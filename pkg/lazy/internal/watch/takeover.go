@@ -110,6 +110,9 @@ func (w *Watcher) takeOver(ctx context.Context) error {
 // fillInherited is fill for an event of which perhaps nobody knows the file: then the range becomes ready in
 // every data file that has it.
 func (w *Watcher) fillInherited(ctx context.Context, e event) error {
+	if e.fd < 0 || e.offset < 0 || e.count < 0 {
+		return fmt.Errorf("%w: event %d of %d bytes at %d", ErrTable, e.fd, e.count, e.offset)
+	}
 	if e.file != (file{}) {
 		return w.fill(ctx, w.find(e.file), e)
 	}
