@@ -93,8 +93,8 @@ func (d *daemon) adopt(ctx context.Context, m *mount) error {
 	if err != nil {
 		return fmt.Errorf("bootstrap %s: %w", path, err)
 	}
-	if len(tree.Blobs) != len(m.rec.Blobs) {
-		return fmt.Errorf("bootstrap %s has %d blobs, its mount %d", path, len(tree.Blobs), len(m.rec.Blobs))
+	if n := len(tree.Blobs); n != len(m.rec.Blobs) || n != len(m.rec.Origin.Blobs) {
+		return fmt.Errorf("bootstrap %s has %d blobs, its mount %d, their origin %d", path, n, len(m.rec.Blobs), len(m.rec.Origin.Blobs))
 	}
 	source := func(n int) fill.Source { return m.src.Blob(n) }
 	if m.src, err = backend.Reopen(ctx, m.rec.Origin, d.backendOptions(&m.rec.Request)); err != nil {
