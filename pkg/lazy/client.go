@@ -14,6 +14,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -100,45 +101,62 @@ func (c *Client) dial(ctx context.Context) (conn *net.UnixConn, err error) {
 	return conn, nil
 }
 
-// startLimit bounds how long a daemon is waited for that somebody else starts or ends.
+// startLimit bounds how long a daemon is waited for that has the state directory and does not listen: it ends.
 const startLimit = 15 * time.Second
 
-// connect is dial, and starts a daemon when there is none.
+// connect is dial, and starts a daemon when there is none. Of many clients one starts it.
 func (c *Client) connect(ctx context.Context) (*net.UnixConn, error) {
+	conn, err := c.dial(ctx)
+	if !errors.Is(err, ErrNoDaemon) {
+		return conn, err
+	}
+	if err := os.MkdirAll(c.o.RunDir, 0o700); err != nil {
+		return nil, fmt.Errorf("run directory: %w", err)
+	}
+	lock, err := os.OpenFile(filepath.Join(c.o.RunDir, c.base()+".lock"), os.O_CREATE|os.O_RDWR, 0o600)
+	if err != nil {
+		return nil, fmt.Errorf("run directory: %w", err)
+	}
+	defer func() { _ = lock.Close() }() // which unlocks it
 	deadline := time.Now().Add(startLimit)
 	for {
-		conn, err := c.dial(ctx)
-		if !errors.Is(err, ErrNoDaemon) {
-			return conn, err
+		err := unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		if err == nil {
+			if conn, err = c.dial(ctx); !errors.Is(err, ErrNoDaemon) {
+				return conn, err
+			}
+			if err = c.start(ctx); err == nil {
+				// One that nobody asks for anything ends soon, which may be before this.
+				if conn, err = c.dial(ctx); !errors.Is(err, ErrNoDaemon) {
+					return conn, err
+				}
+			}
 		}
-		err = c.start(ctx)
-		if err != nil && !errors.Is(err, ErrLocked) {
+		switch {
+		case errors.Is(err, ErrLocked) && time.Now().After(deadline):
+			return nil, fmt.Errorf("%w; it does not listen at %s: was it started with another run directory?", err, filepath.Join(c.o.RunDir, c.socket))
+		case !errors.Is(err, ErrLocked) && !errors.Is(err, ErrNoDaemon) && !errors.Is(err, unix.EWOULDBLOCK) && !errors.Is(err, unix.EINTR):
 			return nil, err
 		}
-		if err != nil && time.Now().After(deadline) {
-			return nil, fmt.Errorf("%w; it does not listen at %s: was it started with another run directory?", err, filepath.Join(c.o.RunDir, c.socket))
-		}
-		if err != nil {
-			select {
-			case <-ctx.Done():
-				return nil, ctx.Err()
-			case <-time.After(50 * time.Millisecond):
-			}
+		select {
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		case <-time.After(20 * time.Millisecond):
 		}
 	}
 }
 
+// base begins the names of the daemon's files in the run directory.
+func (c *Client) base() string { return strings.TrimSuffix(c.socket, ".sock") }
+
 // start starts a daemon and waits until it listens.
 func (c *Client) start(ctx context.Context) error {
-	if err := os.MkdirAll(c.o.RunDir, 0o700); err != nil {
-		return fmt.Errorf("run directory: %w", err)
-	}
 	r, w, err := os.Pipe()
 	if err != nil {
 		return err
 	}
 	defer func() { _ = r.Close() }()
-	log, err := os.OpenFile(filepath.Join(c.o.RunDir, c.socket[:len(c.socket)-len(".sock")]+".log"), os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o600)
+	log, err := os.OpenFile(filepath.Join(c.o.RunDir, c.base()+".log"), os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o600)
 	if err != nil {
 		return errors.Join(err, w.Close())
 	}

@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"os"
 	"os/exec"
@@ -79,10 +80,15 @@ func speak(t *testing.T, b *box, message string) string {
 	if err := c.SetReadDeadline(time.Now().Add(20 * time.Second)); err != nil {
 		t.Fatal(err)
 	}
-	answer := make([]byte, 1<<16)
-	n, _ := c.Read(answer)
-	m, _ := c.Read(answer[n:])
-	return string(answer[:n+m])
+	var size [4]byte
+	if _, err := io.ReadFull(c, size[:]); err != nil {
+		return ""
+	}
+	answer := make([]byte, min(binary.LittleEndian.Uint32(size[:]), 1<<20))
+	if _, err := io.ReadFull(c, answer); err != nil {
+		t.Error(err)
+	}
+	return string(answer)
 }
 
 // dial connects to a socket whose path may be long.

@@ -34,6 +34,7 @@ func newGate(t *testing.T, host string) *gate {
 	t.Helper()
 	g := &gate{}
 	proxy := httputil.NewSingleHostReverseProxy(&url.URL{Scheme: "http", Host: host})
+	proxy.Transport = &http.Transport{DisableKeepAlives: true} // nothing stays open behind the test
 	g.Server = httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		g.requests.Add(1)
 		if g.closed.Load() {
@@ -63,7 +64,7 @@ func push(t *testing.T, host string) {
 	}
 	ref, err := name.NewTag(host+"/zoo:nydus", name.Insecure)
 	if err == nil {
-		err = ggcrremote.Write(ref, img)
+		err = ggcrremote.Write(ref, img, ggcrremote.WithTransport(&http.Transport{DisableKeepAlives: true}))
 	}
 	if err != nil {
 		t.Fatal(err)
