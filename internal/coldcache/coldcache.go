@@ -20,7 +20,7 @@ import (
 
 // Refine takes what is not cached out of the ranges of accesses that are not certain, and makes the rest certain. root is where
 // the filesystem is mounted, and holds files by the paths that accesses have. It reports whether all ranges are certain
-// then: whole files of the runtime count as such, other whole files do not. It must be called before anybody else reads
+// then: files that the runtime read whole count as such, other whole files do not. It must be called before anybody else reads
 // the files. It opens files and reads none of them. On an error accesses are as they were. Linux 6.5.
 func Refine(root string, accesses []trace.Access) (exact bool, err error) {
 	dir, err := unix.Open(root, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
@@ -33,7 +33,7 @@ func Refine(root string, accesses []trace.Access) (exact bool, err error) {
 	for i := range accesses {
 		a := &accesses[i]
 		if refined[i] = a.Ranges; a.Ranges == nil {
-			exact = exact && a.How&^trace.Runtime == 0
+			exact = exact && a.How&trace.Runtime != 0
 			continue
 		}
 		if certain(a.Ranges) {

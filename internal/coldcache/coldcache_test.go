@@ -53,7 +53,7 @@ func TestRefine(t *testing.T) {
 			{Offset: 0, Length: 8 * page, Elapsed: 7}, sure, {Offset: 11 * page, Length: 2 * page, Elapsed: 8}, {Offset: 16 * page, Length: size - 16*page, Elapsed: 9},
 		}},
 		{Path: "/gone", How: trace.Opened, Ranges: []trace.Range{}},
-		{Path: "/f", How: trace.Runtime, Size: size},
+		{Path: "/f", How: trace.Runtime | trace.Opened | trace.Read, Size: size},
 	}
 	exact, err := coldcache.Refine(root, accesses)
 	want := []trace.Range{

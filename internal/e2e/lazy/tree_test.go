@@ -77,7 +77,7 @@ func TestWholeTree(t *testing.T) {
 		{"nydus-image", img.theirs(t)},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			for _, n := range []struct{ readers, part int }{{1, 1}, {8, 4}, {64, 32}} {
+			for _, n := range []struct{ readers, part int }{{1, 1}, {8, 2}, {64, 16}} {
 				if testing.Short() && n.readers != 8 {
 					continue
 				}
