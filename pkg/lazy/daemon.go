@@ -69,6 +69,8 @@ type daemon struct {
 	listener *net.UnixListener
 	boot     string // the id of this boot
 
+	restarted bool // by the holder, with what an earlier daemon left
+
 	mu     sync.Mutex // guards what follows
 	mounts map[string]*mount
 	busy   int       // calls being answered
@@ -97,7 +99,8 @@ func RunDaemon(ctx context.Context, o DaemonOptions) error {
 	err := d.start(ctx)
 	tellReady(o, err)
 	if err != nil {
-		return errors.Join(err, d.close(len(d.mounts) == 0))
+		// What an earlier daemon left must not be let go because this one cannot take it over: the holder tries again.
+		return errors.Join(err, d.close(len(d.mounts) == 0 && (!d.restarted || nothingLives())))
 	}
 	return d.run(ctx)
 }
@@ -135,7 +138,7 @@ func (d *daemon) start(ctx context.Context) (err error) {
 		return err
 	}
 	d.link = link
-	if taken.Restarted {
+	if d.restarted = taken.Restarted; taken.Restarted {
 		d.log.Warn("taking over from a daemon that ended", zap.Int("descriptors", len(taken.Files)), zap.Bool("whole", taken.Whole))
 	}
 	own := newHeld(taken.Files)
@@ -322,10 +325,27 @@ func (d *daemon) run(ctx context.Context) error {
 	}
 	err := d.listener.Close()
 	d.calls.Wait()
-	d.mu.Lock()
-	idle = len(d.mounts) == 0 // a call may have been quicker, or ctx ended with nothing mounted
-	d.mu.Unlock()
+	idle = d.nothingMounted() // a call may have been quicker, or ctx ended with nothing mounted
 	return errors.Join(watchErr, err, d.close(idle))
+}
+
+// nothingMounted reports whether no mount needs anybody: neither one that is known, nor one whose record was lost, which
+// has the data file of a blob that nobody adopted.
+func (d *daemon) nothingMounted() bool {
+	d.mu.Lock()
+	n := len(d.mounts)
+	d.mu.Unlock()
+	if n > 0 {
+		return false
+	}
+	d.dropUnused()
+	return len(d.store.Unadopted()) == 0
+}
+
+// nothingLives reports whether no EROFS is mounted from files on the whole machine, as far as that can be told.
+func nothingLives() bool {
+	living, err := erofs.Living()
+	return err == nil && len(living) == 0
 }
 
 // close gives everything back. done ends the holder too; else it starts another daemon when this process ends.

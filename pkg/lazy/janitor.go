@@ -38,7 +38,7 @@ func (d *daemon) janitor(ctx context.Context) (idle bool) {
 		d.mu.Lock()
 		idle = len(d.mounts) == 0 && d.busy == 0 && time.Since(d.last) >= d.o.Idle
 		d.mu.Unlock()
-		if idle {
+		if idle && d.nothingMounted() {
 			return true
 		}
 	}

@@ -21,9 +21,9 @@ func (d *daemon) recover(ctx context.Context, guarded bool) {
 	if err != nil {
 		d.log.Error("records of mounts", zap.Error(err))
 	}
-	living, err := erofs.Living()
-	if err != nil {
-		d.log.Error("superblocks", zap.Error(err))
+	living, lifeErr := erofs.Living()
+	if lifeErr != nil {
+		d.log.Error("superblocks", zap.Error(lifeErr)) // none counts as gone then
 	}
 	unused := map[string]bool{}
 	for id, data := range stored {
@@ -32,7 +32,7 @@ func (d *daemon) recover(ctx context.Context, guarded bool) {
 			d.log.Error("record of a mount", zap.String("id", id), zap.Error(err))
 			continue
 		}
-		if rec.Boot != d.boot || !living[rec.BDI] {
+		if rec.Boot != d.boot || lifeErr == nil && !living[rec.BDI] {
 			if err := d.store.RemoveMount(id); err != nil {
 				d.log.Warn("remove a record", zap.String("id", id), zap.Error(err))
 			}
@@ -126,11 +126,13 @@ func (s brokenSource) Retry(error) fill.Retry { return fill.Retry{} }
 // dropUnused tells the holder which descriptors no mount needs any more: an earlier daemon may have died between
 // two steps.
 func (d *daemon) dropUnused() {
+	d.blobMu.Lock()
+	defer d.blobMu.Unlock()
 	kept := map[string]bool{}
 	for name := range d.store.Unadopted() {
 		if err := d.store.Release(name, d.watch.Unmark); err != nil {
 			// Of a mount that cannot be filled any more: while its mark lives, its reads fail.
-			d.log.Warn("descriptors of a blob stay", zap.Error(err))
+			d.log.Debug("descriptors of a blob stay", zap.Error(err))
 			kept[name] = true
 		}
 	}

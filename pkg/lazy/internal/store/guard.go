@@ -31,6 +31,10 @@ func (s *Store) guard(kept map[string]Kept, fresh bool) error {
 		if _, ok := kept[name]; ok {
 			continue
 		}
+		if !e.IsDir() {
+			s.log.Warn("what lies among the blobs is none", zap.String("name", name))
+			continue
+		}
 		if strings.HasPrefix(name, asidePrefix) {
 			errs = append(errs, s.removeAside(name, fresh))
 			continue
