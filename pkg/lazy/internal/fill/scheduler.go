@@ -163,6 +163,8 @@ func (b *Blob) ensure(ctx context.Context, chunks []rafs.Chunk, until time.Time)
 			return context.Cause(ctx)
 		case b.ctx.Err() != nil:
 			return context.Cause(b.ctx)
+		case attempt < 8 && (errors.Is(err, ErrClosed) || errors.Is(err, context.Canceled)):
+			continue // a run fetched it, of a mount that went meanwhile
 		case err == nil && attempt > 2: // once more may be for chunks that were added to a unit on its way
 			return fmt.Errorf("blob %s: chunks from %d on did not stay in the cache", b.info.ID, chunks[0].Index)
 		case err != nil && isCorrupt(err) && stale && attempt < 8:
