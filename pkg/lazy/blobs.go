@@ -141,6 +141,9 @@ func (d *daemon) ensure(ctx context.Context, st *store.Blob, off, n int64) error
 		fillings = slices.Clone(b.fillings)
 	}
 	d.blobMu.Unlock()
+	if len(fillings) == 0 { // closed, or about to be: st must not be asked any more
+		return fmt.Errorf("blob %s: no mount has it any more", st.ID())
+	}
 	for _, f := range fillings {
 		if err := f.fb.Ensure(ctx, off, n); err != nil && !errors.Is(err, fill.ErrRange) {
 			return err
