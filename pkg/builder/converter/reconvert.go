@@ -168,37 +168,8 @@ func dropBootstrap(ctx context.Context, cs content.Store, desc ocispec.Descripto
 	if err != nil {
 		return nil, err
 	}
-	var rootfs ocispec.RootFS
-	if err := json.Unmarshal(config["rootfs"], &rootfs); err != nil {
-		return nil, fmt.Errorf("config: rootfs: %w", err)
-	}
-	if len(rootfs.DiffIDs) != n+1 {
-		return nil, fmt.Errorf("%w: %d layers, and %d diff IDs in the config", ErrUnsupported, n+1, len(rootfs.DiffIDs))
-	}
-	rootfs.DiffIDs = rootfs.DiffIDs[:n]
-	for i, l := range m.Layers[:n] {
-		// containerd's converter has changed them, but not in configs of Nydus' own type.
-		if id := digest.Digest(l.Annotations[LayerAnnotationUncompressed]); id != "" {
-			rootfs.DiffIDs[i] = id
-		}
-	}
-	var history []ocispec.History
-	if raw := config["history"]; raw != nil {
-		if err := json.Unmarshal(raw, &history); err != nil {
-			return nil, fmt.Errorf("config: history: %w", err)
-		}
-	}
-	// The last entry with a layer is the bootstrap's.
-	for i, h := range slices.Backward(history) {
-		if !h.EmptyLayer {
-			history = slices.Delete(history, i, i+1)
-			break
-		}
-	}
-	for key, v := range map[string]any{"rootfs": rootfs, "history": history} {
-		if config[key], err = json.Marshal(v); err != nil {
-			return nil, err
-		}
+	if err := dropDiffID(config, m.Layers[:n]); err != nil {
+		return nil, err
 	}
 	newConfig, err := writeJSON(ctx, cs, config, m.Config, configGC)
 	if err != nil {
@@ -214,4 +185,44 @@ func dropBootstrap(ctx context.Context, cs content.Store, desc ocispec.Descripto
 	}
 	gc["containerd.io/gc.ref.content.config"] = m.Config.Digest.String()
 	return writeJSON(ctx, cs, m, desc, gc)
+}
+
+// dropDiffID takes the bootstrap behind layers, its diff ID and its history, out of a config.
+func dropDiffID(config map[string]json.RawMessage, layers []ocispec.Descriptor) error {
+	n := len(layers)
+	var rootfs ocispec.RootFS
+	if err := json.Unmarshal(config["rootfs"], &rootfs); err != nil {
+		return fmt.Errorf("config: rootfs: %w", err)
+	}
+	if len(rootfs.DiffIDs) != n+1 {
+		return fmt.Errorf("%w: %d layers, and %d diff IDs in the config", ErrUnsupported, n+1, len(rootfs.DiffIDs))
+	}
+	rootfs.DiffIDs = rootfs.DiffIDs[:n]
+	for i, l := range layers {
+		// containerd's converter has changed them, but not in configs of Nydus' own type.
+		if id := digest.Digest(l.Annotations[LayerAnnotationUncompressed]); id != "" {
+			rootfs.DiffIDs[i] = id
+		}
+	}
+	var history []ocispec.History
+	if raw := config["history"]; raw != nil {
+		if err := json.Unmarshal(raw, &history); err != nil {
+			return fmt.Errorf("config: history: %w", err)
+		}
+	}
+	// The last entry with a layer is the bootstrap's.
+	for i, h := range slices.Backward(history) {
+		if !h.EmptyLayer {
+			history = slices.Delete(history, i, i+1)
+			break
+		}
+	}
+	for key, v := range map[string]any{"rootfs": rootfs, "history": history} {
+		raw, err := json.Marshal(v)
+		if err != nil {
+			return err
+		}
+		config[key] = raw
+	}
+	return nil
 }
