@@ -127,6 +127,7 @@ func (s *Snapshot) Wait(d time.Duration) error {
 		if err == nil || time.Now().After(deadline) {
 			return err
 		}
+		runtime.GC() // the pipes that io.Copy between sockets keeps are closed by the collector (internal/poll splice)
 		time.Sleep(pause)
 	}
 }

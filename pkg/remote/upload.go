@@ -28,11 +28,15 @@ type upload struct {
 // errSession means that the registry knows the upload no more.
 var errSession = errors.New("upload session lost")
 
+// progress is how much an upload must have got ahead for its attempts to be counted anew: a
+// connection that breaks every few megabytes is slow, not down.
+const progress = 1 << 20
+
 // run uploads the blob, or has it mounted.
 func (u *upload) run(ctx context.Context) (PushResult, error) {
-	stalls := 0
-	for attempt := 0; ; attempt++ {
-		result, err := u.try(ctx, attempt == 0)
+	stalls, reached := 0, int64(0)
+	for attempt, first := 0, true; ; attempt, first = attempt+1, false {
+		result, err := u.try(ctx, first)
 		if err == nil {
 			return result, nil
 		}
@@ -56,6 +60,9 @@ func (u *upload) run(ctx context.Context) (PushResult, error) {
 			return 0, err
 		}
 		u.find(ctx)
+		if u.off >= reached+progress {
+			attempt, reached = -1, u.off
+		}
 	}
 }
 
