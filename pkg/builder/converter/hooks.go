@@ -367,12 +367,12 @@ func chain(descs []ocispec.Descriptor) string {
 const maxDocument = 16 << 20
 
 func readJSON(ctx context.Context, cs content.Store, desc ocispec.Descriptor, v any) (map[string]string, error) {
-	if desc.Size > maxDocument {
-		return nil, fmt.Errorf("%w: %s has %d bytes, at most %d", ErrUnsupported, desc.Digest, desc.Size, maxDocument)
-	}
 	info, err := cs.Info(ctx, desc.Digest)
 	if err != nil {
 		return nil, err
+	}
+	if info.Size > maxDocument { // the store's size: that of a descriptor is what somebody claims
+		return nil, fmt.Errorf("%w: %s has %d bytes, at most %d", ErrUnsupported, desc.Digest, info.Size, maxDocument)
 	}
 	b, err := content.ReadBlob(ctx, cs, desc)
 	if err != nil {
