@@ -88,8 +88,10 @@ func same(t *testing.T, v, again any) {
 func FuzzMessage(f *testing.F) {
 	for _, v := range []any{
 		call{Protocol: Protocol, Op: opMount, Dir: "/mnt", Request: &Request{Reference: "registry.test/a:b", Rate: 5}, Files: []fileID{{Path: "/etc", Dev: 1, Ino: 2}}},
-		call{Protocol: Protocol, Op: opStatus, Detail: true}, answer{Protocol: Protocol, Status: &Status{Mounts: []Mount{{ID: "a"}}}},
-		failure(ErrFailed), failure(unix.ENOSPC), answer{Mount: &Mount{State: StateLazy, Misses: []Miss{{}}}},
+		call{Protocol: Protocol, Op: opStatus, Detail: true},
+		answer{Protocol: Protocol, Status: &Status{Mounts: []Mount{{ID: "a"}}}},
+		failure(ErrFailed), failure(unix.ENOSPC),
+		answer{Mount: &Mount{State: StateLazy, Misses: []Miss{{}}}},
 	} {
 		f.Add(framed(f, v), true)
 	}

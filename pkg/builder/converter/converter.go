@@ -234,6 +234,9 @@ func Pack(ctx context.Context, dest io.Writer, opt PackOption) (io.WriteCloser, 
 		defer cancel()
 		defer stop()
 		_, p.err = builder.PackLayer(ctx, dest, r, o)
+		if cause := context.Cause(ctx); p.err != nil && cause != nil && !errors.Is(p.err, cause) {
+			p.err = fmt.Errorf("%w: %w", cause, p.err) // the end of the context closed what was read
+		}
 		_ = r.CloseWithError(errors.Join(p.err, errPacked)) // never fails
 		close(p.done)
 	}()

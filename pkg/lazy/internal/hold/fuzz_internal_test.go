@@ -17,8 +17,13 @@ import (
 // stays open that the holder does not have.
 func FuzzReceive(f *testing.F) {
 	for _, m := range []message{
-		{Op: opDaemon, Argv: []string{"optimizer", "lazyd"}}, {Op: opKeep, Names: []string{"a"}}, {Op: opKeep, Names: []string{"a", "b", "a"}},
-		{Op: opKeep}, {Op: opEnd, Whole: true}, {Op: opDrop, Names: []string{"a", "z"}}, {Op: opDone},
+		{Op: opDaemon, Argv: []string{"optimizer", "lazyd"}},
+		{Op: opKeep, Names: []string{"a"}},
+		{Op: opKeep, Names: []string{"a", "b", "a"}},
+		{Op: opKeep},
+		{Op: opEnd, Whole: true},
+		{Op: opDrop, Names: []string{"a", "z"}},
+		{Op: opDone},
 	} {
 		p, err := json.Marshal(m)
 		if err != nil {

@@ -58,7 +58,9 @@ func FuzzTable(f *testing.F) {
 	f.Add(whole[:len(whole)-1], false)
 	f.Add(encoded(f, magicChunks, 0, 0, identity(b), []chunkRecord{}), false)
 	for _, r := range []chunkRecord{
-		{Offset: 1<<64 - BlockSize, Size: BlockSize}, {Offset: 1 << 63, Size: 1}, {Size: rafs.MaxChunkSize + 1},
+		{Offset: 1<<64 - BlockSize, Size: BlockSize},
+		{Offset: 1 << 63, Size: 1},
+		{Size: rafs.MaxChunkSize + 1},
 		{Size: BlockSize, Flags: 1 << 31},
 	} {
 		f.Add(encoded(f, magicChunks, 1, 1<<30, identity(b), []chunkRecord{r}), true)
