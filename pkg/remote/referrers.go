@@ -68,8 +68,8 @@ func (a Artifact) manifest(subject ocispec.Descriptor) (Document, error) {
 // PushReferrer pushes an artifact about the manifest subject into the place of ref: the same
 // repository, layout directory or containerd. Where the registry does not keep track of referrers, and
 // everywhere else, the index under the tag of the specification's referrers tag schema
-// does. Writers that change it at the same time look at it again and do so again until it has both their
-// entries; one that needs longer for a write than the others wait may still replace what they wrote.
+// does. Writers of one process, and of one layout, take turns. Others that change it at the same time look at it again and do so
+// again until it has both their entries; one that needs longer for a write than the others wait may still replace what they wrote.
 // It returns the artifact's descriptor. [ErrUnsupported] for an archive, which is only written whole.
 func PushReferrer(ctx context.Context, ref Reference, o Options, subject ocispec.Descriptor, a Artifact) (ocispec.Descriptor, error) {
 	doc, err := a.manifest(subject)
@@ -310,14 +310,19 @@ func readFallback(ctx context.Context, ref Reference, o Options) (ocispec.Index,
 	return index, err
 }
 
-// addFallback adds desc to the index of subject's referrers. Nothing makes reading and writing
-// one step, so what was written is read again, after waits of different length: an entry that
-// another writer has lost is added again.
-func addFallback(ctx context.Context, ref Reference, o Options, subject digest.Digest, desc ocispec.Descriptor) error {
+// addFallback adds desc to the index of subject's referrers. Writers of this process, and all writers of
+// a layout, take turns. Nothing else makes reading and writing one step, so what was written is read again,
+// after waits of different length: an entry that another writer has lost is added again.
+func addFallback(ctx context.Context, ref Reference, o Options, subject digest.Digest, desc ocispec.Descriptor) (err error) {
 	fallback, err := fallbackReference(ref, subject)
 	if err != nil {
 		return err
 	}
+	done, err := takeTurn(ctx, fallback)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, done()) }()
 	seen := 0 // how often in a row it was there
 	for try := range fallbackTries {
 		index, err := readFallback(ctx, fallback, o)

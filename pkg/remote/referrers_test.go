@@ -1,6 +1,7 @@
 package remote_test
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -8,16 +9,19 @@ import (
 	"log"
 	"net/http"
 	"net/http/httptest"
+	"os"
 	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/google/go-containerregistry/pkg/registry"
 	"github.com/opencontainers/go-digest"
 	"github.com/opencontainers/image-spec/specs-go"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"golang.org/x/sys/unix"
 
 	"github.com/headstart-oci/headstart/internal/testcri"
 	"github.com/headstart-oci/headstart/internal/testcri/critest"
@@ -251,6 +255,33 @@ func TestReferrersConcurrent(t *testing.T) {
 		if list, err := remote.ListReferrers(t.Context(), ref, o, subject.Digest, testArtifact); err != nil || len(list) != writers {
 			t.Errorf("%s: %d artifacts, want %d; %v", name, len(list), writers, err)
 		}
+	}
+}
+
+// A writer waits for one of another process, and says whom it waited for when its time is over.
+func TestReferrersLocked(t *testing.T) {
+	t.Parallel()
+	ref := remote.Layout(filepath.Join(t.TempDir(), "layout"), "v1")
+	subject := subjectImage(t, ref, remote.Options{})
+	other, err := os.Open(filepath.Join(ref.Path, ocispec.ImageBlobsDir))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer other.Close()
+	if err := unix.Flock(int(other.Fd()), unix.LOCK_EX); err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
+	defer cancel()
+	_, err = remote.PushReferrer(ctx, ref, remote.Options{}, subject, note("late"))
+	if !errors.Is(err, context.DeadlineExceeded) || !strings.Contains(fmt.Sprint(err), "locked by another writer") {
+		t.Errorf("PushReferrer of a locked layout: %v", err)
+	}
+	if err := other.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := remote.PushReferrer(t.Context(), ref, remote.Options{}, subject, note("again")); err != nil {
+		t.Errorf("PushReferrer of a layout that is free again: %v", err)
 	}
 }
 
