@@ -14,11 +14,12 @@ import (
 	"github.com/headstart-oci/headstart/pkg/rafs"
 )
 
-// blob is a cache file that mounts use. All fields but st are guarded by daemon.blobMu; ensure copies fillings.
+// blob is a cache file that mounts use. refs is guarded by daemon.blobMu, fillings by usedMu.
 type blob struct {
 	st   *store.Blob
 	refs int
-	// fillings are what fills it: one for each set of chunks that images use of the blob, mostly one.
+	// fillings are what fills it: one for each set of chunks that images use of the blob, mostly one. The list is never
+	// changed, only replaced.
 	fillings []*filling
 
 	syncMu  sync.Mutex // guards what follows, and st against the end while it is synced
@@ -84,7 +85,9 @@ func (d *daemon) openBlob(img *rafs.Image, n int, src fill.Source, name string) 
 	b := d.blobs[st.Name()]
 	if b == nil {
 		b = &blob{st: st}
+		d.usedMu.Lock()
 		d.blobs[st.Name()] = b
+		d.usedMu.Unlock()
 	}
 	b.refs++
 	b.syncMu.Lock()
@@ -120,7 +123,9 @@ func (d *daemon) attachSource(u *use, info rafs.Blob, chunks []rafs.Chunk) error
 		return err
 	}
 	u.f = &filling{chunks: set, fb: fb, refs: 1}
-	u.b.fillings = append(u.b.fillings, u.f)
+	d.usedMu.Lock()
+	defer d.usedMu.Unlock()
+	u.b.fillings = append(slices.Clip(u.b.fillings), u.f)
 	return nil
 }
 
@@ -135,12 +140,7 @@ func (d *daemon) guard(b *blob) error {
 
 // ensure gets what a reader of st waits for.
 func (d *daemon) ensure(ctx context.Context, st *store.Blob, off, n int64) error {
-	d.blobMu.Lock()
-	var fillings []*filling
-	if b := d.blobs[st.Name()]; b != nil {
-		fillings = slices.Clone(b.fillings)
-	}
-	d.blobMu.Unlock()
+	fillings := d.fillingsOf(st)
 	if len(fillings) == 0 { // closed, or about to be: st must not be asked any more
 		return fmt.Errorf("blob %s: no mount has it any more", st.ID())
 	}
@@ -155,6 +155,16 @@ func (d *daemon) ensure(ctx context.Context, st *store.Blob, off, n int64) error
 	return nil
 }
 
+// fillingsOf returns what fills st. It waits for nobody who opens or closes blobs: every reader of every mount comes here.
+func (d *daemon) fillingsOf(st *store.Blob) []*filling {
+	d.usedMu.Lock()
+	defer d.usedMu.Unlock()
+	if b := d.blobs[st.Name()]; b != nil && b.st == st {
+		return b.fillings
+	}
+	return nil
+}
+
 // closeUse gives a mount's part in a blob back. The last one closes the blob; no mount has it then. The caller holds blobMu.
 func (d *daemon) closeUse(u *use) error {
 	var errs []error
@@ -163,13 +173,10 @@ func (d *daemon) closeUse(u *use) error {
 		if u.f.refs > 0 {
 			u.f.fb.RemoveSource(u.src)
 		} else {
+			d.usedMu.Lock()
+			u.b.fillings = slices.DeleteFunc(slices.Clone(u.b.fillings), func(f *filling) bool { return f == u.f })
+			d.usedMu.Unlock()
 			u.f.fb.Close()
-			for i, f := range u.b.fillings {
-				if f == u.f {
-					u.b.fillings = append(u.b.fillings[:i:i], u.b.fillings[i+1:]...)
-					break
-				}
-			}
 		}
 	}
 	if u.watched {
@@ -179,7 +186,9 @@ func (d *daemon) closeUse(u *use) error {
 	if u.b.refs == 0 {
 		name := u.b.st.Name()
 		errs = append(errs, d.link.Drop(keptData+name, keptBits+name))
+		d.usedMu.Lock()
 		delete(d.blobs, name)
+		d.usedMu.Unlock()
 	}
 	u.b.syncMu.Lock()
 	defer u.b.syncMu.Unlock()

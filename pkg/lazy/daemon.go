@@ -76,7 +76,9 @@ type daemon struct {
 	busy   int       // calls being answered
 	last   time.Time // when something was mounted last, or began to be
 
-	blobMu sync.Mutex // guards blobs and mount.uses; taken before mu
+	blobMu sync.Mutex // held by who opens or closes blobs, which takes time: no reader waits for it. Taken before usedMu and mu
+
+	usedMu sync.Mutex // guards blobs, blob.fillings and mount.uses, for a moment each; to change them takes blobMu too
 	blobs  map[string]*blob
 
 	bootMu     sync.Mutex     // guards what follows

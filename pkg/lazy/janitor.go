@@ -107,8 +107,8 @@ func (d *daemon) settle(b *blob) error {
 
 // blobsOf returns the blobs of m, some of which may be closed at any time.
 func (d *daemon) blobsOf(m *mount) (blobs []*blob) {
-	d.blobMu.Lock()
-	defer d.blobMu.Unlock()
+	d.usedMu.Lock()
+	defer d.usedMu.Unlock()
 	for _, u := range m.uses {
 		blobs = append(blobs, u.b)
 	}

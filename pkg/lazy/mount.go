@@ -170,8 +170,10 @@ func (d *daemon) release(m *mount) error {
 		m.run.Close()
 	}
 	d.blobMu.Lock()
+	d.usedMu.Lock()
 	uses := m.uses
 	m.uses = nil
+	d.usedMu.Unlock()
 	for _, u := range uses {
 		errs = append(errs, d.closeUse(u))
 	}
@@ -266,10 +268,11 @@ func (d *daemon) describe(m *mount, detail bool) Mount {
 
 // measure fills in what the blobs of m say.
 func (d *daemon) measure(m *mount, out *Mount) {
-	d.blobMu.Lock()
-	defer d.blobMu.Unlock()
+	d.usedMu.Lock()
+	uses := m.uses
+	d.usedMu.Unlock()
 	out.Local, out.Total, out.Stats, out.Misses = 0, 0, Stats{}, nil
-	for _, u := range m.uses {
+	for _, u := range uses { // those that are closed meanwhile say what they had
 		out.Local += u.b.st.Local()
 		out.Total += u.b.st.Total()
 		out.Stats.Add(u.f.fb.Stats())

@@ -1,0 +1,130 @@
+package lazy
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"io"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/headstart-oci/headstart/pkg/lazy/internal/fill"
+	"github.com/headstart-oci/headstart/pkg/lazy/internal/store"
+	"github.com/headstart-oci/headstart/pkg/rafs"
+)
+
+func must(t testing.TB, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// place is a blob of plain chunks in memory, or a place that is down.
+type place struct {
+	data  []byte
+	down  error
+	again bool // what is down may come back
+	asked atomic.Int64
+}
+
+func (p *place) Range(_ context.Context, r fill.Request) (io.ReadCloser, error) {
+	p.asked.Add(1)
+	if p.down != nil {
+		return nil, p.down
+	}
+	return io.NopCloser(bytes.NewReader(p.data[r.Offset:][:r.Length])), nil
+}
+
+func (p *place) Retry(error) fill.Retry { return fill.Retry{Again: p.again} }
+
+// plain returns a blob of n plain chunks of one block each, and its bytes.
+func plain(n int) (rafs.Blob, []rafs.Chunk, []byte) {
+	b := rafs.Blob{
+		ID: "plain", Digester: rafs.DigesterSHA256, Compressor: rafs.CompressorNone, ChunkSize: store.BlockSize,
+		CompressedSize: uint64(n) * store.BlockSize, UncompressedSize: uint64(n) * store.BlockSize, ChunkCount: uint32(n),
+	}
+	data := make([]byte, n*store.BlockSize)
+	chunks := make([]rafs.Chunk, n)
+	for i := range chunks {
+		at := uint64(i) * store.BlockSize
+		p := data[at:][:store.BlockSize]
+		for j := range p {
+			p[j] = byte(i*7 + j + 1)
+		}
+		chunks[i] = rafs.Chunk{
+			Digest: b.Digester.Sum(p), Index: uint32(i), CompressedOffset: at, UncompressedOffset: at,
+			CompressedSize: store.BlockSize, UncompressedSize: store.BlockSize,
+		}
+	}
+	return b, chunks, data
+}
+
+// served is a daemon without a kernel: it fills blobs and watches nothing.
+func served(t *testing.T) *daemon {
+	t.Helper()
+	d := &daemon{blobs: map[string]*blob{}}
+	var err error
+	d.store, err = store.Open(t.TempDir(), store.Options{})
+	must(t, err)
+	t.Cleanup(func() { must(t, d.store.Close()) })
+	d.fill = fill.New(fill.Options{Limit: time.Minute, Backoff: 10 * time.Millisecond, Ahead: -1})
+	t.Cleanup(d.fill.Close)
+	return d
+}
+
+// use makes an image with these chunks, from src, a user of the blob.
+func (d *daemon) use(t *testing.T, info rafs.Blob, chunks []rafs.Chunk, src fill.Source) *blob {
+	t.Helper()
+	st, err := d.store.OpenBlob(info, chunks)
+	must(t, err)
+	d.blobMu.Lock()
+	defer d.blobMu.Unlock()
+	b := d.blobs[st.Name()]
+	if b == nil {
+		b = &blob{st: st}
+		d.blobs[st.Name()] = b
+	}
+	must(t, d.attachSource(&use{b: b, src: src}, info, chunks))
+	return b
+}
+
+// ensureSoon is ensure, which is to take no time to speak of.
+func (d *daemon) ensureSoon(t *testing.T, st *store.Blob, off, n int64) error {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	defer cancel()
+	done := make(chan error, 1)
+	go func() { done <- d.ensure(ctx, st, off, n) }()
+	select {
+	case err := <-done:
+		return err
+	case <-ctx.Done():
+		t.Fatal("a reader waits still, after 30 s")
+		return nil
+	}
+}
+
+// A mount that is made or ended holds blobMu, for as long as a disk takes to sync. Readers of all mounts go on.
+func TestReadersPassWhoOpensBlobs(t *testing.T) {
+	t.Parallel()
+	d := served(t)
+	info, chunks, data := plain(4)
+	b := d.use(t, info, chunks, &place{data: data})
+	d.blobMu.Lock()
+	err := d.ensureSoon(t, b.st, store.BlockSize, store.BlockSize)
+	d.blobMu.Unlock()
+	got := make([]byte, store.BlockSize)
+	if _, rerr := b.st.File().ReadAt(got, store.BlockSize); errors.Join(err, rerr) != nil || !bytes.Equal(got, data[store.BlockSize:][:store.BlockSize]) {
+		t.Errorf("ensure = %v, read = %v, right bytes: %t", err, rerr, bytes.Equal(got, data[store.BlockSize:][:store.BlockSize]))
+	}
+	d.blobMu.Lock()
+	defer d.blobMu.Unlock()
+	m := &mount{uses: []*use{{b: b, f: b.fillings[0]}}}
+	var out Mount
+	d.measure(m, &out)
+	if out.Local != store.BlockSize || len(d.blobsOf(m)) != 1 {
+		t.Errorf("measure = %+v, want one block local", out)
+	}
+}
