@@ -65,6 +65,9 @@ func (d *daemon) recoverOne(ctx context.Context, m *mount, guarded bool) {
 			BDI: m.rec.BDI, Bootstrap: m.rec.Bootstrap, Blobs: len(m.rec.Blobs), Local: m.rec.Total, Total: m.rec.Total, Prefetched: true,
 		}
 		m.finish()
+		if guarded {
+			d.passWhole(m)
+		}
 		return
 	case !guarded:
 		d.fail(m, ErrFailed)
@@ -72,6 +75,17 @@ func (d *daemon) recoverOne(ctx context.Context, m *mount, guarded bool) {
 	}
 	if err := d.adopt(ctx, m); err != nil {
 		d.fail(m, fmt.Errorf("%w: %w", ErrFailed, err))
+	}
+}
+
+// passWhole lets readers of a complete mount pass whose events an earlier daemon did not answer.
+func (d *daemon) passWhole(m *mount) {
+	for _, name := range m.rec.Blobs {
+		if dev, ino, ok := d.store.Whole(name); ok {
+			d.watch.AddWhole(dev, ino)
+		} else {
+			d.log.Debug("a complete mount's blob is not whole, or other mounts use more of it", zap.String("blob", name), zap.String("dir", m.dir))
+		}
 	}
 }
 

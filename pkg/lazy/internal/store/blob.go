@@ -147,6 +147,23 @@ func (b *Blob) ReadyRange(offset, length int64) bool {
 	return eachWord(first, end, func(w, mask uint64) bool { return v.need[w]&mask&^ready[w].Load() == 0 })
 }
 
+// Freeze returns [Blob.ReadyRange] as it is at this moment, to be called after the last Close too, and whether the blob is
+// complete. One that is not takes one bit of memory for each block.
+func (b *Blob) Freeze() (ready func(offset, length int64) bool, complete bool) {
+	if b.Complete() {
+		return func(int64, int64) bool { return true }, true
+	}
+	v, words := b.view.Load(), b.ready.Words()
+	missing := make([]uint64, len(v.need))
+	for i, need := range v.need {
+		missing[i] = need &^ words[i].Load()
+	}
+	return func(offset, length int64) bool {
+		first, end := b.blocks(offset, length)
+		return eachWord(first, end, func(w, mask uint64) bool { return missing[w]&mask == 0 })
+	}, false
+}
+
 // Ready reports whether chunk c is in the data file.
 func (b *Blob) Ready(c rafs.Chunk) bool {
 	return b.ReadyRange(int64(c.UncompressedOffset), int64(c.UncompressedSize)) //nolint:gosec // beyond Size nothing is needed

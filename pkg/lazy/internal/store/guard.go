@@ -8,6 +8,7 @@ import (
 	"os"
 	"path"
 	"strings"
+	"syscall"
 
 	"go.uber.org/zap"
 	"golang.org/x/sys/unix"
@@ -75,6 +76,23 @@ func (s *Store) complete(name string) (_ bool, err error) {
 		return false, err
 	}
 	return covered(durable, recs), nil
+}
+
+// Whole identifies the data file called name, as fstat(2) does, when all that any image ever needed of it is
+// durable. It opens nothing that raises an event.
+func (s *Store) Whole(name string) (dev, ino uint64, ok bool) {
+	if complete, err := s.complete(name); err != nil || !complete {
+		return 0, 0, false
+	}
+	info, err := s.root.Lstat(path.Join("blobs", name, "data"))
+	if err != nil || !info.Mode().IsRegular() {
+		return 0, 0, false
+	}
+	st, ok := info.Sys().(*syscall.Stat_t)
+	if !ok {
+		return 0, 0, false
+	}
+	return st.Dev, st.Ino, true
 }
 
 // covered reports whether all blocks of recs are in bits.

@@ -382,3 +382,77 @@ func TestOpenBlobRefuses(t *testing.T) {
 		t.Error("a blob without chunks is not complete")
 	}
 }
+
+// A data file is whole when everything that images need of it is durable, of all of them.
+func TestWhole(t *testing.T) {
+	t.Parallel()
+	s := open(t, t.TempDir(), store.Options{})
+	b, chunks, data := layout(4096, 100, 8192, 4096)
+	blob := openBlob(t, s, b, chunks[:2])
+	whole := func() bool {
+		dev, ino, ok := s.Whole(blob.Name())
+		if wantDev, wantIno := blob.Inode(); ok && (dev != wantDev || ino != wantIno) {
+			t.Errorf("Whole = %d, %d, want %d, %d", dev, ino, wantDev, wantIno)
+		}
+		return ok
+	}
+	must(t, blob.Put(chunks[0], data[0]))
+	must(t, blob.Sync())
+	if whole() {
+		t.Error("whole with one of two chunks")
+	}
+	must(t, blob.Put(chunks[1], data[1]))
+	if whole() {
+		t.Error("whole before it is durable")
+	}
+	must(t, blob.Sync())
+	if !whole() {
+		t.Error("not whole with both chunks durable")
+	}
+	openBlob(t, s, b, chunks)
+	if whole() {
+		t.Error("whole though another image uses more of it")
+	}
+	for i, c := range chunks {
+		must(t, blob.Put(c, data[i]))
+	}
+	must(t, blob.Sync())
+	if !whole() {
+		t.Error("not whole with all chunks durable")
+	}
+	for _, name := range []string{"", "none", "..", "../../etc"} {
+		if _, _, ok := s.Whole(name); ok {
+			t.Errorf("Whole(%q) = true", name)
+		}
+	}
+}
+
+// What is known of a blob at one moment is known after its end.
+func TestFreeze(t *testing.T) {
+	t.Parallel()
+	s := open(t, t.TempDir(), store.Options{})
+	b, chunks, data := layout(4096, 100, 8192, 4096)
+	blob := openBlob(t, s, b, chunks)
+	must(t, blob.Put(chunks[2], data[2]))
+	early, complete := blob.Freeze()
+	if complete {
+		t.Error("complete with one of four chunks")
+	}
+	for _, i := range []int{0, 1, 3} {
+		must(t, blob.Put(chunks[i], data[i]))
+	}
+	late, complete := blob.Freeze()
+	if !complete {
+		t.Error("not complete with all chunks")
+	}
+	must(t, blob.Close())
+	for i, c := range chunks {
+		off, n := int64(c.UncompressedOffset), int64(c.UncompressedSize)
+		if early(off, n) != (i == 2) || !late(off, n) {
+			t.Errorf("chunk %d: %t with chunk 2 there, %t with all", i, early(off, n), late(off, n))
+		}
+	}
+	if early(0, 1<<62) || !late(0, 1<<62) {
+		t.Error("a range beyond the end")
+	}
+}

@@ -111,7 +111,7 @@ func FuzzTakeOver(f *testing.F) {
 			if got, ok := table.get(slot); !ok || got != i.event {
 				t.Errorf("slot %d has %+v, %v, want %+v", slot, got, ok, i.event)
 			}
-			if fill := w.fillInherited(t.Context(), i.event); i.offset < 0 && fill == nil {
+			if fill := w.fillInherited(t.Context(), w.lookInherited(i.event), i.event); i.offset < 0 && fill == nil {
 				t.Errorf("%+v passes, though no file has such bytes", i.event)
 			}
 		}

@@ -36,6 +36,7 @@ func (w *Watcher) Run(ctx context.Context) error {
 	for ctx.Err() == nil {
 		room := w.room()
 		if room > 0 {
+			removes := w.ended()
 			err := w.read(ctx, room)
 			if err == nil {
 				continue
@@ -43,6 +44,7 @@ func (w *Watcher) Run(ctx context.Context) error {
 			if !errors.Is(err, fanotify.ErrEmpty) {
 				return fmt.Errorf("watch: %w", err)
 			}
+			w.drained(removes)
 		}
 		if err := w.wait(room > 0); err != nil {
 			return fmt.Errorf("watch: %w", err)
@@ -138,15 +140,17 @@ func (w *Watcher) take(n int) []int {
 
 // dispatch answers an event at once when it can.
 func (w *Watcher) dispatch(ctx context.Context, slot int, e event) {
-	b := w.find(e.file)
-	if b != nil && b.ReadyRange(e.offset, e.count) {
+	l := w.look(e.file)
+	if l.has(e) {
+		l.done()
 		w.ready.Add(1)
 		w.answer(slot, e, nil)
 		return
 	}
 	w.waited.Add(1)
 	w.answers.Go(func() {
-		err := w.fill(ctx, b, e)
+		err := w.fill(ctx, l.blob(), e)
+		l.done()
 		if err != nil && ctx.Err() != nil {
 			return // it stays pending, for the next process
 		}
@@ -154,7 +158,7 @@ func (w *Watcher) dispatch(ctx context.Context, slot int, e event) {
 	})
 }
 
-// fill makes the range of e ready.
+// fill makes the range of e ready in b; nil: nobody knows the file, or it is not what it was.
 func (w *Watcher) fill(ctx context.Context, b *store.Blob, e event) error {
 	if b == nil {
 		return fmt.Errorf("event of a file that is not watched: device %#x, inode %d", e.file.dev, e.file.ino)

@@ -10,7 +10,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/headstart-oci/headstart/pkg/fanotify"
-	"github.com/headstart-oci/headstart/pkg/lazy/internal/store"
 )
 
 // inherited is an event that an earlier process read and did not answer. Its number must
@@ -94,9 +93,13 @@ func (w *Watcher) takeOver(ctx context.Context) error {
 			done = unheld.Done
 		}
 		w.waited.Add(1)
+		looks := w.lookInherited(i.event) // before the queue is empty, and before one of them is removed
 		w.answers.Go(func() {
 			defer done()
-			err := w.fillInherited(ctx, i.event)
+			err := w.fillInherited(ctx, looks, i.event)
+			for _, l := range looks {
+				l.done()
+			}
 			if err != nil && ctx.Err() != nil {
 				return // it stays pending, for the next process
 			}
@@ -107,26 +110,24 @@ func (w *Watcher) takeOver(ctx context.Context) error {
 	return nil
 }
 
-// fillInherited is fill for an event of which perhaps nobody knows the file: then the range becomes ready in
-// every data file that has it.
-func (w *Watcher) fillInherited(ctx context.Context, e event) error {
+// lookInherited is look for an event of which perhaps nobody knows the file.
+func (w *Watcher) lookInherited(e event) []look {
+	if e.file == (file{}) {
+		return w.lookAll()
+	}
+	return []look{w.look(e.file)}
+}
+
+// fillInherited makes the range of e ready in all files that it may be of.
+func (w *Watcher) fillInherited(ctx context.Context, looks []look, e event) error {
 	if e.fd < 0 || e.offset < 0 || e.count < 0 {
 		return fmt.Errorf("%w: event %d of %d bytes at %d", ErrTable, e.fd, e.count, e.offset)
 	}
-	if e.file != (file{}) {
-		return w.fill(ctx, w.find(e.file), e)
-	}
-	w.mu.RLock()
-	var blobs []*store.Blob
-	for _, known := range w.blobs {
-		if !known.blob.ReadyRange(e.offset, e.count) {
-			blobs = append(blobs, known.blob)
-		}
-	}
-	w.mu.RUnlock()
 	var errs []error
-	for _, b := range blobs {
-		errs = append(errs, w.fill(ctx, b, e))
+	for _, l := range looks {
+		if !l.has(e) {
+			errs = append(errs, w.fill(ctx, l.blob(), e))
+		}
 	}
 	return errors.Join(errs...)
 }

@@ -27,6 +27,7 @@ func must(t testing.TB, err error) {
 type setup struct {
 	group        *fanotify.Group
 	table        *Table
+	store        *store.Store
 	blob, second *store.Blob
 	ensured      atomic.Int64
 }
@@ -56,6 +57,7 @@ func newSetup(t testing.TB, n, slots int) *setup {
 	s, err := store.Open(state, store.Options{})
 	must(t, err)
 	t.Cleanup(func() { must(t, s.Close()) })
+	u.store = s
 	u.blob, err = s.OpenBlob(blocks("one", n))
 	must(t, err)
 	u.second, err = s.OpenBlob(blocks("two", n))
@@ -109,7 +111,13 @@ func run(t testing.TB, w *Watcher) (stop func()) {
 // read reads one block of the data file in the background.
 func (u *setup) read(t testing.TB, block int64) <-chan error {
 	t.Helper()
-	f, err := os.Open(u.blob.Path())
+	return u.readOf(t, u.blob, block)
+}
+
+// readOf is read of one of the blobs.
+func (u *setup) readOf(t testing.TB, b *store.Blob, block int64) <-chan error {
+	t.Helper()
+	f, err := os.Open(b.Path())
 	must(t, err)
 	result := make(chan error, 1)
 	go func() {

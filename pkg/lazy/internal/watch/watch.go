@@ -51,8 +51,11 @@ type Watcher struct {
 	log    *zap.Logger
 	wake   int // an eventfd: there is room again, or Run is to end; -1 when closed
 
-	mu    sync.RWMutex // guards blobs, and is held while marks change
-	blobs map[file]*watched
+	mu      sync.RWMutex // guards what follows, and is held while marks change
+	blobs   map[file]*watched
+	gone    map[file]gone // none of them is in blobs
+	removes int64         // so far
+	partial bool          // gone has files that are not complete
 
 	slotMu sync.Mutex // guards freeSlots and inherited
 	// freeSlots are the slots that are not pending.
@@ -67,12 +70,6 @@ type Watcher struct {
 	events, ready, waited, denied, takenOver, lost atomic.Int64
 }
 
-// watched is a blob with the number of its users.
-type watched struct {
-	blob *store.Blob
-	refs int
-}
-
 // share is the part of the process' descriptors that events may have: one in share. A blob takes three.
 const share = 4
 
@@ -80,7 +77,7 @@ const share = 4
 // keeps the descriptor numbers that it needs: nothing may be read from the group before
 // New. The caller closes the Watcher.
 func New(c Config) (*Watcher, error) {
-	w := &Watcher{group: c.Group, table: c.Table, ensure: c.Ensure, log: c.Log, wake: -1, blobs: map[file]*watched{}, inherited: map[int]inherited{}}
+	w := &Watcher{group: c.Group, table: c.Table, ensure: c.Ensure, log: c.Log, wake: -1, blobs: map[file]*watched{}, gone: map[file]gone{}, inherited: map[int]inherited{}}
 	if w.log == nil {
 		w.log = zap.NewNop()
 	}
@@ -154,6 +151,7 @@ func (w *Watcher) Add(b *store.Blob) error {
 		return fmt.Errorf("watch blob %s: %w", b.Name(), err)
 	}
 	known.refs++
+	delete(w.gone, id)
 	return nil
 }
 
@@ -211,24 +209,29 @@ func (w *Watcher) Settle(b *store.Blob) (bool, error) {
 	return true, nil
 }
 
-// Remove ends one Add, after the last mount of it is gone; the last one takes the mark
-// away.
+// Remove ends one Add, after the last mount that needs more of it is gone, or has all that it needs. The last one takes the
+// mark away, and returns when no event of it is looked at any more: Ensure must return by then. Whatever Remove returns, the blob
+// may be closed afterwards. Events of it that are found later pass when what they ask for was ready at the end.
 func (w *Watcher) Remove(b *store.Blob) error {
-	w.mu.Lock()
-	defer w.mu.Unlock()
 	id := identify(b)
+	w.mu.Lock()
 	known := w.blobs[id]
 	if known == nil || known.blob != b {
+		w.mu.Unlock()
 		return nil
 	}
 	if known.refs > 1 {
 		known.refs--
+		w.mu.Unlock()
 		return nil
 	}
-	if err := w.Unmark(b.File()); err != nil {
+	err := w.Unmark(b.File())
+	w.forget(id, b)
+	w.mu.Unlock()
+	known.events.Wait()
+	if err != nil {
 		return fmt.Errorf("remove blob %s: %w", b.Name(), err)
 	}
-	delete(w.blobs, id)
 	return nil
 }
 
@@ -241,13 +244,4 @@ func (w *Watcher) Stats() Stats {
 		Events: w.events.Load(), Ready: w.ready.Load(), Waited: w.waited.Load(), Denied: w.denied.Load(),
 		TakenOver: w.takenOver.Load(), Lost: w.lost.Load(), Pending: int64(pending),
 	}
-}
-
-func (w *Watcher) find(id file) *store.Blob {
-	w.mu.RLock()
-	defer w.mu.RUnlock()
-	if known := w.blobs[id]; known != nil {
-		return known.blob
-	}
-	return nil
 }

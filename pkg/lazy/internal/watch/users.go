@@ -1,0 +1,121 @@
+package watch
+
+import (
+	"sync"
+
+	"github.com/headstart-oci/headstart/pkg/lazy/internal/store"
+)
+
+// watched is a blob with the number of Adds that had no Remove, and the events that are being looked at.
+type watched struct {
+	blob   *store.Blob
+	refs   int
+	events sync.WaitGroup
+}
+
+// gone is what is known of a file that is not watched any more: events may be under way that were raised when it was.
+type gone struct {
+	ready func(offset, length int64) bool // as it was at the end
+	whole bool                            // all of it was
+	end   int64                           // which of all Removes it was
+}
+
+// look is one event's view of its file. Until done is called the blob stays open.
+type look struct {
+	known *watched
+	ready func(offset, length int64) bool // nil: nobody knows the file
+}
+
+func (l look) blob() *store.Blob {
+	if l.known == nil {
+		return nil
+	}
+	return l.known.blob
+}
+
+// has reports whether what e asks for is ready.
+func (l look) has(e event) bool { return l.ready != nil && l.ready(e.offset, e.count) }
+
+func (l look) done() {
+	if l.known != nil {
+		l.known.events.Done()
+	}
+}
+
+// look finds the file of an event. The caller calls done.
+func (w *Watcher) look(id file) look {
+	w.mu.RLock()
+	defer w.mu.RUnlock()
+	if known := w.blobs[id]; known != nil {
+		known.events.Add(1)
+		return look{known, known.blob.ReadyRange}
+	}
+	return look{ready: w.gone[id].ready}
+}
+
+// lookAll is look for an event whose file nobody knows: it may be any of them.
+func (w *Watcher) lookAll() []look {
+	w.mu.RLock()
+	defer w.mu.RUnlock()
+	all := make([]look, 0, len(w.blobs))
+	for _, known := range w.blobs {
+		known.events.Add(1)
+		all = append(all, look{known, known.blob.ReadyRange})
+	}
+	return all
+}
+
+// forget ends the watch of a blob that has no mark any more. Mounts that have all they need of it may have the file still, and
+// events of theirs may be queued. The caller holds mu.
+func (w *Watcher) forget(id file, b *store.Blob) {
+	delete(w.blobs, id)
+	w.removes++
+	ready, whole := b.Freeze()
+	w.gone[id] = gone{ready: ready, whole: whole, end: w.removes}
+	if !whole {
+		w.partial = true
+		w.signal() // Run has a look at the queue, and calls drained
+	}
+}
+
+// AddWhole makes events of a file pass that no mount needs to have watched, and that is not: all of it is local. An earlier
+// process may have left some, or a mark on it. It lasts until the file is added.
+func (w *Watcher) AddWhole(dev, ino uint64) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	id := file{dev, ino}
+	if w.blobs[id] == nil {
+		w.gone[id] = gone{ready: func(int64, int64) bool { return true }, whole: true}
+	}
+}
+
+// ended returns how many Removes there were.
+func (w *Watcher) ended() int64 {
+	w.mu.RLock()
+	defer w.mu.RUnlock()
+	return w.removes
+}
+
+// drained drops what was kept for events of incomplete files, which takes memory: after the first so many Removes the
+// queue was empty. What is complete takes none, and stays until the file is added again.
+func (w *Watcher) drained(removes int64) {
+	w.mu.RLock()
+	partial := w.partial
+	w.mu.RUnlock()
+	if !partial {
+		return
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.partial = false
+	for id, g := range w.gone {
+		if g.whole {
+			continue
+		}
+		if g.end <= removes {
+			delete(w.gone, id)
+		} else {
+			w.partial = true
+		}
+	}
+}
