@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"slices"
 	"sync"
+	"time"
 
 	"github.com/headstart-oci/headstart/pkg/lazy/internal/fill"
 	"github.com/headstart-oci/headstart/pkg/lazy/internal/store"
@@ -138,21 +139,67 @@ func (d *daemon) guard(b *blob) error {
 	return nil
 }
 
-// ensure gets what a reader of st waits for.
+// patience is how long one set of chunks may keep a reader waiting before others are asked too, whose source may live.
+const patience = 2 * time.Second
+
+// ensure gets what a reader of st waits for. Which of the blob's sets of chunks have it does not matter: it is there or not.
 func (d *daemon) ensure(ctx context.Context, st *store.Blob, off, n int64) error {
 	fillings := d.fillingsOf(st)
-	if len(fillings) == 0 { // closed, or about to be: st must not be asked any more
+	var err error
+	if len(fillings) == 1 {
+		err = notRange(fillings[0].fb.Ensure(ctx, off, n))
+	} else if len(fillings) > 1 {
+		err = ensureAny(ctx, st, fillings, off, n)
+	}
+	switch {
+	case st.ReadyRange(off, n): // who calls keeps it open
+		return nil
+	case err != nil:
+		return err
+	case len(fillings) == 0:
 		return fmt.Errorf("blob %s: no mount has it any more", st.ID())
 	}
-	for _, f := range fillings {
-		if err := f.fb.Ensure(ctx, off, n); err != nil && !errors.Is(err, fill.ErrRange) {
-			return err
+	return fmt.Errorf("blob %s: no mount has a source of all chunks in %d bytes at %d", st.Name(), n, off)
+}
+
+// ensureAny asks one of fillings after the other until all is there: the next one when one has said what it can, or takes long.
+func ensureAny(ctx context.Context, st *store.Blob, fillings []*filling, off, n int64) error {
+	ctx, cancel := context.WithCancel(ctx)
+	var asked sync.WaitGroup
+	defer asked.Wait()
+	defer cancel()
+	answers := make(chan error, len(fillings))
+	late := time.NewTicker(patience)
+	defer late.Stop()
+	begun, ended := 0, 0
+	next := func() {
+		if begun < len(fillings) {
+			f := fillings[begun]
+			begun++
+			asked.Go(func() { answers <- f.fb.Ensure(ctx, off, n) })
 		}
 	}
-	if !st.ReadyRange(off, n) {
-		return fmt.Errorf("blob %s: no mount has a source of all chunks in %d bytes at %d", st.Name(), n, off)
+	var errs []error
+	for next(); ended < begun; next() {
+		select {
+		case err := <-answers:
+			ended++
+			errs = append(errs, notRange(err))
+			if st.ReadyRange(off, n) {
+				return nil
+			}
+		case <-late.C:
+		}
 	}
-	return nil
+	return errors.Join(errs...)
+}
+
+// notRange drops the error of a set that has no chunk there: another one has.
+func notRange(err error) error {
+	if errors.Is(err, fill.ErrRange) {
+		return nil
+	}
+	return err
 }
 
 // fillingsOf returns what fills st. It waits for nobody who opens or closes blobs: every reader of every mount comes here.

@@ -128,3 +128,59 @@ func TestReadersPassWhoOpensBlobs(t *testing.T) {
 		t.Errorf("measure = %+v, want one block local", out)
 	}
 }
+
+// Two images use different chunks of a blob, and the registry of one of them is dead.
+func TestDeadSourceOfAnotherImage(t *testing.T) {
+	t.Parallel()
+	errDead := errors.New("the registry is dead")
+	for name, again := range map[string]bool{"for good": false, "for the moment": true} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			d := served(t)
+			info, chunks, data := plain(4)
+			dead, live := &place{down: errDead, again: again}, &place{data: data}
+			b := d.use(t, info, chunks[:3], dead)
+			if two := d.use(t, info, chunks[1:], live); two != b || len(b.fillings) != 2 {
+				t.Fatalf("%d sets of chunks fill the blob, want 2 of one blob", len(b.fillings))
+			}
+			// What both use, and what the second uses alone, in one read and in two.
+			for _, r := range []struct{ off, n int64 }{{1, 1}, {3, 1}, {1, 3}} {
+				if err := d.ensureSoon(t, b.st, r.off*store.BlockSize, r.n*store.BlockSize); err != nil {
+					t.Errorf("ensure of %d blocks from %d on = %v", r.n, r.off, err)
+				}
+			}
+			got := make([]byte, 3*store.BlockSize)
+			if _, err := b.st.File().ReadAt(got, store.BlockSize); err != nil || !bytes.Equal(got, data[store.BlockSize:]) {
+				t.Errorf("read = %v, right bytes: %t", err, bytes.Equal(got, data[store.BlockSize:]))
+			}
+			if dead.asked.Load() == 0 || live.asked.Load() == 0 {
+				t.Errorf("%d requests of the dead source, %d of the other, want some", dead.asked.Load(), live.asked.Load())
+			}
+			if failed := b.fillings[1].fb.Stats().Failed; failed != 0 {
+				t.Errorf("%d reads failed at the source that lives", failed)
+			}
+			if again {
+				return // the reader waits, as for any registry that may come back
+			}
+			if err := d.ensureSoon(t, b.st, 0, store.BlockSize); !errors.Is(err, errDead) {
+				t.Errorf("ensure of what only the dead source has = %v, want its error", err)
+			}
+		})
+	}
+}
+
+// What is there needs no source, and what nobody has is an error.
+func TestEnsureWithoutSource(t *testing.T) {
+	t.Parallel()
+	d := served(t)
+	info, chunks, data := plain(4)
+	st, err := d.store.OpenBlob(info, chunks)
+	must(t, err)
+	must(t, st.Put(chunks[2], data[2*store.BlockSize:][:store.BlockSize]))
+	if err := d.ensureSoon(t, st, 2*store.BlockSize, store.BlockSize); err != nil {
+		t.Errorf("ensure of what is there = %v", err)
+	}
+	if err := d.ensureSoon(t, st, 2*store.BlockSize, 2*store.BlockSize); err == nil {
+		t.Error("ensure of what no mount has = nil")
+	}
+}

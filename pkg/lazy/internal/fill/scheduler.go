@@ -137,7 +137,7 @@ func (b *Blob) Ensure(ctx context.Context, off, n int64) error {
 	defer b.s.mu.Unlock()
 	b.stats.Waits++
 	b.stats.Waited += time.Since(began)
-	if err != nil {
+	if err != nil && ctx.Err() == nil { // else who asked has it from elsewhere, or asks another daemon
 		b.stats.Failed++
 		b.s.o.Log.Warn("a read failed", zap.String("blob", b.info.ID), zap.Int64("offset", off), zap.Int64("length", n), zap.Error(err))
 	}
