@@ -115,7 +115,7 @@ func (d *daemon) mount(ctx context.Context, r *Request, dir string) (_ *mount, _
 	if err := ctx.Err(); err != nil {
 		return nil, nil, err
 	}
-	detached, err := erofs.New(o)
+	detached, err := erofs.New(ctx, o)
 	if err != nil {
 		return nil, nil, err
 	}

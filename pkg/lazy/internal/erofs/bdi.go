@@ -1,12 +1,15 @@
 package erofs
 
 import (
+	"context"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"strconv"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -18,23 +21,46 @@ const (
 	bdiPrefix = "erofs-"
 )
 
+// lockLimit is how long New waits for others: a mount takes milliseconds, and more than a few at once are rare.
+const lockLimit = 2 * time.Second
+
 // lockBDIs keeps every other caller on this machine out until unlock is called. The lock is
-// on the directory itself, which is the same for all processes and needs no file of ours.
-func lockBDIs() (unlock func(), err error) {
+// on the directory itself, which is the same for all processes and needs no file of ours. Everybody
+// who can read the directory may hold it, so that nobody waits for it longer than limit, and goes on without
+// it then: it spares attempts, and is not what tells backing devices apart.
+func lockBDIs(ctx context.Context, limit time.Duration) (unlock func(), err error) {
 	fd, err := unix.Open(bdiDir, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return nil, fmt.Errorf("%s (is sysfs mounted?): %w", bdiDir, err)
 	}
-	for {
-		err = unix.Flock(fd, unix.LOCK_EX)
-		if !errors.Is(err, unix.EINTR) {
-			break
+	unlock = func() { _ = unix.Close(fd) }
+	deadline := time.Now().Add(limit)
+	for wait := time.Millisecond; ; wait = min(2*wait, 16*time.Millisecond) {
+		err = unix.Flock(fd, unix.LOCK_EX|unix.LOCK_NB)
+		switch {
+		case err == nil, errors.Is(err, unix.EWOULDBLOCK) && time.Now().After(deadline):
+			return unlock, nil
+		case !errors.Is(err, unix.EWOULDBLOCK) && !errors.Is(err, unix.EINTR):
+			unlock()
+			return nil, fmt.Errorf("lock %s: %w", bdiDir, err)
+		}
+		if err := pause(ctx, wait); err != nil {
+			unlock()
+			return nil, err
 		}
 	}
-	if err != nil {
-		return nil, errors.Join(fmt.Errorf("lock %s: %w", bdiDir, err), unix.Close(fd))
+}
+
+// pause waits for about d, so that those who began at once do not go on at once.
+func pause(ctx context.Context, d time.Duration) error {
+	timer := time.NewTimer(d/2 + rand.N(d))
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+		return nil
+	case <-ctx.Done():
+		return context.Cause(ctx)
 	}
-	return func() { _ = unix.Close(fd) }, nil
 }
 
 // bdis returns the backing devices of EROFS superblocks.

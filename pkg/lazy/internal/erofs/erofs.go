@@ -10,7 +10,7 @@
 // read_ahead_kb and vanishes with the superblock ([Alive]). The kernel has no link between the
 // two, so New finds the BDI by what appears when it makes the superblock.
 //
-//	d, err := erofs.New(erofs.Options{Bootstrap: "image.boot", Devices: []string{"blob0", "blob1"}, ReadAhead: 4})
+//	d, err := erofs.New(ctx, erofs.Options{Bootstrap: "image.boot", Devices: []string{"blob0", "blob1"}, ReadAhead: 4})
 //	…
 //	err = erofs.Attach(d.File(), "/mnt")
 //	err = d.Close()
@@ -20,11 +20,13 @@
 package erofs
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -75,28 +77,31 @@ func (d *Detached) Close() error {
 }
 
 // attempts bounds how often New makes a superblock again because somebody else made one at
-// the same moment. Ours are made one at a time on the whole machine, so others are rare.
-const attempts = 20
+// the same moment. Ours are made one at a time on the whole machine, unless somebody keeps the lock, so others are rare.
+const attempts = 40
 
 // New makes a superblock and a detached mount of it, read-only. The caller closes it.
 // ErrUnsupported and ErrPermission where they apply; EINVAL for what the kernel finds wrong
 // with the files, about which it tells its log (dmesg) alone. Safe for concurrent use, also by several
-// processes: each waits for the others.
-func New(o Options) (*Detached, error) {
+// processes: each waits for the others, for two seconds at most. The cause of ctx when it ends before.
+func New(ctx context.Context, o Options) (*Detached, error) {
 	fail := func(err error) (*Detached, error) {
 		return nil, fmt.Errorf("mount erofs %s with %d devices: %w", o.Bootstrap, len(o.Devices), err)
 	}
-	unlock, err := lockBDIs()
+	unlock, err := lockBDIs(ctx, lockLimit)
 	if err != nil {
 		return fail(err)
 	}
 	defer unlock()
-	for range attempts {
+	for n := range attempts {
 		d, err := try(o)
 		if err != nil {
 			return fail(err)
 		}
 		if d == nil {
+			if err := pause(ctx, time.Millisecond<<min(n, 7)); err != nil {
+				return fail(err)
+			}
 			continue
 		}
 		if o.ReadAhead >= 0 {

@@ -63,7 +63,7 @@ func expand(t *testing.T, variant, dir string) erofs.Options {
 // attach mounts o at a directory until the test ends.
 func attach(t *testing.T, o erofs.Options) (dir string, d *erofs.Detached) {
 	t.Helper()
-	d, err := erofs.New(o)
+	d, err := erofs.New(t.Context(), o)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -197,9 +197,49 @@ func TestReadAhead(t *testing.T) {
 }
 
 // Every mount has a backing device of its own, also when many are made at the same moment,
-// and others mount EROFS beside us.
+// and others mount EROFS beside us, also when somebody keeps the lock: every local user can.
 func TestBackingDevices(t *testing.T) {
 	needKernel(t)
+	for name, locked := range map[string]bool{"lock": false, "lock that somebody keeps": true} {
+		t.Run(name, func(t *testing.T) {
+			if locked {
+				keepLock(t)
+			}
+			testBackingDevices(t)
+		})
+	}
+}
+
+// keepLock keeps the lock until the test ends.
+func keepLock(t *testing.T) {
+	t.Helper()
+	f, err := os.Open("/sys/class/bdi")
+	if err == nil {
+		err = unix.Flock(int(f.Fd()), unix.LOCK_EX)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := f.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+// A mount that is given up does not wait for the lock.
+func TestGivenUp(t *testing.T) {
+	needKernel(t)
+	keepLock(t)
+	ctx, cancel := context.WithCancelCause(t.Context())
+	why := errors.New("the client hung up")
+	cancel(why)
+	if d, err := erofs.New(ctx, manyBlobs(t, 1, t.TempDir())); d != nil || !errors.Is(err, why) {
+		t.Errorf("New = %v, %v, want the cause", d, err)
+	}
+}
+
+func testBackingDevices(t *testing.T) {
 	o := manyBlobs(t, 2, t.TempDir())
 	o.ReadAhead = 16
 	ctx, stop := context.WithCancel(t.Context())
@@ -222,7 +262,7 @@ func TestBackingDevices(t *testing.T) {
 	made := make([]*erofs.Detached, n)
 	for i := range made {
 		ours.Go(func() {
-			d, err := erofs.New(o)
+			d, err := erofs.New(t.Context(), o)
 			if err != nil {
 				t.Error(err)
 			}
@@ -293,7 +333,7 @@ func TestLiveness(t *testing.T) {
 // A detached mount goes into the mount namespace of who attaches it.
 func TestOtherNamespace(t *testing.T) {
 	needKernel(t)
-	d, err := erofs.New(manyBlobs(t, 1, t.TempDir()))
+	d, err := erofs.New(t.Context(), manyBlobs(t, 1, t.TempDir()))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -337,13 +377,13 @@ func TestFaults(t *testing.T) {
 		{"no long name", erofs.Options{Bootstrap: filepath.Join(dir, strings.Repeat("n", 250))}, os.ErrNotExist, "nnn"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			d, err := erofs.New(tt.o)
+			d, err := erofs.New(t.Context(), tt.o)
 			if err == nil || d != nil || tt.want != nil && !errors.Is(err, tt.want) || !strings.Contains(err.Error(), tt.text) {
 				t.Errorf("New() = %v, %v, want %v with %q", d, err, tt.want, tt.text)
 			}
 		})
 	}
-	d, err := erofs.New(good)
+	d, err := erofs.New(t.Context(), good)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -96,7 +96,7 @@ func (m *image) mount(t testing.TB) string {
 	for _, b := range m.blobs {
 		o.Devices = append(o.Devices, b.Path())
 	}
-	d, err := erofs.New(o)
+	d, err := erofs.New(t.Context(), o)
 	must(t, err)
 	dir := t.TempDir()
 	must(t, errors.Join(erofs.Attach(d.File(), dir), d.Close()))
