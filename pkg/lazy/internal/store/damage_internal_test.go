@@ -236,6 +236,9 @@ func TestSyncFails(t *testing.T) {
 	must(t, blob.Sync())
 	must(t, blob.Put(chunks[1], fill(chunks[1])))
 	<-blob.Done()
+	if blob.Durable() {
+		t.Error("durable before Sync")
+	}
 	r, w, err := os.Pipe() // fdatasync of a pipe is EINVAL
 	must(t, err)
 	data := blob.data
@@ -254,9 +257,12 @@ func TestSyncFails(t *testing.T) {
 	default:
 	}
 	must(t, blob.Put(chunks[1], fill(chunks[1])))
+	if !blob.Complete() || blob.Durable() {
+		t.Errorf("after the chunk was stored again: complete %t, durable %t, want true, false", blob.Complete(), blob.Durable())
+	}
 	must(t, blob.Sync())
-	if !blob.Complete() {
-		t.Error("not complete after the chunk was stored again")
+	if !blob.Complete() || !blob.Durable() {
+		t.Errorf("and synced: complete %t, durable %t, want true, true", blob.Complete(), blob.Durable())
 	}
 }
 

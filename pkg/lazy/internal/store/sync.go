@@ -37,6 +37,24 @@ func (b *Blob) Sync() error {
 	return nil
 }
 
+// Durable reports whether the blob is complete and all that is needed of it would be there after the machine stopped. While a
+// Sync runs it is not, as far as anybody knows.
+func (b *Blob) Durable() bool {
+	if !b.Complete() || !b.syncMu.TryLock() {
+		return false
+	}
+	defer b.syncMu.Unlock()
+	for w, need := range b.view.Load().need {
+		if need == 0 {
+			continue
+		}
+		if w >= len(b.durable) || need&^b.durable[w] != 0 {
+			return false
+		}
+	}
+	return true
+}
+
 func syncData(f *os.File) error {
 	for {
 		if err := unix.Fdatasync(int(f.Fd())); !errors.Is(err, unix.EINTR) {

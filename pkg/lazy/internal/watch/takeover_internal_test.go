@@ -290,6 +290,31 @@ func TestTwoUsers(t *testing.T) {
 	}
 }
 
+// TestCompleteAndNotDurable is a blob that may become incomplete again: a second mount of it has a mark until it is durable.
+func TestCompleteAndNotDurable(t *testing.T) {
+	u := newSetup(t, 16, 0)
+	must(t, u.ensure(t.Context(), u.blob, 0, u.blob.Size()))
+	w := u.watcher(t, u.ensure)
+	defer w.Close()
+	must(t, w.Add(u.blob))
+	stop := run(t, w)
+	defer stop()
+	must(t, <-u.read(t, 1))
+	if s := w.Stats(); s.Events != 1 || s.Ready != 1 {
+		t.Errorf("stats = %+v, want one event of what is ready", s)
+	}
+	must(t, u.blob.Sync())
+	must(t, <-u.read(t, 2))
+	must(t, w.Add(u.blob)) // all is durable
+	must(t, <-u.read(t, 3))
+	if s := w.Stats(); s.Events != 2 {
+		t.Errorf("stats = %+v, want two events", s)
+	}
+	if ok, err := w.Settle(u.blob); !ok || err != nil {
+		t.Errorf("Settle = %t, %v", ok, err)
+	}
+}
+
 func TestOpenTableRefuses(t *testing.T) {
 	table, err := NewTable(10)
 	must(t, err)

@@ -122,7 +122,8 @@ func identify(b *store.Blob) file {
 }
 
 // Add watches b, before EROFS opens its data file: a file that was opened without a mark
-// never raises an event. For every Add there is one Remove. A blob that is complete gets no mark.
+// never raises an event. For every Add there is one Remove. A blob that is complete and durable gets no mark; one that is not durable
+// may be incomplete again when its data cannot be synced, and no later mark would reach mounts that have it by then.
 func (w *Watcher) Add(b *store.Blob) error {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -139,7 +140,7 @@ func (w *Watcher) Add(b *store.Blob) error {
 		return fmt.Errorf("watch blob %s: its data file is watched as that of %s", b.Name(), known.blob.Name())
 	}
 	var err error
-	if b.Complete() {
+	if b.Durable() {
 		err = w.Unmark(b.File())
 	} else {
 		err = w.group.Mark(mark(b.File()))
@@ -200,7 +201,7 @@ func (w *Watcher) Settle(b *store.Blob) (bool, error) {
 	}
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if known := w.blobs[identify(b)]; known == nil || known.blob != b || !b.Complete() {
+	if known := w.blobs[identify(b)]; known == nil || known.blob != b || !b.Durable() {
 		return false, nil
 	}
 	if err := w.Unmark(b.File()); err != nil {
