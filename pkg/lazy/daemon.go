@@ -70,6 +70,7 @@ type daemon struct {
 	boot     string // the id of this boot
 
 	restarted bool // by the holder, with what an earlier daemon left
+	lost      bool // not with all of it
 
 	mu     sync.Mutex // guards what follows
 	mounts map[string]*mount
@@ -141,6 +142,7 @@ func (d *daemon) start(ctx context.Context) (err error) {
 	}
 	d.link = link
 	if d.restarted = taken.Restarted; taken.Restarted {
+		d.lost = !taken.Whole
 		d.log.Warn("taking over from a daemon that ended", zap.Int("descriptors", len(taken.Files)), zap.Bool("whole", taken.Whole))
 	}
 	own := newHeld(taken.Files)

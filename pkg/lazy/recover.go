@@ -53,6 +53,30 @@ func (d *daemon) recover(ctx context.Context, guarded bool) {
 		}
 	}
 	d.dropUnused()
+	if guarded && d.unsure() {
+		d.log.Warn("not all data files are known that readers may wait for")
+		d.watch.Unsure()
+	}
+}
+
+// unsure reports whether there may be data files that are not complete, have a mark, and were not adopted.
+func (d *daemon) unsure() bool {
+	if d.lost {
+		return true
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for _, m := range d.mounts {
+		if m.failed != "" {
+			return true
+		}
+	}
+	for name := range d.store.Unadopted() {
+		if _, _, whole := d.store.Whole(name); !whole {
+			return true
+		}
+	}
+	return false
 }
 
 // recoverOne makes a mount served again. What stands in the way makes it a failed mount: what is local

@@ -160,7 +160,10 @@ func (w *Watcher) dispatch(ctx context.Context, slot int, e event) {
 
 // fill makes the range of e ready in b; nil: nobody knows the file, or it is not what it was.
 func (w *Watcher) fill(ctx context.Context, b *store.Blob, e event) error {
-	if b == nil {
+	switch {
+	case b == nil && e.file == (file{}):
+		return fmt.Errorf("event of a file that nobody knows, of %d bytes at %d: some files that it may be of were lost", e.count, e.offset)
+	case b == nil:
 		return fmt.Errorf("event of a file that is not watched: device %#x, inode %d", e.file.dev, e.file.ino)
 	}
 	if err := w.ensure(ctx, b, e.offset, min(e.count, max(0, b.Size()-e.offset))); err != nil {

@@ -53,10 +53,21 @@ func (w *Watcher) look(id file) look {
 	return look{ready: w.gone[id].ready}
 }
 
+// Unsure says, before Run, that there may be marked files that were not added. Then nobody can tell what an inherited event
+// asks for whose file is not known, and it fails.
+func (w *Watcher) Unsure() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.unsure = true
+}
+
 // lookAll is look for an event whose file nobody knows: it may be any of them.
 func (w *Watcher) lookAll() []look {
 	w.mu.RLock()
 	defer w.mu.RUnlock()
+	if w.unsure {
+		return []look{{}}
+	}
 	all := make([]look, 0, len(w.blobs))
 	for _, known := range w.blobs {
 		known.events.Add(1)

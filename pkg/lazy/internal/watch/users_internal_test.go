@@ -28,12 +28,7 @@ func TestRemovedUnderAnEvent(t *testing.T) {
 				stop()
 				must(t, first.Close())
 				if name == "inherited event of an unknown file" {
-					for n := range u.table.slots {
-						if e, ok := u.table.get(n); ok {
-							e.file = file{}
-							u.table.put(n, e)
-						}
-					}
+					u.forgetFiles()
 				}
 			}
 			w := u.watcher(t, func(ctx context.Context, b *store.Blob, offset, length int64) error {
@@ -175,5 +170,53 @@ func TestPendingOfAWholeFile(t *testing.T) {
 	must(t, <-u.readOf(t, u.second, 4))
 	if u.ensured.Load() != before+1 {
 		t.Error("AddWhole of a watched file counts")
+	}
+}
+
+// forgetFiles makes pending events those of a process that died before it knew of which file they are.
+func (u *setup) forgetFiles() {
+	for n := range u.table.slots {
+		if e, ok := u.table.get(n); ok {
+			e.file = file{}
+			u.table.put(n, e)
+		}
+	}
+}
+
+// TestUnknownFile is an inherited event of which nobody knows the file: it passes when the range is ready in all files, and fails when
+// there may be a file that was not added.
+func TestUnknownFile(t *testing.T) {
+	for name, unsure := range map[string]bool{"all files are known": false, "one was lost": true} {
+		t.Run(name, func(t *testing.T) {
+			u := newSetup(t, 16, 0)
+			first := u.watcher(t, func(ctx context.Context, _ *store.Blob, _, _ int64) error {
+				<-ctx.Done()
+				return ctx.Err()
+			})
+			stop := run(t, first)
+			read := u.read(t, 3)
+			await(t, "a pending event", func() bool { return first.Stats().Pending == 1 })
+			stop()
+			must(t, first.Close())
+			u.forgetFiles()
+			w, err := New(Config{Group: u.group, Table: u.table, Ensure: u.ensure})
+			must(t, err)
+			defer w.Close()
+			must(t, w.Add(u.second))
+			if unsure {
+				w.Unsure() // as the caller knows, having no way to add the first one
+			} else {
+				must(t, w.Add(u.blob))
+			}
+			stop = run(t, w)
+			defer stop()
+			if err := <-read; unsure != errors.Is(err, unix.EIO) || !unsure && err != nil {
+				t.Errorf("read = %v, want EIO where a file was lost: %t", err, unsure)
+			}
+			must(t, <-u.readOf(t, u.second, 7))
+			if got := w.Stats(); got.TakenOver != 1 || (got.Denied == 1) != unsure {
+				t.Errorf("stats = %+v", got)
+			}
+		})
 	}
 }

@@ -56,6 +56,7 @@ type Watcher struct {
 	gone    map[file]gone // none of them is in blobs
 	removes int64         // so far
 	partial bool          // gone has files that are not complete
+	unsure  bool          // see Unsure
 
 	slotMu sync.Mutex // guards freeSlots and inherited
 	// freeSlots are the slots that are not pending.
