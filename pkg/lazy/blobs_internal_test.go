@@ -5,10 +5,14 @@ import (
 	"context"
 	"errors"
 	"io"
+	"os"
+	"path/filepath"
+	"strings"
 	"sync/atomic"
 	"testing"
 	"time"
 
+	"github.com/headstart-oci/headstart/internal/testenv"
 	"github.com/headstart-oci/headstart/pkg/lazy/internal/fill"
 	"github.com/headstart-oci/headstart/pkg/lazy/internal/store"
 	"github.com/headstart-oci/headstart/pkg/rafs"
@@ -182,5 +186,36 @@ func TestEnsureWithoutSource(t *testing.T) {
 	}
 	if err := d.ensureSoon(t, st, 2*store.BlockSize, 2*store.BlockSize); err == nil {
 		t.Error("ensure of what no mount has = nil")
+	}
+}
+
+// A bootstrap that claims more than there may be is refused before anything is opened.
+func TestHostileBootstrap(t *testing.T) {
+	t.Parallel()
+	dir := filepath.Join(testenv.Fixtures(t), "nydus", "v6-zstd")
+	tree, err := readBootstrap(filepath.Join(dir, "image.boot"))
+	must(t, err)
+	tree.Blobs = append(tree.Blobs, tree.Blobs[0])
+	last := len(tree.Blobs) - 1
+	third := &tree.Blobs[last]
+	third.ID, third.MetaUncompressed, third.MetaCompressed = strings.Repeat("3", 64), 16, 16
+	for i := range tree.Blobs {
+		tree.Blobs[i].UncompressedSize = 256 << 30
+	}
+	must(t, tree.Walk(func(_ string, ino *rafs.Inode) error { // a blob has chunks
+		if len(ino.Chunks) == 1 && ino.Chunks[0].Blob == 0 && last > 0 {
+			ino.Chunks[0].Blob, ino.Chunks[0].Index, tree.Blobs[last].ChunkCount, last = uint16(last), 0, 1, 0
+		}
+		return nil
+	}))
+	var boot bytes.Buffer
+	_, err = rafs.WriteBootstrap(&boot, tree)
+	must(t, err)
+	name := filepath.Join(t.TempDir(), "image.boot")
+	must(t, os.WriteFile(name, boot.Bytes(), 0o600))
+	d := &daemon{} // with nothing that could be used
+	m, detached, err := d.mount(t.Context(), &Request{Bootstrap: name, BlobDir: filepath.Join(dir, "blobs")}, "/nowhere")
+	if m != nil || detached != nil || !errors.Is(err, ErrUnsupported) || !strings.Contains(err.Error(), "want at most 549755813888 in all") {
+		t.Errorf("mount of %d blobs of 256 GiB = %v, %v, %v, want ErrUnsupported", len(tree.Blobs), m, detached, err)
 	}
 }

@@ -14,6 +14,7 @@ import (
 	"github.com/headstart-oci/headstart/pkg/lazy/internal/backend"
 	"github.com/headstart-oci/headstart/pkg/lazy/internal/erofs"
 	"github.com/headstart-oci/headstart/pkg/lazy/internal/fill"
+	"github.com/headstart-oci/headstart/pkg/lazy/internal/store"
 	"github.com/headstart-oci/headstart/pkg/rafs"
 )
 
@@ -88,6 +89,9 @@ func (d *daemon) mount(ctx context.Context, r *Request, dir string) (_ *mount, _
 	}()
 	if img.RAFS.Version == rafs.V5 {
 		return nil, nil, fmt.Errorf("%s is RAFS v5, which no kernel mounts: %w; convert it to v6, or use nydusd", img.Reference, ErrUnsupported)
+	}
+	if err := store.Check(img.RAFS.Blobs); err != nil {
+		return nil, nil, fmt.Errorf("%s: %w", img.Reference, err)
 	}
 	m := &mount{dir: dir, over: make(chan struct{}), ended: make(chan struct{}), rec: record{
 		ID: rand.Text(), Boot: d.boot, Dir: dir, Since: time.Now().UTC(), Request: *r, Reference: img.Reference, Origin: img.Origin(),

@@ -18,7 +18,7 @@ import (
 // packages remote and rafs.
 var (
 	// ErrUnsupported: an image or a machine that cannot be used for lazy mounts.
-	ErrUnsupported = errors.New("not supported by lazy mounts")
+	ErrUnsupported = store.ErrUnsupported
 	// ErrPermission: CAP_SYS_ADMIN is missing.
 	ErrPermission = erofs.ErrPermission
 	// ErrBusy: the mount has open files or processes in it.

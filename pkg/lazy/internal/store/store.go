@@ -232,13 +232,39 @@ func (s *Store) Release(name string, unmark func(data *os.File) error) error {
 	return errors.Join(k.Data.Close(), k.Bits.Close())
 }
 
-// check returns the chunks of b as records.
-func check(b rafs.Blob, chunks []rafs.Chunk) ([]chunkRecord, error) {
+// maxImage bounds the data files of one image, to 512 GiB: their bits are at most 16 MiB, kept twice.
+const maxImage = 2 * maxBlocks
+
+// Check refuses an image by its blobs that would take too much memory or that EROFS cannot read, before anything is
+// allocated for one of them: [ErrUnsupported], as for each of them from [Store.OpenBlob].
+func Check(blobs []rafs.Blob) error {
+	total := uint64(0)
+	for i, b := range blobs {
+		if err := checkBlob(b); err != nil {
+			return fmt.Errorf("blob %d of %d: %w", i, len(blobs), err)
+		}
+		if total += b.UncompressedSize / BlockSize; total > maxImage {
+			return fmt.Errorf("%w: the first %d of %d blobs have %d bytes uncompressed, want at most %d in all", ErrUnsupported, i+1, len(blobs), total*BlockSize, uint64(maxImage)*BlockSize)
+		}
+	}
+	return nil
+}
+
+// checkBlob refuses blobs that EROFS cannot read from a data file.
+func checkBlob(b rafs.Blob) error {
 	if b.ID == "" || len(b.ID) > 128 || strings.Trim(b.ID, "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ-_") != "" {
-		return nil, fmt.Errorf("%w: blob id %q, want letters, digits, - and _", ErrUnsupported, b.ID)
+		return fmt.Errorf("%w: blob id %q, want letters, digits, - and _", ErrUnsupported, b.ID)
 	}
 	if b.UncompressedSize%BlockSize != 0 || b.UncompressedSize/BlockSize > maxBlocks {
-		return nil, fmt.Errorf("%w: blob %s of %d bytes, want a multiple of %d of at most %d", ErrUnsupported, b.ID, b.UncompressedSize, BlockSize, int64(maxBlocks)*BlockSize)
+		return fmt.Errorf("%w: blob %s of %d bytes, want a multiple of %d of at most %d", ErrUnsupported, b.ID, b.UncompressedSize, BlockSize, int64(maxBlocks)*BlockSize)
+	}
+	return nil
+}
+
+// check returns the chunks of b as records.
+func check(b rafs.Blob, chunks []rafs.Chunk) ([]chunkRecord, error) {
+	if err := checkBlob(b); err != nil {
+		return nil, err
 	}
 	recs, err := records(chunks, b.UncompressedSize)
 	if err != nil {

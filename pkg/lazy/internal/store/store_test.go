@@ -456,3 +456,39 @@ func TestFreeze(t *testing.T) {
 		t.Error("a range beyond the end")
 	}
 }
+
+// What an image claims is bounded for all its blobs together.
+func TestCheck(t *testing.T) {
+	t.Parallel()
+	const most = 256 << 30 // of one blob
+	image := func(sizes ...uint64) []rafs.Blob {
+		blobs := make([]rafs.Blob, len(sizes))
+		for i, size := range sizes {
+			blobs[i] = rafs.Blob{ID: "b", UncompressedSize: size}
+		}
+		return blobs
+	}
+	many := make([]uint64, rafs.MaxBlobs)
+	for i := range many {
+		many[i] = most
+	}
+	for name, tt := range map[string]struct {
+		blobs []rafs.Blob
+		want  string // empty: it is taken
+	}{
+		"none":                    {nil, ""},
+		"empty blobs":             {image(0, 0), ""},
+		"as much as there may be": {image(most, most), ""},
+		"a block more":            {image(most, 4096, most), "the first 3 of 3 blobs have 549755817984 bytes uncompressed, want at most 549755813888 in all"},
+		"as many as there may be": {image(many...), "the first 3 of 254 blobs"},
+		"one that is too large":   {image(0, most+4096), "blob 1 of 2: "},
+		"a sum that does not fit": {image(1<<64-4096, 8192), "blob 0 of 2: "},
+		"half a block":            {image(512), "want a multiple of 4096"},
+		"an id that is a path":    {[]rafs.Blob{{ID: "../x"}}, "want letters"},
+	} {
+		err := store.Check(tt.blobs)
+		if tt.want == "" && err != nil || tt.want != "" && (!errors.Is(err, store.ErrUnsupported) || !strings.Contains(err.Error(), tt.want)) {
+			t.Errorf("%s: Check = %v, want %q", name, err, tt.want)
+		}
+	}
+}
