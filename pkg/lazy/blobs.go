@@ -51,6 +51,7 @@ type use struct {
 	f   *filling
 	src fill.Source
 
+	share   *fill.Share // of the mount
 	watched bool
 }
 
@@ -68,9 +69,9 @@ func chunkSet(chunks []rafs.Chunk) (sum [sha256.Size]byte) {
 	return sum
 }
 
-// openBlob opens the cache file of blob n of img and has it watched. name is that of the file which
+// openBlob opens the cache file of blob n of img for m and has it watched. name is that of the file which
 // a mount has already, empty for a new mount.
-func (d *daemon) openBlob(img *rafs.Image, n int, src fill.Source, name string) (_ *use, err error) {
+func (d *daemon) openBlob(m *mount, img *rafs.Image, n int, src fill.Source, name string) (_ *use, err error) {
 	info, chunks := img.Blobs[n], img.BlobChunks(n)
 	d.blobMu.Lock()
 	defer d.blobMu.Unlock()
@@ -94,7 +95,7 @@ func (d *daemon) openBlob(img *rafs.Image, n int, src fill.Source, name string) 
 	b.syncMu.Lock()
 	b.settled = false // this image may use more of it
 	b.syncMu.Unlock()
-	u := &use{b: b, src: src}
+	u := &use{b: b, src: src, share: m.share}
 	if err := d.attachSource(u, info, chunks); err != nil {
 		return nil, errors.Join(err, d.closeUse(u))
 	}
@@ -119,7 +120,7 @@ func (d *daemon) attachSource(u *use, info rafs.Blob, chunks []rafs.Chunk) error
 			return nil
 		}
 	}
-	fb, err := d.fill.Open(u.b.st, u.src, info, chunks)
+	fb, err := u.share.Open(u.b.st, u.src, info, chunks)
 	if err != nil {
 		return err
 	}

@@ -90,7 +90,7 @@ func (d *daemon) use(t *testing.T, info rafs.Blob, chunks []rafs.Chunk, src fill
 		b = &blob{st: st}
 		d.blobs[st.Name()] = b
 	}
-	must(t, d.attachSource(&use{b: b, src: src}, info, chunks))
+	must(t, d.attachSource(&use{b: b, src: src, share: d.fill.Share()}, info, chunks))
 	return b
 }
 

@@ -45,6 +45,8 @@ type mount struct {
 	src  *backend.Blobs
 	run  *fill.Run
 
+	share *fill.Share // of the memory for what is fetched
+
 	dir      string
 	failed   string
 	final    *Mount // of a complete mount: what it was when it became complete
@@ -93,7 +95,7 @@ func (d *daemon) mount(ctx context.Context, r *Request, dir string) (_ *mount, _
 	if err := store.Check(img.RAFS.Blobs); err != nil {
 		return nil, nil, fmt.Errorf("%s: %w", img.Reference, err)
 	}
-	m := &mount{dir: dir, over: make(chan struct{}), ended: make(chan struct{}), rec: record{
+	m := &mount{dir: dir, share: d.fill.Share(), over: make(chan struct{}), ended: make(chan struct{}), rec: record{
 		ID: rand.Text(), Boot: d.boot, Dir: dir, Since: time.Now().UTC(), Request: *r, Reference: img.Reference, Origin: img.Origin(),
 	}}
 	defer func() {
@@ -108,7 +110,7 @@ func (d *daemon) mount(ctx context.Context, r *Request, dir string) (_ *mount, _
 	}
 	tree := img.RAFS
 	for n := range tree.Blobs {
-		u, err := d.openBlob(tree, n, img.Blob(n), "")
+		u, err := d.openBlob(m, tree, n, img.Blob(n), "")
 		if err != nil {
 			return nil, nil, err
 		}

@@ -39,7 +39,7 @@ func (d *daemon) recover(ctx context.Context, guarded bool) {
 			unused[rec.Bootstrap] = true
 			continue
 		}
-		m := &mount{rec: rec, dir: rec.Dir, over: make(chan struct{}), ended: make(chan struct{}), booted: true}
+		m := &mount{rec: rec, dir: rec.Dir, share: d.fill.Share(), over: make(chan struct{}), ended: make(chan struct{}), booted: true}
 		d.bootstraps[rec.Bootstrap]++
 		d.mounts[id] = m
 		d.recoverOne(ctx, m, guarded)
@@ -142,7 +142,7 @@ func (d *daemon) adopt(ctx context.Context, m *mount) error {
 		source = func(int) fill.Source { return broken }
 	}
 	for n := range tree.Blobs {
-		u, err := d.openBlob(tree, n, source(n), m.rec.Blobs[n])
+		u, err := d.openBlob(m, tree, n, source(n), m.rec.Blobs[n])
 		if err != nil {
 			return err
 		}

@@ -25,6 +25,7 @@ const (
 // Blob is one blob that is being filled. Safe for concurrent use.
 type Blob struct {
 	s      *Scheduler
+	share  *Share
 	info   rafs.Blob
 	cache  Cache
 	opened time.Time
@@ -53,9 +54,14 @@ type Blob struct {
 
 // Open adds a blob: its chunks that the image uses, in any order, go from src to cache. The caller closes it before it closes
 // either. It asks for nothing yet. Errors are those of [rafs.OpenBlob] for blobs that cannot be read.
+// It has a share of the memory of its own: see [Share].
 func (s *Scheduler) Open(cache Cache, src Source, info rafs.Blob, chunks []rafs.Chunk) (*Blob, error) {
+	return s.Share().Open(cache, src, info, chunks)
+}
+
+func (s *Scheduler) open(h *Share, cache Cache, src Source, info rafs.Blob, chunks []rafs.Chunk) (*Blob, error) {
 	b := &Blob{
-		s: s, info: info, cache: cache, sources: []*origin{newOrigin(src)}, opened: time.Now(),
+		s: s, share: h, info: info, cache: cache, sources: []*origin{newOrigin(src)}, opened: time.Now(),
 		preparing: make(chan struct{}, 1), streaming: make(chan struct{}, 1), flights: map[int64]*flight{},
 	}
 	reader, err := s.reader(info, &span{})

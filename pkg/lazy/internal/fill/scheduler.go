@@ -10,7 +10,6 @@ import (
 	"time"
 
 	"go.uber.org/zap"
-	"golang.org/x/sync/semaphore"
 
 	"github.com/headstart-oci/headstart/pkg/rafs"
 )
@@ -21,8 +20,8 @@ type Scheduler struct {
 	ctx     context.Context //nolint:containedctx // its life: what it fetches belongs to several waiters
 	cancel  context.CancelCauseFunc
 	runs    sync.WaitGroup
-	memory  [2]*semaphore.Weighted // bytes: of demands, of all others
-	scratch sync.Pool              // *scratch
+	memory  pool
+	scratch sync.Pool // *scratch
 
 	mu          sync.Mutex // guards what follows, and parts of Blob, flight, stream and Run
 	closed      bool
@@ -42,11 +41,9 @@ type scratch struct {
 
 // New returns a scheduler. The caller closes it.
 func New(o Options) *Scheduler {
-	s := &Scheduler{o: o.settle(), blobs: map[*Blob]bool{}, calm: make(chan struct{})}
+	o = o.settle()
+	s := &Scheduler{o: o, blobs: map[*Blob]bool{}, calm: make(chan struct{}), memory: newPool(o.Memory / 2)}
 	s.ctx, s.cancel = context.WithCancelCause(context.Background())
-	for i := range s.memory {
-		s.memory[i] = semaphore.NewWeighted(max(1, s.o.Memory/2))
-	}
 	s.scratch.New = func() any { return new(scratch) }
 	return s
 }

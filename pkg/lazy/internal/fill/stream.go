@@ -190,7 +190,11 @@ func (b *Blob) streamUnit(ctx context.Context, g *errgroup.Group, r *watched, u 
 	if u.off < *pos {
 		return nil // it lies inside another one: left to those who want it
 	}
-	release, err := b.s.hold(ctx, Prefetch, weight(u))
+	begin, err := first(r, u, pos)
+	if err != nil {
+		return err
+	}
+	release, err := b.share.hold(ctx, Prefetch, weight(u))
 	if err != nil {
 		return err
 	}
@@ -200,7 +204,7 @@ func (b *Blob) streamUnit(ctx context.Context, g *errgroup.Group, r *watched, u 
 		release()
 	}
 	// Those who want it find the stream before its bytes are there, and a flight from then on.
-	if err := mem.read(r, u, pos); err != nil {
+	if err := mem.read(r, u, begin, pos); err != nil {
 		drop()
 		return err
 	}

@@ -123,55 +123,48 @@ func isStream(err error) bool {
 
 // load reads u from rc, which is at *pos, and puts its chunks into the cache.
 func (b *Blob) load(ctx context.Context, rc io.Reader, class Class, u unit, pos *int64) error {
-	release, err := b.s.hold(ctx, class, weight(u))
+	begin, err := first(rc, u, pos)
+	if err != nil {
+		return &streamError{err}
+	}
+	release, err := b.share.hold(ctx, class, weight(u))
 	if err != nil {
 		return &streamError{err}
 	}
 	defer release()
 	mem := b.s.scratch.Get().(*scratch) //nolint:forcetypeassert // nothing else is in it
 	defer b.s.scratch.Put(mem)
-	if err := mem.read(rc, u, pos); err != nil {
+	if err := mem.read(rc, u, begin, pos); err != nil {
 		return &streamError{err}
 	}
 	return b.decode(ctx, u, mem, class)
 }
 
-// weight is the memory that a unit takes: as it came, in the reader's buffer, and decompressed.
-func weight(u unit) int64 {
-	var most uint32
-	for _, c := range u.chunks {
-		most = max(most, c.UncompressedSize)
-	}
-	return 2*u.size + int64(most)
-}
-
-// hold reserves memory for class, at most all that there is.
-func (s *Scheduler) hold(ctx context.Context, class Class, n int64) (release func(), err error) {
-	m := s.memory[min(class, 1)]
-	n = min(n, max(1, s.o.Memory/2))
-	if err := m.Acquire(ctx, n); err != nil {
-		return nil, context.Cause(ctx)
-	}
-	return func() { m.Release(n) }, nil
-}
-
-// read fills the scratch with the stored bytes of u from r, which is at *pos, before u or at it.
-func (m *scratch) read(r io.Reader, u unit, pos *int64) error {
+// first waits for the first of u's stored bytes from r, which is at *pos, before u or at it, and returns it. There is none when the size
+// of u is 0.
+func first(r io.Reader, u unit, pos *int64) (b [1]byte, err error) {
 	if u.size == 0 {
-		m.stored = m.stored[:0]
-		return nil
+		return b, nil
 	}
 	if u.off < *pos {
-		return fmt.Errorf("%w: a unit at %d behind %d", rafs.ErrInvalid, u.off, *pos)
+		return b, fmt.Errorf("%w: a unit at %d behind %d", rafs.ErrInvalid, u.off, *pos)
 	}
 	if err := skip(r, u.off, pos); err != nil {
-		return err
+		return b, err
 	}
+	n, err := io.ReadFull(r, b[:])
+	*pos += int64(n)
+	return b, short(err)
+}
+
+// read fills the scratch with the stored bytes of u from r: b, which came first, and the rest.
+func (m *scratch) read(r io.Reader, u unit, b [1]byte, pos *int64) error {
 	if int64(cap(m.stored)) < u.size {
 		m.stored = make([]byte, u.size)
 	}
 	m.stored = m.stored[:u.size]
-	n, err := io.ReadFull(r, m.stored)
+	got := copy(m.stored, b[:])
+	n, err := io.ReadFull(r, m.stored[got:])
 	*pos += int64(n)
 	return short(err)
 }
