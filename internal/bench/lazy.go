@@ -20,6 +20,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/headstart-oci/headstart/internal/endproc"
 	"github.com/headstart-oci/headstart/internal/workload"
 	"github.com/headstart-oci/headstart/pkg/lazy"
 )
@@ -274,26 +275,6 @@ func (r *lazyRig) end(ctx context.Context) error {
 	for _, m := range s.Mounts {
 		err = errors.Join(err, r.optimizer(ctx, nil, "umount", "--lazy", m.Dir))
 	}
-	err = errors.Join(err, endAll(s.Holder, s.PID))
-	return err
-}
-
-// endAll kills a daemon and its holder. Each would start the other again: both are stopped first.
-func endAll(pids ...int) (err error) {
-	var fds []int
-	for _, pid := range pids {
-		if fd, err := unix.PidfdOpen(pid, 0); err == nil {
-			fds = append(fds, fd)
-		}
-	}
-	for _, signal := range []unix.Signal{unix.SIGSTOP, unix.SIGKILL} {
-		for _, fd := range fds {
-			_ = unix.PidfdSendSignal(fd, signal, nil, 0) // it may have ended
-		}
-	}
-	for _, fd := range fds {
-		_, perr := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, 5000) //nolint:gosec // a descriptor
-		err = errors.Join(err, perr, unix.Close(fd))
-	}
+	err = errors.Join(err, endproc.All(s.Holder, s.PID))
 	return err
 }

@@ -11,6 +11,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/headstart-oci/headstart/internal/endproc"
 	"github.com/headstart-oci/headstart/internal/linksim"
 	"github.com/headstart-oci/headstart/pkg/lazy"
 )
@@ -100,7 +101,7 @@ func (m *lazyMount) close(ctx context.Context) error {
 	if err != nil {
 		return errors.Join(err, unix.Unmount(m.dir, unix.MNT_DETACH))
 	}
-	if err := endAll(s.Holder, s.PID); err != nil {
+	if err := endproc.All(s.Holder, s.PID); err != nil {
 		return err
 	}
 	var st, parent unix.Stat_t
@@ -111,24 +112,4 @@ func (m *lazyMount) close(ctx context.Context) error {
 		return fmt.Errorf("%s is still mounted", m.dir)
 	}
 	return nil
-}
-
-// endAll kills a daemon and its holder. Each would start the other again: both are stopped first.
-func endAll(pids ...int) (err error) {
-	var fds []int
-	for _, pid := range pids {
-		if fd, err := unix.PidfdOpen(pid, 0); err == nil {
-			fds = append(fds, fd)
-		}
-	}
-	for _, signal := range []unix.Signal{unix.SIGSTOP, unix.SIGKILL} {
-		for _, fd := range fds {
-			_ = unix.PidfdSendSignal(fd, signal, nil, 0) // it may have ended
-		}
-	}
-	for _, fd := range fds {
-		_, perr := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, 5000) //nolint:gosec // a descriptor
-		err = errors.Join(err, perr, unix.Close(fd))
-	}
-	return err
 }
