@@ -21,6 +21,7 @@ func TestBatches(t *testing.T) {
 	want := dumpImage(t, plain)
 	for name, sizes := range map[string][2]uint32{"layers": {1 << 18, 0}, "prefetch": {0, 1 << 18}, "both": {1 << 16, 1 << 20}} {
 		if raceEnabled && name != "both" {
+			t.Logf("left out under the race detector: %s", name)
 			continue
 		}
 		o.BatchSize, o.PrefetchBatchSize = sizes[0], sizes[1]

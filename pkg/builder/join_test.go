@@ -58,6 +58,7 @@ func TestManyLayers(t *testing.T) {
 		"referred":   {refs, builder.Options{Compressor: rafs.CompressorZstd, ChunkSize: testChunk, OCIRef: true, List: listOf("/d/f000", "/d/g123"), VerifyData: true}},
 	} {
 		if raceEnabled && name != "prefetched" && name != "referred" {
+			t.Logf("left out under the race detector: %s", name)
 			continue
 		}
 		t.Run(name, func(t *testing.T) {

@@ -47,7 +47,7 @@ func built(t *testing.T, res *builder.Result) *loose {
 func (l *loose) judgeTools(t *testing.T) {
 	t.Helper()
 	l.judgeCheck(t)
-	if raceEnabled {
+	if !asksOthers(t) {
 		return
 	}
 	bootstrap, blobDir := l.write(t)
