@@ -9,6 +9,7 @@ import (
 	"io"
 	"maps"
 	"strings"
+	"sync"
 	"testing"
 
 	"github.com/containerd/containerd/v2/core/content"
@@ -28,23 +29,38 @@ import (
 )
 
 // labels keeps the labels of a content store, which the local store leaves to a database.
-type labels map[digest.Digest]map[string]string
+// containerd's converter works on the platforms of an index at once.
+type labels struct {
+	mu sync.Mutex
+	of map[digest.Digest]map[string]string
+}
 
-func (l labels) Get(d digest.Digest) (map[string]string, error) { return l[d], nil }
+func (l *labels) Get(d digest.Digest) (map[string]string, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return maps.Clone(l.of[d]), nil
+}
 
-func (l labels) Set(d digest.Digest, set map[string]string) error { l[d] = set; return nil }
+func (l *labels) Set(d digest.Digest, set map[string]string) error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.of[d] = maps.Clone(set)
+	return nil
+}
 
-func (l labels) Update(d digest.Digest, update map[string]string) (map[string]string, error) {
-	if l[d] == nil {
-		l[d] = map[string]string{}
+func (l *labels) Update(d digest.Digest, update map[string]string) (map[string]string, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.of[d] == nil {
+		l.of[d] = map[string]string{}
 	}
-	maps.Copy(l[d], update)
-	return l[d], nil
+	maps.Copy(l.of[d], update)
+	return maps.Clone(l.of[d]), nil
 }
 
 func newStore(t testing.TB) content.Store {
 	t.Helper()
-	cs, err := local.NewLabeledStore(t.TempDir(), labels{})
+	cs, err := local.NewLabeledStore(t.TempDir(), &labels{of: map[digest.Digest]map[string]string{}})
 	if err != nil {
 		t.Fatal(err)
 	}
