@@ -5,8 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"math"
 	"os"
-	"path"
 	"strconv"
 
 	"golang.org/x/sys/unix"
@@ -53,7 +53,9 @@ func Dir(ctx context.Context, src Source, dir string) (err error) {
 	}
 	err = d.fill(ctx, top, "/", src.Image.Root)
 	if err == nil {
-		err = setAttributes(top, ".", src.Image.Root)
+		if err = setAttributes(top, ".", src.Image.Root); err != nil {
+			err = entryFault("/", err)
+		}
 	}
 	err = errors.Join(err, top.Close())
 	if err != nil {
@@ -177,11 +179,17 @@ func (d *dirWriter) file(ctx context.Context, at *os.File, e rafs.Dirent) error 
 	return errors.Join(err, f.Close())
 }
 
+// noID is no id of an owner: chown(2) takes it for "leave it".
+const noID = math.MaxUint32
+
 // setAttributes sets what ino says on the entry name of the directory at, which is not
 // followed if it is a link. The order matters: a change of owner clears the set-id bits and
 // capabilities, and everything changes the times.
 func setAttributes(at *os.File, name string, ino *rafs.Inode) error {
 	fd := int(at.Fd())
+	if ino.UID == noID || ino.GID == noID {
+		return fmt.Errorf("%w: owner %d:%d, at most %d", ErrInvalid, ino.UID, ino.GID, uint32(noID-1))
+	}
 	if err := unix.Fchownat(fd, name, int(ino.UID), int(ino.GID), unix.AT_SYMLINK_NOFOLLOW); err != nil {
 		return hint(fmt.Errorf("set owner %d:%d: %w", ino.UID, ino.GID, err))
 	}
@@ -192,8 +200,9 @@ func setAttributes(at *os.File, name string, ino *rafs.Inode) error {
 			return fmt.Errorf("set mode %#o: %w", ino.Mode&0o7777, err)
 		}
 	}
-	// There is no setxattrat before Linux 6.13; the directory's descriptor as a path does the same.
-	through := path.Join("/proc/self/fd", strconv.Itoa(fd), name)
+	// There is no setxattrat before Linux 6.13; the directory's descriptor as a path does the same. What ends in the
+	// descriptor itself would be proc's symlink, so a "." stays.
+	through := "/proc/self/fd/" + strconv.Itoa(fd) + "/" + name
 	for _, x := range ino.Xattrs {
 		if err := unix.Lsetxattr(through, x.Name, x.Value, 0); err != nil {
 			return hint(fmt.Errorf("set extended attribute %s: %w", x.Name, err))
