@@ -9,6 +9,7 @@ import (
 	"sync"
 	"sync/atomic"
 
+	"go.uber.org/zap"
 	"golang.org/x/sys/unix"
 
 	"github.com/headstart-oci/headstart/pkg/lazy/internal/shm"
@@ -296,6 +297,9 @@ func (b *Blob) Close() error {
 		return err
 	}
 	delete(s.blobs, b.name)
+	if terr := s.touch(b.name); terr != nil {
+		s.log.Warn("note the use of a blob", zap.String("blob", b.name), zap.Error(terr))
+	}
 	return errors.Join(err, b.Sync(), b.release())
 }
 

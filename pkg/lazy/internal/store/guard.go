@@ -1,7 +1,6 @@
 package store
 
 import (
-	"crypto/rand"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -141,8 +140,11 @@ func inUse(f *os.File) bool {
 
 // putAside takes a blob's directory out of use; see removeAside.
 func (s *Store) putAside(name string, cut bool) error {
-	aside := asidePrefix + name + "-" + rand.Text()
-	if err := s.root.Rename(path.Join("blobs", name), path.Join("blobs", aside)); err != nil {
+	if err := s.forget(name); err != nil {
+		return err
+	}
+	aside, err := s.rename(name)
+	if err != nil {
 		return err
 	}
 	return s.removeAside(aside, cut)

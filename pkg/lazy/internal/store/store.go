@@ -44,6 +44,8 @@ type Options struct {
 	// Kept are the descriptors of an earlier process by [Blob.Name]. Blobs that are not
 	// in it have nobody who guards them. The Store owns them when Open succeeds.
 	Kept map[string]Kept
+	// Index is told which data files go; nil: there is none. It stays the caller's.
+	Index Index
 	// Log is told what was put aside; nil: nobody.
 	Log *zap.Logger
 }
@@ -51,18 +53,21 @@ type Options struct {
 // Store is an open state directory. Its methods are safe for concurrent use, except for
 // Close.
 type Store struct {
-	path string
-	root *os.Root
-	lock *os.File
-	log  *zap.Logger
+	path  string
+	root  *os.Root
+	lock  *os.File
+	log   *zap.Logger
+	index Index
 
-	mu    sync.Mutex // guards kept and blobs
-	kept  map[string]Kept
-	blobs map[string]*Blob
+	mu      sync.Mutex // guards what follows
+	kept    map[string]Kept
+	blobs   map[string]*Blob
+	leaving map[string]bool // blobs that the index is forgetting: nobody opens them
+	left    *sync.Cond      // of mu: one is not leaving any more
 }
 
 // directories below the state directory.
-var directories = []string{"blobs", "bootstraps", "mounts"}
+var directories = []string{"blobs", "bootstraps", "mounts", pinsDir}
 
 // Open opens the state directory at path and creates it where it is missing. It returns
 // [ErrLocked] while another process has it.
@@ -83,7 +88,8 @@ func Open(path string, o Options) (_ *Store, err error) {
 	if err != nil {
 		return nil, fmt.Errorf("state directory: %w", err)
 	}
-	s := &Store{path: path, root: root, lock: o.Lock, log: o.Log, kept: map[string]Kept{}, blobs: map[string]*Blob{}}
+	s := &Store{path: path, root: root, lock: o.Lock, log: o.Log, index: o.Index, kept: map[string]Kept{}, blobs: map[string]*Blob{}, leaving: map[string]bool{}}
+	s.left = sync.NewCond(&s.mu)
 	if s.log == nil {
 		s.log = zap.NewNop()
 	}
@@ -276,6 +282,9 @@ func check(b rafs.Blob, chunks []rafs.Chunk) ([]chunkRecord, error) {
 // openBlob opens, loads or creates the data file called name. errConflict when it cannot
 // be shared. The caller holds mu.
 func (s *Store) openBlob(name string, b rafs.Blob, recs []chunkRecord) (*Blob, error) {
+	for s.leaving[name] {
+		s.left.Wait()
+	}
 	if open := s.blobs[name]; open != nil {
 		if err := open.extend(b, recs); err != nil {
 			return nil, err
@@ -296,6 +305,9 @@ func (s *Store) openBlob(name string, b rafs.Blob, recs []chunkRecord) (*Blob, e
 	delete(s.kept, name)
 	s.blobs[name] = blob
 	blob.refs = 1
+	if err := s.touch(name); err != nil {
+		s.log.Warn("note the use of a blob", zap.String("blob", name), zap.Error(err))
+	}
 	return blob, nil
 }
 

@@ -1,0 +1,156 @@
+package store
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"slices"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/headstart-oci/headstart/pkg/rafs"
+)
+
+// Checked is what [Blob.Verify] found.
+type Checked struct {
+	Chunks int64 // that were ready, and were read
+	Bytes  int64 // of them
+	Bad    []rafs.Chunk
+	// Next is where to go on; the size of the data file when all was looked at.
+	Next int64
+}
+
+// Reopen opens the blob called name as its own table describes it, beside mounts that have it or open it later. The caller
+// closes it. fs.ErrNotExist when there is none; [ErrInUse] when its descriptors are kept for somebody who has not come yet;
+// [ErrUnknownDigest] when nobody can say what its bytes should be.
+func (s *Store) Reopen(name string) (*Blob, error) {
+	if err := entryName(name); err != nil {
+		return nil, err
+	}
+	b, err := s.openNamed(name)
+	if err != nil {
+		return nil, fmt.Errorf("open blob %s: %w", name, err)
+	}
+	return b, nil
+}
+
+// Digester returns what the digests of the blob's chunks are made with.
+func (b *Blob) Digester() rafs.Digester { return b.blob.Digester }
+
+// verifyStep bounds how many blocks are looked up at once, to 4 MiB of data.
+const verifyStep = 1024
+
+// Verify reads the ready chunks at and behind offset from the disk and compares them with their digests, until it is at the end
+// or ctx ends, which is no error. It changes nothing: see [Blob.Drop]. A chunk that is being dropped or stored meanwhile may be in Bad.
+func (b *Blob) Verify(ctx context.Context, offset int64) (c Checked, err error) {
+	buf := []byte(nil)
+	for c.Next = max(0, offset); c.Next < b.Size(); {
+		chunks, err := b.Chunks(c.Next, verifyStep*BlockSize)
+		if err != nil {
+			return c, err
+		}
+		next := c.Next + verifyStep*BlockSize
+		for i := range chunks {
+			chunk := &chunks[i]
+			at := int64(chunk.UncompressedOffset) //nolint:gosec // below Size
+			if at < c.Next {
+				continue // reached into from before
+			}
+			if ctx.Err() != nil {
+				c.Next = at
+				return c, nil
+			}
+			if !b.wholly(chunk) {
+				continue
+			}
+			good, err := b.verifyChunk(chunk, &buf)
+			if err != nil {
+				return c, fmt.Errorf("blob %s: read chunk %d at %d: %w", b.name, chunk.Index, at, err)
+			}
+			c.Chunks++
+			c.Bytes += int64(chunk.UncompressedSize)
+			if !good && b.wholly(chunk) { // else it was dropped while it was read
+				c.Bad = append(c.Bad, *chunk)
+			}
+		}
+		c.Next = min(next, b.Size())
+	}
+	return c, nil
+}
+
+// wholly reports whether a chunk says of itself that it is ready, whether or not an image needs it.
+func (b *Blob) wholly(c *rafs.Chunk) bool {
+	r, ready := record(*c), b.ready.Words()
+	return eachWord(r.first(), r.end(), func(w, mask uint64) bool { return mask&^ready[w].Load() == 0 })
+}
+
+// verifyChunk reads one chunk with the rest of its last block, which is zeros: mounts show it behind the end of a mapped file.
+// A disk that cannot give the bytes back counts as one that gives others.
+func (b *Blob) verifyChunk(c *rafs.Chunk, buf *[]byte) (good bool, err error) {
+	r := record(*c)
+	at, n := int64(r.Offset), int(r.end()*BlockSize-r.Offset) //nolint:gosec // below Size, and at most rafs.MaxChunkSize and a block
+	if cap(*buf) < n {
+		*buf = make([]byte, n)
+	}
+	p := (*buf)[:n]
+	// What is in memory may be right where the disk is not. That it stays in memory, being written just now, is no harm.
+	if err := unix.Fadvise(int(b.data.Fd()), at, int64(n), unix.FADV_DONTNEED); err != nil {
+		return false, err
+	}
+	_, err = b.data.ReadAt(p, at)
+	if errors.Is(err, io.EOF) || errors.Is(err, unix.EIO) {
+		return false, nil
+	}
+	if err != nil {
+		return false, err
+	}
+	for _, pad := range p[r.Size:] {
+		if pad != 0 {
+			return false, nil
+		}
+	}
+	return b.blob.Digester.Sum(p[:r.Size]) == c.Digest, nil
+}
+
+// Drop makes chunks that turned out wrong not ready, durably, so that they are fetched again. Whoever has the data file
+// mounted must see events of it: the caller has marked it. The index forgets the whole data file.
+func (b *Blob) Drop(chunks []rafs.Chunk) error {
+	if len(chunks) == 0 {
+		return nil
+	}
+	err := b.store.forget(b.name)
+	b.syncMu.Lock()
+	defer b.syncMu.Unlock()
+	// Not what is ready by now, whose data may not be durable.
+	durable := slices.Clone(b.durable)
+	b.mu.Lock()
+	words := b.ready.Words()
+	for _, c := range chunks {
+		r := record(c)
+		eachWord(r.first(), r.end(), func(w, mask uint64) bool {
+			words[w].And(^mask)
+			if w < uint64(len(durable)) {
+				durable[w] &^= mask
+			}
+			return true
+		})
+	}
+	b.recount()
+	b.mu.Unlock()
+	for len(durable) > 0 && durable[len(durable)-1] == 0 {
+		durable = durable[:len(durable)-1] // as a snapshot
+	}
+	for _, c := range chunks {
+		r := record(c)
+		if pad := r.end()*BlockSize - r.Offset - uint64(r.Size); pad > 0 {
+			_, werr := b.data.WriteAt(make([]byte, pad), int64(r.Offset)+int64(r.Size)) //nolint:gosec // below Size
+			err = errors.Join(err, werr)
+		}
+	}
+	if werr := b.writeReady(durable); werr != nil {
+		return errors.Join(err, fmt.Errorf("blob %s: sync ready bits: %w", b.name, werr))
+	}
+	b.durable = durable
+	return err
+}
