@@ -143,8 +143,14 @@ func (d *daemon) guard(b *blob) error {
 // patience is how long one set of chunks may keep a reader waiting before others are asked too, whose source may live.
 const patience = 2 * time.Second
 
+// errLimit is the error of a read that took too long.
+var errLimit = errors.New("the data did not come in time")
+
 // ensure gets what a reader of st waits for. Which of the blob's sets of chunks have it does not matter: it is there or not.
+// It returns within DaemonOptions.Limit, whatever sources do.
 func (d *daemon) ensure(ctx context.Context, st *store.Blob, off, n int64) error {
+	ctx, cancel := context.WithTimeoutCause(ctx, d.o.Limit, fmt.Errorf("given up after %v: %w", d.o.Limit, errLimit))
+	defer cancel()
 	fillings := d.fillingsOf(st)
 	var err error
 	if len(fillings) == 1 {

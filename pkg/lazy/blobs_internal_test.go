@@ -68,7 +68,7 @@ func plain(n int) (rafs.Blob, []rafs.Chunk, []byte) {
 // served is a daemon without a kernel: it fills blobs and watches nothing.
 func served(t *testing.T) *daemon {
 	t.Helper()
-	d := &daemon{blobs: map[string]*blob{}}
+	d := &daemon{blobs: map[string]*blob{}, o: DaemonOptions{Limit: time.Minute}}
 	var err error
 	d.store, err = store.Open(t.TempDir(), store.Options{})
 	must(t, err)

@@ -29,7 +29,7 @@ type DaemonOptions struct {
 	StateDir, RunDir string
 	// Idle is how long the daemon stays with nothing mounted; 0: 30 s.
 	Idle time.Duration
-	// Limit is how long a reader waits for a backend that is down; 0: 60 s.
+	// Limit is how long a reader waits at most, whatever a backend does; 0: 60 s. Then its read fails (EIO).
 	Limit time.Duration
 	// Holder is the command line of this program that calls [RunHolder], Daemon that which calls
 	// RunDaemon with the same options. Both begin with the program's name.
@@ -167,7 +167,7 @@ func (d *daemon) start(ctx context.Context) (err error) {
 			return fmt.Errorf("state directory %s: %w", d.o.StateDir, err)
 		}
 	}
-	d.fill = fill.New(fill.Options{Limit: d.o.Limit, Log: d.log})
+	d.fill = fill.New(fill.Options{Limit: d.o.Limit - d.o.Limit/10, Log: d.log}) // a moment for its own error
 	d.recover(ctx, guarded)
 	return d.listen(own.take(keptListener))
 }
@@ -211,9 +211,12 @@ func (d *daemon) startWatch(own *held) (guarded bool, err error) {
 	if err := d.link.Keep(keptTable, table.File()); err != nil {
 		return false, err
 	}
-	d.watch, err = watch.New(watch.Config{Group: d.group, Table: table, Ensure: d.ensure, Log: d.log})
+	d.watch, err = watch.New(watch.Config{Group: d.group, Table: table, Ensure: d.ensure, Limit: d.o.Limit + limitGrace, Log: d.log})
 	return guarded, err
 }
+
+// limitGrace is how long a read may be late that something keeps which no context ends, like a file on a disk that hangs.
+const limitGrace = time.Second
 
 // bootID names this boot: backing devices of earlier ones mean nothing.
 func bootID() (string, error) {

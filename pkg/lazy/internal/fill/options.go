@@ -53,7 +53,7 @@ type Cache interface {
 
 // Options configures a [Scheduler]; the zero value is the default.
 type Options struct {
-	// Limit is how long a reader waits for a source that is down; 0: 60 s.
+	// Limit is how long a reader waits for a source that is down, or that sends next to nothing; 0: 60 s.
 	Limit time.Duration
 	// Requests is how many requests of demands run at once; 0: 8.
 	Requests int

@@ -7,6 +7,8 @@ import (
 	"io"
 	"slices"
 	"sync"
+	"sync/atomic"
+	"time"
 )
 
 // origin is a source of a blob, with what is on its way from it.
@@ -25,6 +27,14 @@ func newOrigin(src Source) *origin {
 
 // errRemoved is the error of a request whose source was removed: another one may have the bytes.
 var errRemoved = errors.New("the source was removed")
+
+// errSlow is the error of a request that was ended because next to nothing came: another one may do better, and whoever
+// waited for this one is not to meet it again.
+var errSlow = errors.New("the source sends next to nothing")
+
+// slowest is the least that a request has to bring, in bytes a second over half of [Options].Limit: what is slower than this keeps a chunk
+// of 128 KiB for longer than readers wait by default.
+const slowest = 1 << 10
 
 // RemoveSource forgets src, added by [Blob.AddSource] or [Scheduler.Open], and returns when no request of it is on the way any
 // more. What it was to bring is asked of others.
@@ -64,7 +74,7 @@ func (b *Blob) open(ctx context.Context, class Class, r Request) (io.ReadCloser,
 		b.s.mu.Lock()
 		b.stats.of(class).Requests++
 		b.s.mu.Unlock()
-		rc, one := o.request(ctx, r)
+		rc, one := o.request(ctx, r, b.s.o.Limit)
 		if one == nil {
 			for _, rest := range list[i+1:] {
 				rest.use.Done()
@@ -86,43 +96,91 @@ func (b *Blob) open(ctx context.Context, class Class, r Request) (io.ReadCloser,
 	return nil, err
 }
 
-// request makes a request that ends with ctx, and when the source is removed.
-func (o *origin) request(ctx context.Context, r Request) (*counted, error) {
-	ctx, cancel := context.WithCancelCause(ctx)
-	stop := context.AfterFunc(o.ctx, func() { cancel(errRemoved) })
-	rc, err := o.src.Range(ctx, r)
+// request makes a request that ends with ctx, when the source is removed, and when it is too slow: no answer within limit, or less
+// than slowest afterwards. Less than two seconds say nothing about a source.
+func (o *origin) request(ctx context.Context, r Request, limit time.Duration) (*counted, error) {
+	limit = max(limit, 2*time.Second)
+	c := &counted{o: o, period: limit / 2}
+	c.ctx, c.cancel = context.WithCancelCause(ctx)
+	c.unlink = context.AfterFunc(o.ctx, func() { c.cancel(errRemoved) })
+	unanswered := time.AfterFunc(limit, func() { c.cancel(errSlow) })
+	rc, err := o.src.Range(c.ctx, r)
+	unanswered.Stop()
 	if err != nil {
-		stop()
-		cancel(nil)
-		return nil, o.explain(err)
+		err = c.explain(err)
+		c.end()
+		return nil, err
 	}
-	return &counted{rc: rc, o: o, end: func() { stop(); cancel(nil) }}, nil
+	c.rc = rc
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.pulse = time.AfterFunc(c.period, c.check)
+	return c, nil
 }
 
-// explain says of an error that the removal of the source is behind it.
-func (o *origin) explain(err error) error {
-	if err != nil && o.ctx.Err() != nil && !errors.Is(err, io.EOF) {
+// check ends a request that brought too little since the last check.
+func (c *counted) check() {
+	if float64(c.came.Swap(0)) < slowest*c.period.Seconds() {
+		c.cancel(errSlow)
+		return
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.pulse != nil {
+		c.pulse.Reset(c.period)
+	}
+}
+
+// end gives back what makes the request end.
+func (c *counted) end() {
+	c.mu.Lock()
+	if c.pulse != nil {
+		c.pulse.Stop()
+		c.pulse = nil
+	}
+	c.mu.Unlock()
+	c.unlink()
+	c.cancel(nil)
+}
+
+// explain says of an error that the removal of the source is behind it, or that it was too slow.
+func (c *counted) explain(err error) error {
+	if err == nil || errors.Is(err, io.EOF) {
+		return err
+	}
+	if c.o.ctx.Err() != nil {
 		return fmt.Errorf("%w: %w", errRemoved, err)
+	}
+	if errors.Is(context.Cause(c.ctx), errSlow) && !errors.Is(err, errSlow) {
+		return fmt.Errorf("%w: %w", errSlow, err)
 	}
 	return err
 }
 
 // counted is the stream of a request; what is read is counted.
 type counted struct {
-	rc    io.ReadCloser
-	o     *origin
-	b     *Blob
-	class Class
-	end   func()
+	rc     io.ReadCloser
+	o      *origin
+	b      *Blob
+	class  Class
+	ctx    context.Context //nolint:containedctx // of the request, which its stream belongs to
+	cancel context.CancelCauseFunc
+	unlink func() bool
+	period time.Duration // between two looks at what came
+	came   atomic.Int64  // bytes since the last one
+
+	mu    sync.Mutex  // guards pulse
+	pulse *time.Timer // nil before the answer, and at the end
 }
 
 // Read implements io.Reader.
 func (c *counted) Read(p []byte) (int, error) {
 	n, err := c.rc.Read(p)
+	c.came.Add(int64(n))
 	c.b.s.mu.Lock()
 	c.b.stats.of(c.class).Bytes += int64(n)
 	c.b.s.mu.Unlock()
-	return n, c.o.explain(err)
+	return n, c.explain(err)
 }
 
 // Close implements io.Closer; it is called once.

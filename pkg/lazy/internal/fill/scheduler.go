@@ -117,7 +117,8 @@ func (s *Scheduler) demand(f *flight, until time.Time) {
 
 // Ensure returns nil when [off, off+n) of the blob's uncompressed address space is in the cache; it fetches what is missing. Else it returns
 // why not: [ErrRange], [ErrClosed], the cause of ctx, an error of the cache, [rafs.ErrDigest] or [rafs.ErrInvalid] for bytes that were not
-// right twice, or the source's error when that is final or went on for [Options].Limit. Such an error is that of this call alone: the next one tries again.
+// right twice, or the source's error when that is final or went on for [Options].Limit; a deadline of ctx bounds what a source does
+// that neither fails nor goes on. Such an error is that of this call alone: the next one tries again.
 func (b *Blob) Ensure(ctx context.Context, off, n int64) error {
 	v := b.view.Load()
 	lo, hi := v.find(off, n)
@@ -134,7 +135,7 @@ func (b *Blob) Ensure(ctx context.Context, off, n int64) error {
 	defer b.s.mu.Unlock()
 	b.stats.Waits++
 	b.stats.Waited += time.Since(began)
-	if err != nil && ctx.Err() == nil { // else who asked has it from elsewhere, or asks another daemon
+	if err != nil && !errors.Is(ctx.Err(), context.Canceled) { // else who asked has it from elsewhere, or asks another daemon
 		b.stats.Failed++
 		b.s.o.Log.Warn("a read failed", zap.String("blob", b.info.ID), zap.Int64("offset", off), zap.Int64("length", n), zap.Error(err))
 	}
@@ -361,7 +362,7 @@ func (b *Blob) retry(err error) Retry {
 	if _, ours := errors.AsType[*cacheError](err); ours {
 		return Retry{}
 	}
-	if errors.Is(err, errRemoved) {
+	if errors.Is(err, errRemoved) || errors.Is(err, errSlow) {
 		return Retry{Again: true}
 	}
 	b.s.mu.Lock()

@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"time"
 
 	"go.uber.org/zap"
 	"golang.org/x/sys/unix"
@@ -149,13 +150,35 @@ func (w *Watcher) dispatch(ctx context.Context, slot int, e event) {
 	}
 	w.waited.Add(1)
 	w.answers.Go(func() {
-		err := w.fill(ctx, l.blob(), e)
-		l.done()
+		err := w.bounded(func() error {
+			defer l.done()
+			return w.fill(ctx, l.blob(), e)
+		})
 		if err != nil && ctx.Err() != nil {
 			return // it stays pending, for the next process
 		}
 		w.answer(slot, e, err)
 	})
+}
+
+// errLate is the error of a read that waited for the limit.
+var errLate = errors.New("gave nothing in time, and does not end")
+
+// bounded is f, which goes on by itself when it takes longer than a read may wait.
+func (w *Watcher) bounded(f func() error) error {
+	if w.most <= 0 {
+		return f()
+	}
+	result := make(chan error, 1)
+	w.answers.Go(func() { result <- f() })
+	timer := time.NewTimer(w.most)
+	defer timer.Stop()
+	select {
+	case err := <-result:
+		return err
+	case <-timer.C:
+		return fmt.Errorf("what fetches for a read %w: after %v", errLate, w.most)
+	}
 }
 
 // fill makes the range of e ready in b; nil: nobody knows the file, or it is not what it was.

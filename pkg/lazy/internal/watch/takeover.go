@@ -96,10 +96,14 @@ func (w *Watcher) takeOver(ctx context.Context) error {
 		looks := w.lookInherited(i.event) // before the queue is empty, and before one of them is removed
 		w.answers.Go(func() {
 			defer done()
-			err := w.fillInherited(ctx, looks, i.event)
-			for _, l := range looks {
-				l.done()
-			}
+			err := w.bounded(func() error {
+				defer func() {
+					for _, l := range looks {
+						l.done()
+					}
+				}()
+				return w.fillInherited(ctx, looks, i.event)
+			})
 			if err != nil && ctx.Err() != nil {
 				return // it stays pending, for the next process
 			}
