@@ -9,6 +9,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"testing"
+	"time"
 
 	"github.com/headstart-oci/headstart/internal/testenv"
 	"github.com/headstart-oci/headstart/pkg/rafs"
@@ -221,6 +222,30 @@ func TestOpenedWhileInUse(t *testing.T) {
 	must(t, err)
 	if info, err := user.Stat(); err != nil || info.Size() != 0 || again.Local() != 0 {
 		t.Errorf("the file of the old mount has %d bytes, %v; %d are local in the new one", info.Size(), err, again.Local())
+	}
+}
+
+// TestOpenedWhileLeaving is a mount that ends at once, and whose files the kernel or the holder closes a little later: what it had stays.
+func TestOpenedWhileLeaving(t *testing.T) {
+	s, err := Open(t.TempDir(), Options{})
+	must(t, err)
+	defer s.Close()
+	b, chunks := numbered(4, 4096)
+	blob, err := s.OpenBlob(b, chunks)
+	must(t, err)
+	user, err := os.Open(blob.Path())
+	must(t, err)
+	must(t, blob.Put(chunks[1], fill(chunks[1])))
+	must(t, blob.Close())
+	left := make(chan error)
+	go func() {
+		time.Sleep(50 * time.Millisecond)
+		left <- user.Close()
+	}()
+	again, err := s.OpenBlob(b, chunks)
+	must(t, errors.Join(err, <-left))
+	if !again.Ready(chunks[1]) || again.Local() != BlockSize {
+		t.Errorf("%d bytes are local in the next mount, want %d", again.Local(), BlockSize)
 	}
 }
 

@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"time"
 
 	"go.uber.org/zap"
 	"golang.org/x/sys/unix"
@@ -172,14 +173,13 @@ func (s *Store) OpenBlob(b rafs.Blob, chunks []rafs.Chunk) (*Blob, error) {
 	if err != nil {
 		return nil, err
 	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
+	deadline := time.Now().Add(leaveLimit)
 	for n := range maxVariants {
 		name := b.ID
 		if n > 0 {
 			name = fmt.Sprintf("%s.%d", b.ID, n)
 		}
-		blob, err := s.openBlob(name, b, recs)
+		blob, err := s.openPatiently(name, b, recs, deadline)
 		if errors.Is(err, errConflict) {
 			continue
 		}
@@ -189,6 +189,24 @@ func (s *Store) OpenBlob(b rafs.Blob, chunks []rafs.Chunk) (*Blob, error) {
 		return blob, nil
 	}
 	return nil, fmt.Errorf("open blob %s: %d images with other chunks have it: %w", b.ID, maxVariants, ErrUnsupported)
+}
+
+// leaveLimit is how long OpenBlob waits for those who have a data file open although no mount of this daemon has it any more: the
+// kernel closes the files of a superblock after it is gone, and the holder closes its descriptor when it gets to it. Whoever keeps
+// it longer is a mount that nobody guards.
+const leaveLimit = 2 * time.Second
+
+// openPatiently is openBlob, again and again until nobody else has the file open, or the deadline: then it is put aside.
+func (s *Store) openPatiently(name string, b rafs.Blob, recs []chunkRecord, deadline time.Time) (*Blob, error) {
+	for wait := time.Millisecond; ; wait = min(2*wait, 50*time.Millisecond) {
+		s.mu.Lock()
+		blob, err := s.openBlob(name, b, recs, time.Now().Before(deadline))
+		s.mu.Unlock()
+		if !errors.Is(err, ErrInUse) {
+			return blob, err
+		}
+		<-time.After(wait)
+	}
 }
 
 // Adopt is [Store.OpenBlob] for the one data file called name, which a mount has that outlived its
@@ -203,7 +221,7 @@ func (s *Store) Adopt(name string, b rafs.Blob, chunks []rafs.Chunk) (*Blob, err
 	if s.blobs[name] == nil && s.kept[name].Data == nil {
 		return nil, fmt.Errorf("adopt blob %s: its descriptors were not kept: %w", name, fs.ErrNotExist)
 	}
-	blob, err := s.openBlob(name, b, recs)
+	blob, err := s.openBlob(name, b, recs, false)
 	if err != nil {
 		return nil, fmt.Errorf("adopt blob %s: %w", name, err)
 	}
@@ -280,8 +298,8 @@ func check(b rafs.Blob, chunks []rafs.Chunk) ([]chunkRecord, error) {
 }
 
 // openBlob opens, loads or creates the data file called name. errConflict when it cannot
-// be shared. The caller holds mu.
-func (s *Store) openBlob(name string, b rafs.Blob, recs []chunkRecord) (*Blob, error) {
+// be shared; with patience, ErrInUse for what it puts aside without. The caller holds mu.
+func (s *Store) openBlob(name string, b rafs.Blob, recs []chunkRecord, patience bool) (*Blob, error) {
 	for s.leaving[name] {
 		s.left.Wait()
 	}
@@ -293,7 +311,7 @@ func (s *Store) openBlob(name string, b rafs.Blob, recs []chunkRecord) (*Blob, e
 		return open, nil
 	}
 	blob, err := s.load(name, b, recs)
-	if errors.Is(err, errCorrupt) {
+	if errors.Is(err, errCorrupt) && !(patience && errors.Is(err, ErrInUse)) {
 		s.log.Warn("start a blob's cache anew", zap.String("blob", name), zap.Error(err))
 		if err = s.putAside(name, true); err == nil {
 			blob, err = s.load(name, b, recs)
@@ -382,7 +400,7 @@ func (s *Store) load(name string, of rafs.Blob, recs []chunkRecord) (_ *Blob, er
 		return nil, err
 	}
 	if used && !covered(b.durable, old) {
-		return nil, fmt.Errorf("%w: incomplete, and open in a mount that nobody guards", errCorrupt)
+		return nil, fmt.Errorf("%w: %w: incomplete, and open in a mount that nobody guards", errCorrupt, ErrInUse)
 	}
 	v := newView(b.view.Load().table, all, len(b.ready.Words()))
 	b.view.Store(v)
