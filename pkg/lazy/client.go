@@ -14,6 +14,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -337,7 +338,7 @@ func (c *Client) Find(ctx context.Context, dir string) (Mount, error) {
 		return Mount{}, err
 	}
 	if isEROFS {
-		for _, m := range s.Mounts {
+		for _, m := range slices.Backward(s.Mounts) { // a number that the kernel gave out again is the newest one's
 			if m.Device == device {
 				return m, nil
 			}

@@ -25,7 +25,12 @@ func (d *daemon) serve(ctx context.Context, c *net.UnixConn) {
 			d.log.Debug("close connection", zap.Error(err))
 		}
 	}()
-	if err := c.SetDeadline(time.Now().Add(helloLimit)); err != nil {
+	defer endWith(ctx, c)()
+	if err := permitted(c); err != nil { // before a byte of theirs is read
+		d.say(c, failure(err), nil)
+		return
+	}
+	if err := c.SetReadDeadline(time.Now().Add(helloLimit)); err != nil || ctx.Err() != nil {
 		return
 	}
 	var q call
@@ -33,15 +38,11 @@ func (d *daemon) serve(ctx context.Context, c *net.UnixConn) {
 		d.log.Debug("call", zap.Error(err))
 		return
 	}
-	if err := c.SetDeadline(time.Time{}); err != nil {
+	if err := c.SetReadDeadline(time.Time{}); err != nil || ctx.Err() != nil {
 		return
 	}
 	if q.Protocol != Protocol {
 		d.say(c, failure(fmt.Errorf("%w: the client (%s) speaks protocol %d, the daemon (%s) %d; unmount all to end it", ErrVersion, q.Version, q.Protocol, d.o.Version, Protocol)), nil)
-		return
-	}
-	if err := permitted(c); err != nil {
-		d.say(c, failure(err), nil)
 		return
 	}
 	ctx, cancel := context.WithCancel(ctx)
@@ -57,6 +58,35 @@ func (d *daemon) serve(ctx context.Context, c *net.UnixConn) {
 		d.serveWait(ctx, cancel, c, q.Device)
 	default:
 		d.say(c, failure(fmt.Errorf("%w: operation %q is not known", ErrVersion, q.Op)), nil)
+	}
+}
+
+// byeLimit is how long a client may take to read its answer when the daemon ends.
+const byeLimit = time.Second
+
+// endWith makes whoever reads from c or writes to it stop soon when ctx ends: a daemon that is to end waits for no client. The
+// caller calls done before it closes c.
+func endWith(ctx context.Context, c *net.UnixConn) (done func()) {
+	served := make(chan struct{})
+	stop := context.AfterFunc(ctx, func() {
+		limit := time.NewTimer(byeLimit)
+		defer limit.Stop()
+		for {
+			// Again and again: who works for the client sets deadlines, too.
+			_ = c.SetReadDeadline(time.Unix(1, 0))
+			select {
+			case <-served:
+				return
+			case <-limit.C:
+				_ = c.Close()
+				return
+			case <-time.After(byeLimit / 20):
+			}
+		}
+	})
+	return func() {
+		stop()
+		close(served)
 	}
 }
 

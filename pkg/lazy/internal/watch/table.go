@@ -15,6 +15,7 @@ import (
 const (
 	wordMagic = 0 // tableMagic
 	wordSlots = 1 // number of slots
+	wordMost  = 2 // the highest number of an event so far
 	wordInbox = 8 // the inbox begins here
 
 	// recordSize is the most that the kernel writes for one event of a pre-content group.
@@ -143,6 +144,12 @@ func (t *Table) slot(n int) []atomic.Uint64 {
 // put makes e pending in slot n.
 func (t *Table) put(n int, e event) {
 	s := t.slot(n)
+	for fd := uint64(max(0, e.fd)); ; { //nolint:gosec // not negative
+		most := t.words[wordMost].Load()
+		if fd <= most || t.words[wordMost].CompareAndSwap(most, fd) {
+			break
+		}
+	}
 	s[slotOffset].Store(uint64(e.offset)) //nolint:gosec // same bits back
 	s[slotCount].Store(uint64(e.count))   //nolint:gosec // same bits back
 	s[slotDevice].Store(e.file.dev)

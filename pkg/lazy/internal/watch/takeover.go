@@ -147,7 +147,7 @@ func (w *Watcher) sweep() error {
 	for _, i := range w.inherited {
 		numbers[i.fd] = true
 	}
-	for fd := range int32(min(limit.Max, maxSwept)) {
+	for fd := range int32(min(limit.Max, w.table.swept())) { //nolint:gosec // at most twice the descriptors of a process
 		if numbers[fd] {
 			continue
 		}
@@ -161,8 +161,18 @@ func (w *Watcher) sweep() error {
 	return nil
 }
 
-// maxSwept bounds the descriptor numbers that sweep tries.
-const maxSwept = 1 << 16
+// minSwept and moreSwept bound the descriptor numbers that sweep tries, each of which takes a system call while readers wait: as many
+// as a process has that mounts thousands of blobs, and beyond the highest that any event had.
+const (
+	minSwept  = 1 << 16
+	moreSwept = 2 * DefaultSlots
+	maxSwept  = 1 << 30 // sysctl fs.nr_open is less
+)
+
+// swept returns below which number events may have been.
+func (t *Table) swept() uint64 {
+	return max(minSwept, min(t.words[wordMost].Load(), maxSwept)+moreSwept)
+}
 
 // DenyAll answers everything that is pending or queued with EIO, after Run has returned, for a
 // process that nobody will take over from. It returns how many there were.

@@ -210,6 +210,23 @@ func TestLostEvent(t *testing.T) {
 	}
 }
 
+// TestSwept is a process that had an event with a high number: the next one looks for lost ones up to there.
+func TestSwept(t *testing.T) {
+	table, err := NewTable(0)
+	must(t, err)
+	defer table.Close()
+	for _, fd := range []int32{3, 100_000, 7} {
+		table.put(0, event{fd: fd})
+		table.free(0)
+	}
+	again, err := OpenTable(table.File())
+	must(t, err)
+	defer func() { must(t, again.memory.Unmap()) }()
+	if got := again.swept(); got <= 100_000 || got > 200_000 {
+		t.Errorf("numbers below %d are tried, want those around 100000 too", got)
+	}
+}
+
 // TestMoreEventsThanSlots holds that the others wait in the kernel's queue.
 func TestMoreEventsThanSlots(t *testing.T) {
 	u := newSetup(t, 64, 2)

@@ -1,0 +1,106 @@
+package lazy_test
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"testing"
+
+	"golang.org/x/sys/unix"
+)
+
+// A daemon that is to end waits for no client: not for one that says nothing, nor for one that stops in the middle.
+func TestTerminateWithSilentClients(t *testing.T) {
+	t.Parallel()
+	b := newBox(t)
+	m := b.mount(b.mountpoint("mnt"), layout(t))
+	before := b.status()
+	sockets, err := filepath.Glob(filepath.Join(b.run, "*.sock"))
+	if err != nil || len(sockets) != 1 {
+		t.Fatalf("sockets %v, %v", sockets, err)
+	}
+	for _, said := range []string{"", "\x10", "\x10\x00\x00\x00{"} {
+		c := dial(t, sockets[0])
+		defer c.Close()
+		if _, err := c.Write([]byte(said)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := unix.Kill(before.PID, unix.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, func() string { // sooner than such a client is given up
+		if s, err := b.client.Status(t.Context(), false); err != nil || s.PID == before.PID || len(s.Mounts) != 1 {
+			return fmt.Sprintf("after SIGTERM: %+v, %v, want another daemon with the mount", s, err)
+		}
+		return ""
+	})
+	compare(t, m.Dir)
+}
+
+// Another user who gets at the socket is told so before the daemon has read a byte of his.
+func TestOtherUser(t *testing.T) {
+	t.Parallel()
+	b := newBox(t)
+	b.mount(b.mountpoint("mnt"), layout(t))
+	sockets, err := filepath.Glob(filepath.Join(b.run, "*.sock"))
+	if err != nil || len(sockets) != 1 {
+		t.Fatalf("sockets %v, %v", sockets, err)
+	}
+	dir, err := os.MkdirTemp("", "hs-socket-") // short, and to be reached by anybody
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer os.RemoveAll(dir)
+	for _, err := range []error{os.Chmod(dir, 0o755), os.Chmod(sockets[0], 0o666), os.Link(sockets[0], filepath.Join(dir, "s"))} {
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	if said := asUser(t, 65534, filepath.Join(dir, "s")); !strings.Contains(said, "user 65534 may not ask") {
+		t.Errorf("another user hears %q", said)
+	}
+}
+
+// asUser connects to a socket as another user and returns what is said to him, who says nothing.
+func asUser(t *testing.T, uid int, path string) string {
+	t.Helper()
+	type result struct {
+		said string
+		err  error
+	}
+	done := make(chan result)
+	go func() {
+		runtime.LockOSThread() // for good: the thread ends with the goroutine, and the user with the thread
+		var r result
+		defer func() { done <- r }()
+		if _, _, errno := unix.RawSyscall(unix.SYS_SETRESUID, ^uintptr(0), uintptr(uid), ^uintptr(0)); errno != 0 {
+			r.err = errno
+			return
+		}
+		fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+		if err != nil {
+			r.err = err
+			return
+		}
+		defer unix.Close(fd)
+		r.err = errors.Join(unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Sec: 20}), unix.Connect(fd, &unix.SockaddrUnix{Name: path}))
+		for r.err == nil {
+			p := make([]byte, 4096)
+			n, err := unix.Read(fd, p)
+			if err != nil || n <= 0 {
+				r.err = err
+				return
+			}
+			r.said += string(p[:n])
+		}
+	}()
+	r := <-done
+	if r.err != nil {
+		t.Error(r.err)
+	}
+	return r.said
+}
