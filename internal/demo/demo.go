@@ -1,7 +1,6 @@
 package main
 
 import (
-	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -18,8 +17,6 @@ import (
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/distribution/reference"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
-	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/status"
 
 	"github.com/headstart-oci/headstart/internal/rebuild"
 	"github.com/headstart-oci/headstart/internal/testcri"
@@ -31,6 +28,7 @@ import (
 const (
 	pluginName = "02-optimizer-nri-plugin"
 	waitLimit  = 10 * time.Minute // for a rebuild
+	listLimit  = time.Minute      // for the list of a run that has ended
 )
 
 // demo holds what the steps share.
@@ -150,74 +148,6 @@ func (d *demo) checkUnpacked(ctx context.Context, img containerd.Image) error {
 	return err
 }
 
-// figures are what runs of the workload took.
-type figures struct {
-	start, total []time.Duration // of StartContainer; from its call to the end
-	first        string          // container of the first run
-}
-
-// runs runs the workload a few times.
-func (d *demo) runs(ctx context.Context, times int, how string) (figures, error) {
-	d.say("run it %s %s", count(times), how)
-	var f figures
-	for i := range times {
-		id, start, total, err := d.once(ctx)
-		if err != nil {
-			return figures{}, fmt.Errorf("run %d %s: %w", i+1, how, err)
-		}
-		if i == 0 {
-			f.first = id
-		}
-		f.start, f.total = append(f.start, start), append(f.total, total)
-		if d.endless && i >= 1 {
-			break // a server says nothing by its time; two runs are enough
-		}
-	}
-	slices.Sort(f.start)
-	slices.Sort(f.total)
-	return f, nil
-}
-
-// once runs one container to its end, or stops it.
-func (d *demo) once(ctx context.Context) (id string, start, total time.Duration, err error) {
-	pod, err := d.env.RunPod(ctx, testcri.PodOptions{})
-	if err != nil {
-		return "", 0, 0, err
-	}
-	defer func() { err = errors.Join(err, pod.Remove(context.WithoutCancel(ctx))) }()
-	c, err := pod.Create(ctx, testcri.ContainerOptions{Image: d.ref, Command: d.cmd})
-	if err != nil {
-		return "", 0, 0, err
-	}
-	began := time.Now()
-	if start, err = c.Start(ctx); err != nil {
-		return "", 0, 0, err
-	}
-	limit := cmp.Or(d.limit, runLimit)
-	if d.endless {
-		limit = min(limit, serverLimit)
-	}
-	limited, cancel := context.WithTimeout(ctx, limit)
-	defer cancel()
-	exit, err := c.Wait(limited)
-	switch {
-	case ctx.Err() != nil:
-		return "", 0, 0, ctx.Err()
-	case errors.Is(err, context.DeadlineExceeded) || status.Code(err) == codes.DeadlineExceeded:
-		d.say("it still runs after %v: stop it", limit)
-		d.endless = true
-		if err := c.Stop(ctx, 10*time.Second); err != nil {
-			return "", 0, 0, err
-		}
-	case err != nil:
-		return "", 0, 0, err
-	case exit != 0:
-		_, stderr, _ := c.Logs()
-		return "", 0, 0, fmt.Errorf("exit code %d: %s", exit, strings.TrimSpace(string(stderr)))
-	}
-	return c.ID, start, time.Since(began), nil
-}
-
 // dropPlugin installs the plugin as the README says and restarts containerd.
 func (d *demo) dropPlugin(ctx context.Context) error {
 	d.say("drop %s into the NRI plugin directory, its configuration beside it, restart containerd", pluginName)
@@ -248,17 +178,12 @@ func (d *demo) rebuilt(ctx context.Context, f figures) (product, error) {
 	ctx, cancel := context.WithTimeout(ctx, waitLimit)
 	defer cancel()
 	d.say("wait for the access list and the rebuilt image")
-	var p product
-	err := d.wait(ctx, func() (err error) {
-		paths, err := filepath.Glob(filepath.Join(d.dir, "lists", "*", "*", f.first+".list"))
-		if err != nil || len(paths) == 0 {
-			return errors.Join(err, errPending)
-		}
-		p.path = paths[0]
-		p.list, err = readList(p.path)
-		return err
-	})
+	path, err := d.listOf(ctx, f.first)
 	if err != nil {
+		return product{}, err
+	}
+	p := product{path: path}
+	if p.list, err = readList(path); err != nil {
 		return product{}, fmt.Errorf("access list of container %.12s: %w", f.first, err)
 	}
 	if !p.list.Complete() {

@@ -76,29 +76,29 @@ func run(ctx context.Context, o options, stdout, stderr io.Writer) (err error) {
 	if err := d.prepare(ctx); err != nil {
 		return err
 	}
-	before, err := d.runs(ctx, d.times, "without the plugin")
+	before, err := d.runs(ctx, d.times, "without the plugin", bare)
 	if err != nil {
 		return err
 	}
 	if err := d.dropPlugin(ctx); err != nil {
 		return err
 	}
-	first, err := d.runs(ctx, 1, "with the plugin")
+	first, err := d.runs(ctx, 1, "with the plugin", recorded)
 	if err != nil {
 		return err
 	}
-	built, err := d.rebuilt(ctx, first)
+	built, err := d.rebuilt(ctx, first[0])
 	if err != nil {
 		return err
 	}
-	with, err := d.runs(ctx, d.times, "with the plugin, for the time that takes")
+	with, err := d.runs(ctx, d.times, "recorded and not recorded, in turn, for the time that takes", unrecorded, recorded)
 	if err != nil {
 		return err
 	}
 	if err := d.check(ctx, built); err != nil {
 		return err
 	}
-	return d.table(ctx, before, first, with, built)
+	return d.table(ctx, measured{before[0], first[0], with[0], with[1]}, built)
 }
 
 // results is the directory that outlives the demo, until the next one.

@@ -117,8 +117,11 @@ func content(ctx context.Context, target string) (files int, bytes int64, err er
 	return files, bytes, err
 }
 
+// measured are the runs: without the plugin, the one that was recorded first, and those in turn.
+type measured struct{ before, first, unrecorded, recorded figures }
+
 // table prints what was measured.
-func (d *demo) table(ctx context.Context, before, first, with figures, p product) error {
+func (d *demo) table(ctx context.Context, m measured, p product) error {
 	files, bytes, err := content(ctx, p.result.Target)
 	if err != nil {
 		return err
@@ -145,9 +148,11 @@ func (d *demo) table(ctx context.Context, before, first, with figures, p product
 	row("of them read", "%d, %.1f MB", readFiles, mega(read))
 	row("prefetch blob", "%.1f MB stored: %.1f %% of the image as it was", mega(p.result.PrefetchBytes), percent(p.result.PrefetchBytes, d.size))
 	row("events", "%d, lost %d", p.list.Events, lost)
-	row("start of the container", "%s without, %s with the plugin (median of %d)", ms(median(before.start)), ms(median(with.start)), len(with.start))
+	row("start of the container", "%s not recorded, %s recorded (medians of %d, in turn; without the plugin %s)",
+		ms(median(m.unrecorded.start)), ms(median(m.recorded.start)), len(m.recorded.start), ms(median(m.before.start)))
 	if !d.endless {
-		row("start to end", "%s without, %s with the plugin (the run that was recorded first: %s)", ms(median(before.total)), ms(median(with.total)), ms(median(first.total)))
+		row("start to end", "%s not recorded, %s recorded (the same; without the plugin %s, the run that was recorded first %s)",
+			ms(median(m.unrecorded.total)), ms(median(m.recorded.total)), ms(median(m.before.total)), ms(median(m.first.total)))
 	}
 	row("rebuild", "%.1f s at the lowest priority", p.result.Duration.Seconds())
 	row("access list", "%s", p.path)
