@@ -1,0 +1,266 @@
+package index
+
+import (
+	"bytes"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"runtime/debug"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	bolt "go.etcd.io/bbolt"
+	"go.uber.org/zap"
+)
+
+// Errors of this package; others are those of the file.
+var (
+	// ErrBroken: the file is not what this package writes. From then on every call returns it, until [Index.Reset].
+	ErrBroken = errors.New("the index of chunks is broken")
+	// ErrClosed: the index was closed.
+	ErrClosed = errors.New("the index of chunks is closed")
+)
+
+// Options configures [Open]; the zero value is the default.
+type Options struct {
+	Log *zap.Logger // is told when an index is begun anew; nil: nobody
+}
+
+// Index is an open index. Safe for concurrent use.
+type Index struct {
+	path string
+	log  *zap.Logger
+
+	mu sync.RWMutex // held for writing while there is no file, or another one
+	db *bolt.DB     // nil: closed
+
+	broken atomic.Bool
+	torn   atomic.Bool // the file's own locks may be held for ever: it cannot be closed
+	fresh  atomic.Bool
+
+	beginMu sync.Mutex // held while a view begins
+	changes sync.Mutex // held by who changes the index, for a step
+
+	namesMu sync.RWMutex // guards what follows
+	caches  map[uint32]*cache
+	names   map[string]*cache // those that are not dying
+	last    uint32            // id that was given last; none is given twice
+}
+
+// buckets of the file.
+var (
+	bucketMeta   = []byte("meta")
+	bucketChunks = []byte("chunks") // key: places
+	bucketCaches = []byte("caches") // id: cache
+	bucketLists  = []byte("lists")  // id, sequence: the keys that one call added for the cache
+	keyVersion   = []byte("version")
+	keyLast      = []byte("last")
+)
+
+// Open opens the index in the file at path, of which this process must be the only user, and makes it where it is missing.
+// One that is damaged or of another version is thrown away: [Index.Fresh]. The caller closes it.
+func Open(path string, o Options) (*Index, error) {
+	x := &Index{path: path, log: o.Log}
+	if x.log == nil {
+		x.log = zap.NewNop()
+	}
+	_, err := os.Lstat(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		x.fresh.Store(true)
+	} else if err != nil {
+		return nil, fmt.Errorf("index: %w", err)
+	}
+	err = x.open()
+	if err != nil && !x.fresh.Load() {
+		x.log.Warn("begin the index of chunks anew", zap.String("path", path), zap.Error(err))
+		err = x.Reset()
+	}
+	if err != nil {
+		return nil, err
+	}
+	return x, nil
+}
+
+// mapped is how much address space is taken for the file at once: beyond it, readers and the writer wait for each other when it grows.
+const mapped = 1 << 30
+
+// open opens the file. The caller is alone, or holds mu.
+func (x *Index) open() (err error) {
+	x.caches, x.names, x.last = map[uint32]*cache{}, map[string]*cache{}, 0
+	var db *bolt.DB
+	err = shield(func() (err error) {
+		db, err = bolt.Open(x.path, 0o600, &bolt.Options{Timeout: time.Second, InitialMmapSize: mapped, FreelistType: bolt.FreelistMapType})
+		return err
+	})
+	if err != nil {
+		return fmt.Errorf("index %s: %w", x.path, err)
+	}
+	if err := shield(func() error { return db.Update(x.load) }); err != nil {
+		return errors.Join(fmt.Errorf("index %s: %w", x.path, err), shield(db.Close))
+	}
+	x.db = db
+	x.broken.Store(false)
+	return nil
+}
+
+// load reads what is kept in memory, and makes the buckets of a new file.
+func (x *Index) load(tx *bolt.Tx) error {
+	meta, err := tx.CreateBucketIfNotExists(bucketMeta)
+	if err != nil {
+		return err
+	}
+	got := meta.Get(keyVersion)
+	if want := []byte{version}; got == nil && x.fresh.Load() {
+		err = meta.Put(keyVersion, want)
+	} else if !bytes.Equal(got, want) {
+		err = fmt.Errorf("%w: version %x, want %x", ErrBroken, got, want)
+	}
+	if err != nil {
+		return err
+	}
+	for _, name := range [][]byte{bucketChunks, bucketCaches, bucketLists} {
+		if _, err := tx.CreateBucketIfNotExists(name); err != nil {
+			return err
+		}
+	}
+	if v := meta.Get(keyLast); len(v) == 4 {
+		x.last = binary.BigEndian.Uint32(v)
+	}
+	return tx.Bucket(bucketCaches).ForEach(func(k, v []byte) error {
+		c, err := parseCache(k, v)
+		if err != nil {
+			return err
+		}
+		x.last = max(x.last, c.id)
+		x.caches[c.id] = c
+		if !c.dying {
+			x.names[c.name] = c
+		}
+		return nil
+	})
+}
+
+// Fresh reports whether the index was begun anew, by Open or [Index.Reset], and is to be filled from what caches
+// say; [Index.Filled] ends that.
+func (x *Index) Fresh() bool { return x.fresh.Load() }
+
+// Filled says that the index has been filled.
+func (x *Index) Filled() { x.fresh.Store(false) }
+
+// Broken reports whether calls return [ErrBroken].
+func (x *Index) Broken() bool { return x.broken.Load() }
+
+// Reset throws everything away and begins anew. It waits for calls that are running.
+func (x *Index) Reset() error {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	if err := x.drop(); err != nil {
+		x.log.Warn("close a broken index", zap.Error(err))
+	}
+	if err := os.RemoveAll(x.path); err != nil {
+		return fmt.Errorf("index: %w", err)
+	}
+	x.fresh.Store(true)
+	return x.open()
+}
+
+// Close closes the file. It waits for calls that are running; later ones return [ErrClosed].
+func (x *Index) Close() error {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	return x.drop()
+}
+
+// drop closes the file. The caller holds mu.
+func (x *Index) drop() error {
+	db := x.db
+	if x.db = nil; db == nil || x.torn.Swap(false) {
+		return nil // of a torn one the mapping stays
+	}
+	return shield(db.Close)
+}
+
+// Size returns the length of the file in bytes.
+func (x *Index) Size() int64 {
+	info, err := os.Stat(x.path)
+	if err != nil {
+		return 0
+	}
+	return info.Size()
+}
+
+// shield runs f and makes an error of what a damaged file does to who reads it through a mapping: a page that is not what another one
+// says, or one that is not there at all.
+func shield(f func() error) (err error) {
+	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
+	defer func() {
+		if p := recover(); p != nil {
+			err = &damage{p}
+		}
+	}()
+	return f()
+}
+
+// damage is what was met in a file.
+type damage struct{ what any }
+
+func (d *damage) Error() string        { return fmt.Sprintf("%v: %v", ErrBroken, d.what) }
+func (d *damage) Is(target error) bool { return target == ErrBroken }
+
+// view runs f with the file as it is, update with one that changes; what is broken is not used again.
+func (x *Index) view(f func(*bolt.Tx) error) error {
+	return x.do(func(db *bolt.DB) (err error) {
+		tx, err := x.begin(db)
+		if err != nil {
+			return err
+		}
+		defer func() { err = errors.Join(err, tx.Rollback()) }() // also while a panic passes
+		return f(tx)
+	})
+}
+
+// begin begins a view. A file that ends before its first page would leave the lock of all beginnings held.
+func (x *Index) begin(db *bolt.DB) (*bolt.Tx, error) {
+	x.beginMu.Lock()
+	defer x.beginMu.Unlock()
+	if x.broken.Load() {
+		return nil, ErrBroken
+	}
+	defer x.tear()
+	return db.Begin(false)
+}
+
+// tear notes that a panic is passing.
+func (x *Index) tear() {
+	if p := recover(); p != nil {
+		x.torn.Store(true)
+		x.broken.Store(true)
+		panic(p)
+	}
+}
+
+func (x *Index) update(f func(*bolt.Tx) error) error {
+	return x.do(func(db *bolt.DB) error { return db.Update(f) })
+}
+
+func (x *Index) do(f func(*bolt.DB) error) error {
+	x.mu.RLock()
+	defer x.mu.RUnlock()
+	switch {
+	case x.db == nil:
+		return ErrClosed
+	case x.broken.Load():
+		return ErrBroken
+	}
+	err := shield(func() error { return f(x.db) })
+	if _, met := errors.AsType[*damage](err); met {
+		x.torn.Store(true)
+	}
+	if errors.Is(err, ErrBroken) && !x.broken.Swap(true) {
+		x.log.Error("the index of chunks is not used any more", zap.Error(err))
+	}
+	return err
+}
