@@ -25,6 +25,7 @@ import (
 type exactRoot struct {
 	*imageroot.Root
 	dir    string // everything below it is ours
+	lock   *os.File
 	client *lazy.Client
 	mnt    string
 	daemon []int // pidfds of the daemon and its holder
@@ -40,7 +41,7 @@ func (o *recordOptions) mountExact(ctx context.Context) (_ *exactRoot, err error
 		return nil, err
 	}
 	r := &exactRoot{}
-	if r.dir, err = os.MkdirTemp(base, "exact-"); err != nil {
+	if r.dir, r.lock, err = newExactDir(base); err != nil {
 		return nil, err
 	}
 	defer func() {
@@ -97,11 +98,16 @@ func (o *recordOptions) convertExact(ctx context.Context, ref, dir string) error
 // exactIdle is how long the recording's own daemon stays with nothing mounted.
 const exactIdle = time.Second
 
+// exactClient asks the daemon of the recording in dir.
+func exactClient(dir string) (*lazy.Client, error) {
+	co := lazy.ClientOptions{StateDir: filepath.Join(dir, "state"), RunDir: filepath.Join(dir, "run")}
+	co.Command = []string{"/proc/self/exe", "lazyd", "--state-dir", co.StateDir, "--run-dir", co.RunDir, "--idle", exactIdle.String()}
+	return lazy.NewClient(co)
+}
+
 // mount starts a daemon of its own, so that nothing of the recording is left in anybody's cache, and mounts.
 func (r *exactRoot) mount(ctx context.Context, o *recordOptions, ref, mnt string) (err error) {
-	co := lazy.ClientOptions{StateDir: filepath.Join(r.dir, "state"), RunDir: filepath.Join(r.dir, "run")}
-	co.Command = []string{"/proc/self/exe", "lazyd", "--state-dir", co.StateDir, "--run-dir", co.RunDir, "--idle", exactIdle.String()}
-	if r.client, err = lazy.NewClient(co); err != nil {
+	if r.client, err = exactClient(r.dir); err != nil {
 		return err
 	}
 	_, err = r.client.Mount(ctx, mnt, lazy.Request{
@@ -139,7 +145,12 @@ func (r *exactRoot) Close() (err error) {
 		err = errors.Join(err, perr, unix.Close(fd))
 	}
 	r.daemon, r.mnt = nil, ""
-	return errors.Join(err, os.RemoveAll(r.dir))
+	err = errors.Join(err, os.RemoveAll(r.dir))
+	if r.lock != nil {
+		err = errors.Join(err, r.lock.Close())
+		r.lock = nil
+	}
+	return err
 }
 
 // refine makes the list exact, where the recording was to be, while the mount is still there. What keeps it from that is said.

@@ -57,6 +57,7 @@ func (o *recordOptions) runImage(ctx context.Context, server string, l *persist.
 
 // place puts the image where it can be run, and returns what takes it away again.
 func (o *recordOptions) place(ctx context.Context) (*imageroot.Root, func() error, error) {
+	o.cleanExact(ctx)
 	if o.exact {
 		r, err := o.mountExact(ctx)
 		if err != nil {

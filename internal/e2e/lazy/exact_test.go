@@ -2,8 +2,11 @@ package lazy_test
 
 import (
 	"os"
+	"os/exec"
 	"path/filepath"
+	"strings"
 	"testing"
+	"time"
 
 	"github.com/headstart-oci/headstart/internal/testenv"
 	"github.com/headstart-oci/headstart/pkg/persist"
@@ -80,4 +83,41 @@ func read(l *persist.List) map[string]bool {
 		}
 	}
 	return files
+}
+
+// TestRecordExactKilled kills a recorder with its mount: the next recording, exact or not, takes it away.
+func TestRecordExactKilled(t *testing.T) {
+	img := newImages(t)
+	scratch := t.TempDir()
+	args := []string{"record", "--quiet", "--server-path", testenv.Binary(t, "optimizer-server"), "--timeout", "2m", "--scratch", scratch, "-o", filepath.Join(t.TempDir(), "list")}
+	cmd := exec.Command(testenv.Binary(t, "optimizer"), append(args, "--exact", "--entrypoint", "sleep", img.ours(t, "plain"), "--", "600")...)
+	cmd.Stderr = os.Stderr
+	must(t, cmd.Start())
+	mounts := func() (dirs []string) {
+		all, err := os.ReadFile("/proc/self/mountinfo")
+		must(t, err)
+		for _, line := range strings.Split(string(all), "\n") {
+			if f := strings.Fields(line); len(f) > 4 && strings.HasPrefix(f[4], scratch) {
+				dirs = append(dirs, f[4])
+			}
+		}
+		return dirs
+	}
+	deadline := time.Now().Add(patience)
+	for len(mounts()) == 0 && time.Now().Before(deadline) {
+		time.Sleep(10 * time.Millisecond)
+	}
+	must(t, cmd.Process.Kill())
+	if err := cmd.Wait(); err == nil {
+		t.Fatal("it was not killed")
+	}
+	left, err := filepath.Glob(filepath.Join(scratch, "exact-*"))
+	must(t, err)
+	if len(left) != 1 || len(mounts()) == 0 {
+		t.Fatalf("a killed recorder left %q and the mounts %q, want one of each: nothing is shown", left, mounts())
+	}
+	run(t, testenv.Binary(t, "optimizer"), append(args, "oci:"+img.source.Dir)...)
+	if left, err := filepath.Glob(filepath.Join(scratch, "exact-*")); err != nil || len(left) != 0 || len(mounts()) != 0 {
+		t.Errorf("after the next recording there are %q, %v, and the mounts %q", left, err, mounts())
+	}
 }
