@@ -1,0 +1,205 @@
+package fuse
+
+import (
+	"errors"
+	"fmt"
+	"io"
+
+	"github.com/hanwen/go-fuse/v2/fuse"
+	"github.com/hanwen/go-fuse/v2/splice"
+	"go.uber.org/zap"
+	"golang.org/x/sync/errgroup"
+	"golang.org/x/sys/unix"
+)
+
+// read answers a READ at once when its data is there; else it gets a slot, and a goroutine that waits. false: it stays pending where it is.
+func (s *Server) read(in *fuse.ReadIn, h *fuse.InHeader) bool {
+	if in == nil {
+		s.fail(h.Unique, unix.EINVAL)
+		return true
+	}
+	var few [4]extent
+	where, n, errno := s.find(in, few[:0])
+	switch {
+	case errno != 0 || n == 0:
+		s.fail(in.Unique, errno)
+	case s.ready(where):
+		s.data(in, where, n)
+	default:
+		slot, ok := s.takeSlot()
+		if !ok { // thousands wait: this reader does, too
+			return s.wait(in, where, n)
+		}
+		s.c.Table.put(slot, raw(in))
+		s.fetch(slot, *in)
+	}
+	return true
+}
+
+// find returns where the data of a READ is.
+func (s *Server) find(in *fuse.ReadIn, into []extent) (where []extent, n int64, errno unix.Errno) {
+	node := s.c.Tree.node(in.NodeId)
+	switch {
+	case node == nil:
+		return nil, 0, unix.ESTALE
+	case node.ino.IsDir():
+		return nil, 0, unix.EISDIR
+	case !node.ino.IsRegular() || in.Offset > 1<<62:
+		return nil, 0, unix.EINVAL
+	}
+	where, n, ok := s.c.Tree.extents(node.ino, int64(in.Offset), int64(min(in.Size, maxRead)), into) //nolint:gosec // bounded above
+	if !ok {
+		return nil, 0, unix.EIO
+	}
+	for _, e := range where {
+		if e.blob >= len(s.c.Blobs) {
+			return nil, 0, unix.EIO
+		}
+	}
+	return where, n, 0
+}
+
+func (s *Server) ready(where []extent) bool {
+	for _, e := range where {
+		if !s.c.Blobs[e.blob].ReadyRange(e.off, e.n) {
+			return false
+		}
+	}
+	return true
+}
+
+// fetch answers the READ in slot n when its data is there. The caller holds gate.
+func (s *Server) fetch(slot int, in fuse.ReadIn) {
+	s.fetches.Go(func() {
+		where, n, errno := s.find(&in, nil)
+		if errno != 0 || n == 0 {
+			s.fail(in.Unique, errno)
+		} else if !s.wait(&in, where, n) {
+			return // it stays pending, for the next process
+		}
+		s.giveBack(slot)
+	})
+}
+
+// wait answers a READ when its data is there. false: the server stops, and there is no answer.
+func (s *Server) wait(in *fuse.ReadIn, where []extent, n int64) bool {
+	g, ctx := errgroup.WithContext(s.ctx)
+	for _, e := range where[1:] {
+		g.Go(func() error { return s.c.Blobs[e.blob].Ensure(ctx, e.off, e.n) })
+	}
+	err := s.c.Blobs[where[0].blob].Ensure(s.ctx, where[0].off, where[0].n)
+	err = errors.Join(err, g.Wait())
+	if s.ctx.Err() != nil {
+		return false
+	}
+	if err == nil && !s.ready(where) {
+		err = errors.New("not ready after all")
+	}
+	if err != nil {
+		s.failed.Add(1)
+		s.c.Log.Error("a read of a lazy mount failed", zap.Uint64("inode", in.NodeId), zap.Uint64("offset", in.Offset), zap.Int64("bytes", n), zap.Error(err))
+		s.fail(in.Unique, unix.EIO)
+		return true
+	}
+	s.data(in, where, n)
+	return true
+}
+
+// data answers with what the cache files have.
+func (s *Server) data(in *fuse.ReadIn, where []extent, n int64) {
+	var err error
+	if n > copyLimit {
+		if err = s.splice(in.Unique, where, int(n)); err == nil {
+			return
+		}
+		s.c.Log.Debug("a pipe is not to be had", zap.Error(err))
+	}
+	var p []byte
+	if n <= copyLimit {
+		buf := answers.Get().(*[]byte)
+		defer answers.Put(buf)
+		p = (*buf)[:sizeOutHeader+int(n)]
+	} else {
+		p = make([]byte, sizeOutHeader+int(n))
+	}
+	at := p[sizeOutHeader:]
+	for _, e := range where {
+		if err := readFull(int(s.c.Blobs[e.blob].File().Fd()), at[:e.n], e.off); err != nil {
+			s.failed.Add(1)
+			s.c.Log.Error("a cache file cannot be read", zap.Int("blob", e.blob), zap.Int64("offset", e.off), zap.Error(err))
+			s.fail(in.Unique, unix.EIO)
+			return
+		}
+		at = at[e.n:]
+	}
+	putHeader(p, in.Unique, 0, len(p))
+	s.send(p)
+}
+
+func readFull(fd int, p []byte, off int64) error {
+	for len(p) > 0 {
+		n, err := unix.Pread(fd, p, off)
+		switch {
+		case errors.Is(err, unix.EINTR):
+			continue
+		case err != nil:
+			return err
+		case n == 0:
+			return io.ErrUnexpectedEOF
+		}
+		p, off = p[n:], off+int64(n)
+	}
+	return nil
+}
+
+// splice answers with what the cache files have without copying it through this process. An error: nothing was answered.
+func (s *Server) splice(unique uint64, where []extent, n int) error {
+	pipe, err := splice.Get()
+	if err != nil {
+		return err
+	}
+	whole := false
+	defer func() {
+		if whole {
+			splice.Done(pipe)
+		} else {
+			splice.Drop(pipe)
+		}
+	}()
+	// A pipe has room for pages: one for the header, and each piece may begin and end in the middle of one.
+	if err := pipe.Grow(n + (1+2*len(where))*blockSize); err != nil {
+		return err
+	}
+	var h [sizeOutHeader]byte
+	total := sizeOutHeader + n
+	putHeader(h[:], unique, 0, total)
+	if _, err := pipe.Write(h[:]); err != nil {
+		return err
+	}
+	for _, e := range where {
+		fd := s.c.Blobs[e.blob].File().Fd()
+		for e.n > 0 {
+			got, err := pipe.LoadFromAt(fd, int(e.n), e.off)
+			switch {
+			case errors.Is(err, unix.EINTR):
+				continue
+			case err != nil:
+				return err
+			case got == 0:
+				return io.ErrUnexpectedEOF
+			}
+			e.off, e.n = e.off+int64(got), e.n-int64(got)
+		}
+	}
+	sent, err := pipe.WriteTo(uintptr(s.fd), total)
+	switch {
+	case errors.Is(err, unix.ENOENT), errors.Is(err, unix.ENODEV), errors.Is(err, unix.EPERM):
+		return nil // nobody waits for it any more
+	case err != nil:
+		return err
+	case sent != total:
+		return fmt.Errorf("%d of %d bytes went to the kernel", sent, total)
+	}
+	whole = true
+	return nil
+}
