@@ -8,8 +8,10 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net/http/httptrace"
 	"os"
 	"path"
+	"sync"
 
 	"github.com/klauspost/compress/gzip"
 	"github.com/klauspost/compress/zstd"
@@ -36,14 +38,20 @@ type bootstrap struct {
 	err    error
 }
 
-// startBootstrap begins to fetch a bootstrap layer. Its wait or drop is called.
+// startBootstrap begins to fetch a bootstrap layer. Its wait or drop is called. When it returns, the request is on its way: the
+// connection that the manifest came over is the bootstrap's then, and others, that nobody waits for as much, dial.
 func startBootstrap(ctx context.Context, src remote.Source, desc ocispec.Descriptor, tempDir string) *bootstrap {
 	b := &bootstrap{done: make(chan struct{})}
 	ctx, b.cancel = context.WithCancel(ctx)
+	asked := make(chan struct{})
+	once := sync.OnceFunc(func() { close(asked) })
+	ctx = httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{GotConn: func(httptrace.GotConnInfo) { once() }})
 	go func() {
 		defer close(b.done)
+		defer once()
 		b.file, b.size, b.diffID, b.err = fetchBootstrap(ctx, src, desc, tempDir)
 	}()
+	<-asked
 	return b
 }
 

@@ -27,6 +27,9 @@ type Options struct {
 	// TempDir is where the bootstrap, and blobs of images that are no layout, are put while
 	// the Image is open; empty: os.TempDir. The files have no name: nothing stays behind.
 	TempDir string
+	// Early is told the manifest as soon as it is there, before anything of it was checked, with what its layers are read from: what
+	// is needed soon can be asked for while the bootstrap is on its way. nil: nobody asks.
+	Early func(src remote.Source, m ocispec.Manifest)
 }
 
 // Image is an open Nydus image. Its methods are safe for concurrent use, except for Close.
@@ -70,6 +73,9 @@ func open(ctx context.Context, ref remote.Reference, src remote.Source, o Option
 	sel, err := remote.SelectNydusEarly(ctx, src, o.Platform, func(m ocispec.Manifest) {
 		if last, err := (&Document{Manifest: m}).Bootstrap(); err == nil {
 			boot = startBootstrap(ctx, src, last, o.TempDir)
+			if o.Early != nil {
+				o.Early(src, m)
+			}
 		}
 	})
 	if err == nil && !Is(sel.Manifest) {

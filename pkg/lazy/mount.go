@@ -61,6 +61,9 @@ type mount struct {
 func (d *daemon) backendOptions(r *Request) backend.Options {
 	o := backend.Options{Remote: r.Remote.options(), Platform: r.Platform, TempDir: d.o.StateDir}
 	o.Remote.Log = d.log
+	if !r.NoPrefetch {
+		o.Early = func(id string) bool { return !d.store.Has(id) }
+	}
 	return o
 }
 
@@ -158,6 +161,12 @@ func (d *daemon) prefetch(m *mount, tree *rafs.Image) {
 		background = fill.BackgroundNone // checked before; a record of another version
 	}
 	p := fill.Plan{Stream: -1, Background: background, Rate: m.rec.Request.Rate}
+	src := m.src
+	p.Listed = func() { // what was asked for before the bootstrap was here may be of no use
+		if err := src.DropEarly(); err != nil {
+			d.log.Debug("end a stream that nobody wants", zap.Error(err))
+		}
+	}
 	for _, u := range m.uses {
 		p.Blobs = append(p.Blobs, u.f.fb)
 	}

@@ -10,6 +10,8 @@ import (
 	"path/filepath"
 	"time"
 
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
 	"github.com/headstart-oci/headstart/internal/nydusimage"
 	"github.com/headstart-oci/headstart/pkg/lazy/internal/fill"
 	"github.com/headstart-oci/headstart/pkg/rafs"
@@ -25,6 +27,10 @@ type Options struct {
 	Platform string
 	// TempDir is where the bootstrap is put while the image is open; empty: os.TempDir. The file has no name.
 	TempDir string
+	// Early is asked whether the prefetch blob with this id, which is not known to be one of the image yet, is to be
+	// streamed from the registry as soon as the manifest names it. Whoever says so has the stream read, by a
+	// [fill.Request] with Stream, or calls [Blobs.DropEarly]. nil: no.
+	Early func(id string) bool
 }
 
 func (o Options) settle() Options {
@@ -39,6 +45,7 @@ func (o Options) settle() Options {
 type Blobs struct {
 	origin Origin
 	src    remote.Source // nil: loose files
+	early  *early        // nil: there is none
 }
 
 // Image is an image that was found by its reference, or by its files.
@@ -63,16 +70,23 @@ func Open(ctx context.Context, ref string, o Options) (*Image, error) {
 	if r.Path != "" && !filepath.IsAbs(r.Path) {
 		return nil, fmt.Errorf("%w: %s is no absolute path", ErrInvalid, r.Path)
 	}
-	img, err := nydusimage.Open(ctx, ref, nydusimage.Options{Platform: o.Platform, Remote: o.Remote, TempDir: o.TempDir})
+	var first *early
+	img, err := nydusimage.Open(ctx, ref, nydusimage.Options{
+		Platform: o.Platform, Remote: o.Remote, TempDir: o.TempDir, Early: func(src remote.Source, m ocispec.Manifest) {
+			if o.Early != nil && r.Kind == remote.KindRegistry && first == nil {
+				first = startEarly(ctx, src, m, o.Early)
+			}
+		},
+	})
 	if err != nil {
-		return nil, err
+		return nil, errors.Join(err, first.drop())
 	}
 	origin, err := originOf(img)
 	if err != nil {
-		return nil, errors.Join(err, img.Close())
+		return nil, errors.Join(err, first.drop(), img.Close())
 	}
 	origin.Reference, origin.Digest = r.String(), img.Digest()
-	return &Image{Blobs: &Blobs{origin: origin, src: img.TakeSource()}, Reference: img.Reference, RAFS: img.RAFS, img: img}, nil
+	return &Image{Blobs: &Blobs{origin: origin, src: img.TakeSource(), early: first}, Reference: img.Reference, RAFS: img.RAFS, img: img}, nil
 }
 
 // OpenFiles opens loose files: a bare bootstrap, and a directory with one file per blob, named by its id.
@@ -129,15 +143,18 @@ func (b *Blobs) Close() error {
 	if b.src == nil {
 		return nil
 	}
-	return b.src.Close()
+	return errors.Join(b.early.drop(), b.src.Close())
 }
+
+// DropEarly ends the stream that [Options].Early wanted, if nobody has asked for it yet. It may be called at any time before Close returns.
+func (b *Blobs) DropEarly() error { return b.early.drop() }
 
 // Blob returns the n-th blob.
 func (b *Blobs) Blob(n int) fill.Source {
 	if b.src == nil {
 		return &looseBlob{dir: b.origin.BlobDir, files: b.origin.Blobs[n]}
 	}
-	return &remoteBlob{src: b.src, files: b.origin.Blobs[n]}
+	return &remoteBlob{src: b.src, files: b.origin.Blobs[n], early: b.early}
 }
 
 // file returns the file that r is about.
@@ -152,10 +169,14 @@ func (o BlobOrigin) file(r fill.Request) *File {
 type remoteBlob struct {
 	src   remote.Source
 	files BlobOrigin
+	early *early
 }
 
 // Range implements fill.Source.
 func (b *remoteBlob) Range(ctx context.Context, r fill.Request) (io.ReadCloser, error) {
+	if rc := b.early.take(ctx, b.files.Data.ID, r); rc != nil {
+		return rc, nil
+	}
 	if r.Suspect {
 		ctx = remote.AvoidMirrors(ctx)
 	}

@@ -23,7 +23,7 @@ import (
 )
 
 // program is an image of one layer with files of 64 KiB that compress to about half, of which a start reads listed ones, and its registry.
-func program(b *testing.B, files, listed int) *registry {
+func program(b testing.TB, files, listed int) *registry {
 	b.Helper()
 	rnd := rand.New(rand.NewPCG(1, 2))
 	var layer bytes.Buffer
@@ -103,7 +103,9 @@ func BenchmarkStart(b *testing.B) {
 // start reads the chunks of the prefetch blob in order.
 func start(b *testing.B, ref string, prefetch bool) (total fill.Stats) {
 	b.Helper()
-	img, err := backend.Open(b.Context(), ref, options())
+	o := options()
+	o.Early = func(string) bool { return prefetch }
+	img, err := backend.Open(b.Context(), ref, o)
 	if err != nil {
 		b.Fatal(err)
 	}

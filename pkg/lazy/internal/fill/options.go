@@ -32,6 +32,7 @@ type Source interface {
 // Request is a range of a blob file.
 type Request struct {
 	Offset, Length int64
+	Stream         bool // of a blob that is read front to back: what is missing of it
 	Meta           bool // of the file that holds the blob's table, where that is another one
 	Suspect        bool // what came last time was not right: a source that knows another place asks that
 }

@@ -183,6 +183,14 @@ func (c *counted) Read(p []byte) (int, error) {
 	return n, c.explain(err)
 }
 
+// Trip returns how long the answer took that a source had asked for before; 0 when it had not.
+func (c *counted) Trip() time.Duration {
+	if asked, ok := c.rc.(interface{ Trip() time.Duration }); ok {
+		return asked.Trip()
+	}
+	return 0
+}
+
 // Close implements io.Closer; it is called once.
 func (c *counted) Close() error {
 	err := c.rc.Close()

@@ -60,6 +60,8 @@ type Plan struct {
 	Background Background
 	// Rate bounds the stored bytes a second of the rest; 0: no bound.
 	Rate int64
+	// Listed, if not nil, is called when the prefetch blob and table are done, before the rest.
+	Listed func()
 }
 
 // TableChunks returns the chunks of the files in the prefetch table of img, in its order, each once; of a directory, those of
@@ -171,6 +173,9 @@ func (r *Run) run() {
 	}
 	r.s.mu.Unlock()
 	close(r.listed)
+	if r.plan.Listed != nil {
+		r.plan.Listed()
+	}
 	if err != nil && r.ctx.Err() == nil {
 		r.s.o.Log.Warn("prefetch ended early", zap.Error(err))
 	}

@@ -142,14 +142,18 @@ func (b *Blob) streamOnce(ctx context.Context, v *view) (progress bool, err erro
 	b.attach(st)
 	defer b.detach(st)
 	began := time.Now()
-	rc, err := b.open(ctx, Prefetch, Request{Offset: off, Length: end - off})
+	rc, err := b.open(ctx, Prefetch, Request{Offset: off, Length: end - off, Stream: true})
 	if err != nil {
 		return false, err
 	}
 	defer rc.Close()
 	b.s.mu.Lock()
 	st.mark, st.marked = time.Now(), off
-	st.trip = min(time.Second, max(time.Millisecond, st.mark.Sub(began)))
+	trip := st.mark.Sub(began)
+	if asked, ok := rc.(interface{ Trip() time.Duration }); ok { // perhaps before we did
+		trip = max(trip, asked.Trip())
+	}
+	st.trip = min(time.Second, max(time.Millisecond, trip))
 	b.s.mu.Unlock()
 
 	g, gctx := errgroup.WithContext(ctx)

@@ -136,6 +136,12 @@ func takeLock(root *os.Root) (*os.File, error) {
 // Path returns the absolute path of the state directory.
 func (s *Store) Path() string { return s.path }
 
+// Has reports whether there is a cache directory of the blob with this id.
+func (s *Store) Has(id string) bool {
+	_, err := s.root.Lstat(filepath.Join("blobs", id))
+	return err == nil
+}
+
 // LockFile returns the descriptor that holds the lock. Whoever keeps it keeps the
 // directory locked. It stays the Store's.
 func (s *Store) LockFile() *os.File { return s.lock }
