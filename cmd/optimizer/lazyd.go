@@ -26,6 +26,7 @@ type lazydOptions struct {
 	*global
 	lazy   lazyFlags
 	hold   bool
+	policy policyFlags
 	daemon lazy.DaemonOptions
 }
 
@@ -41,12 +42,19 @@ starts a holder beside it (--hold), which keeps its descriptors and starts it ag
 nothing is mounted for a while. A signal to end makes the daemon start anew while something is mounted.`,
 		Example: `  optimizer lazyd --state-dir /var/lib/headstart/lazy --idle 10m`,
 		Args:    atMost(0, "none"),
-		RunE:    func(cmd *cobra.Command, _ []string) error { return o.run(cmd.Context()) },
+		RunE: func(cmd *cobra.Command, _ []string) (err error) {
+			if o.daemon.Cache, err = o.policy.policy(cmd, "cache-"); err != nil {
+				return err
+			}
+			return o.run(cmd.Context())
+		},
 	}
 	o.lazy.addFlags(cmd)
+	o.policy.addFlags(cmd, "cache-")
 	fl := cmd.Flags()
 	fl.BoolVar(&o.hold, "hold", false, "be the holder; only a daemon starts one")
 	fl.DurationVar(&o.daemon.Idle, "idle", 0, "how long to stay with nothing mounted (default 30s)")
+	fl.DurationVar(&o.daemon.CachePause, "cache-pause", lazy.DefaultCachePause, "how long to rest between two looks at what the cache takes")
 	fl.DurationVar(&o.daemon.Limit, "limit", 0, "how long a reader waits for a registry that is down (default 1m)")
 	return cmd
 }

@@ -22,8 +22,8 @@ func (f *lazyFlags) addFlags(cmd *cobra.Command) {
 	fl.StringVar(&f.runDir, "run-dir", lazy.DefaultRunDir, "the daemon's socket and log")
 }
 
-func (f *lazyFlags) client() (*lazy.Client, error) {
-	return lazy.NewClient(lazy.ClientOptions{StateDir: f.stateDir, RunDir: f.runDir, Version: version(debug.ReadBuildInfo())})
+func (f *lazyFlags) client(daemonArgs ...string) (*lazy.Client, error) {
+	return lazy.NewClient(lazy.ClientOptions{StateDir: f.stateDir, RunDir: f.runDir, DaemonArgs: daemonArgs, Version: version(debug.ReadBuildInfo())})
 }
 
 type mountOptions struct {
@@ -40,6 +40,8 @@ type mountOptions struct {
 	proxy      string
 	wait       bool
 	output     string
+	policy     policyFlags
+	daemonArgs []string
 }
 
 func newMount(g *global) *cobra.Command {
@@ -52,7 +54,7 @@ bootstrap is there. The kernel reads it by itself (EROFS); what is read and not 
 fetched first, and verified. The prefetch blob is fetched at once, the rest by --background.
 
 A daemon does that, which is started when there is none and ends when nothing is mounted; readers
-survive its death. Credentials are read from docker's config.json when they are needed, and kept nowhere.
+survive its death. The --cache flags are for the daemon that this command starts; one that runs keeps its own. Credentials are read from docker's config.json when they are needed, and kept nowhere.
 It takes root, Linux 6.14 and a state directory on ext4, XFS or btrfs.`,
 		Example: `  optimizer mount registry.example/nginx:optimized /mnt
   optimizer mount oci:images:nginx-optimized /mnt --background full --rate 10MiB --wait
@@ -64,6 +66,10 @@ It takes root, Linux 6.14 and a state directory on ext4, XFS or btrfs.`,
 			if err != nil {
 				return err
 			}
+			if _, err := o.policy.policy(cmd, "cache-"); err != nil {
+				return err
+			}
+			o.daemonArgs = o.policy.args(cmd, "cache-")
 			rate, err := parseSize(o.rate)
 			if err != nil {
 				return usagef(cmd, "--rate: %w", err)
@@ -76,6 +82,7 @@ It takes root, Linux 6.14 and a state directory on ext4, XFS or btrfs.`,
 	}
 	o.lazy.addFlags(cmd)
 	o.remote.addFlags(cmd)
+	o.policy.addFlags(cmd, "cache-")
 	fl := cmd.Flags()
 	fl.StringVar(&o.platform, "platform", "", "OS/ARCH[/VARIANT] of an image for several (default this machine's)")
 	fl.StringVar(&o.bootstrap, "bootstrap", "", "mount this bare bootstrap file instead of an image")
@@ -129,7 +136,7 @@ func (f *remoteFlags) lazy() lazy.Remote {
 }
 
 func (o *mountOptions) run(ctx context.Context, dir string, r lazy.Request) error {
-	c, err := o.lazy.client()
+	c, err := o.lazy.client(o.daemonArgs...)
 	if err != nil {
 		return err
 	}

@@ -105,7 +105,7 @@ Exit status: 0 done, 1 failed, 2 the command line was wrong.`,
 	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error { return usagef(cmd, "%w", err) })
 	root.PersistentFlags().BoolVarP(&g.quiet, "quiet", "q", false, "say nothing but errors and warnings")
 	root.AddCommand(newRecord(g), newConvert(g), newOptimize(g), newCheck(g), newInspect(g), newUnpack(g), newExport(g), newDiff(g), newMerge(g), newProfile(g),
-		newMount(g), newUmount(g), newStatus(g), newLazyd(g), newVersion(g))
+		newMount(g), newUmount(g), newStatus(g), newCache(g), newLazyd(g), newVersion(g))
 	return root
 }
 

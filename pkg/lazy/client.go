@@ -36,6 +36,8 @@ type ClientOptions struct {
 	// Command starts a daemon, a process that calls [RunDaemon] for both directories, and reads
 	// nothing; empty: this program with the arguments "lazyd --state-dir StateDir --run-dir RunDir".
 	Command []string
+	// DaemonArgs are more arguments for that default.
+	DaemonArgs []string
 	// Version is told to the daemon, for its messages.
 	Version string
 }
@@ -60,6 +62,7 @@ func NewClient(o ClientOptions) (*Client, error) {
 	}
 	if len(o.Command) == 0 {
 		o.Command = []string{"/proc/self/exe", "lazyd", "--state-dir", o.StateDir, "--run-dir", o.RunDir}
+		o.Command = append(o.Command, o.DaemonArgs...)
 	}
 	return &Client{o: o, socket: socketName(o.StateDir)}, nil
 }

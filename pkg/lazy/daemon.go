@@ -31,6 +31,9 @@ type DaemonOptions struct {
 	Idle time.Duration
 	// Limit is how long a reader waits at most, whatever a backend does; 0: 60 s. Then its read fails (EIO).
 	Limit time.Duration
+	// Cache says what is removed of what was fetched, and CachePause how often is looked; 0: [DefaultCachePause].
+	Cache      CachePolicy
+	CachePause time.Duration
 	// Holder is the command line of this program that calls [RunHolder], Daemon that which calls
 	// RunDaemon with the same options. Both begin with the program's name.
 	Holder, Daemon []string
@@ -85,8 +88,11 @@ type daemon struct {
 	bootMu     sync.Mutex     // guards what follows
 	bootstraps map[string]int // users by digest
 
-	calls sync.WaitGroup
-	poke  chan struct{} // makes the janitor look at once
+	keeper *keeper // of the cache
+
+	calls      sync.WaitGroup
+	poke       chan struct{} // makes the janitor look at once
+	collectNow chan struct{} // and the collector
 }
 
 // RunDaemon answers the kernel and clients until nothing was mounted for a while, or ctx is done: then, with
@@ -96,9 +102,10 @@ func RunDaemon(ctx context.Context, o DaemonOptions) error {
 		o.Log = zap.NewNop()
 	}
 	d := &daemon{
-		o: o, log: o.Log, mounts: map[string]*mount{}, blobs: map[string]*blob{}, bootstraps: map[string]int{}, last: time.Now(), poke: make(chan struct{}, 1),
+		o: o, log: o.Log, mounts: map[string]*mount{}, blobs: map[string]*blob{}, bootstraps: map[string]int{}, last: time.Now(), poke: make(chan struct{}, 1), collectNow: make(chan struct{}, 1),
 	}
 	d.o.Idle, d.o.Limit = cmp.Or(o.Idle, 30*time.Second), cmp.Or(o.Limit, time.Minute)
+	d.o.CachePause = cmp.Or(max(0, o.CachePause), DefaultCachePause)
 	err := d.start(ctx)
 	tellReady(o, err)
 	if err != nil {
@@ -130,6 +137,9 @@ func tellReady(o DaemonOptions, err error) {
 
 // start makes everything ready, with what an earlier daemon left, if there was one.
 func (d *daemon) start(ctx context.Context) (err error) {
+	if err := d.o.Cache.check(); err != nil {
+		return err
+	}
 	if d.boot, err = bootID(); err != nil {
 		return err
 	}
@@ -167,6 +177,7 @@ func (d *daemon) start(ctx context.Context) (err error) {
 			return fmt.Errorf("state directory %s: %w", d.o.StateDir, err)
 		}
 	}
+	d.keeper = d.keep()
 	d.fill = fill.New(fill.Options{Limit: d.o.Limit - d.o.Limit/10, Log: d.log}) // a moment for its own error
 	d.recover(ctx, guarded)
 	return d.listen(own.take(keptListener))
@@ -321,6 +332,7 @@ func (d *daemon) run(ctx context.Context) error {
 	d.log.Info("lazy mounts are served", zap.String("state_dir", d.o.StateDir), zap.Int("pid", os.Getpid()), zap.Int("holder", d.link.Holder()))
 	d.calls.Go(func() { d.accept(ctx) })
 	d.calls.Go(func() { d.syncLoop(ctx) })
+	d.calls.Go(func() { d.gcLoop(ctx) })
 	idle := d.janitor(ctx)
 	cancel()
 	if idle {

@@ -61,6 +61,9 @@ func (d *daemon) sweep() {
 		return
 	}
 	for _, m := range mounts {
+		if !m.phase.TryLock() {
+			continue // it is being made lazy again
+		}
 		switch {
 		case !living[m.rec.BDI]:
 			if err := d.end(m); err != nil {
@@ -70,6 +73,7 @@ func (d *daemon) sweep() {
 		case d.isComplete(m):
 			d.complete(m)
 		}
+		m.phase.Unlock()
 	}
 }
 

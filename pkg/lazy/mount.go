@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"sync"
 	"time"
 
 	"go.uber.org/zap"
@@ -46,6 +47,7 @@ type mount struct {
 	run  *fill.Run
 
 	share *fill.Share // of the memory for what is fetched
+	phase sync.Mutex  // held by who makes a mount complete, lazy again, or ends it; taken before daemon.blobMu
 
 	dir      string
 	failed   string
@@ -207,12 +209,13 @@ func (d *daemon) end(m *mount) error {
 	m.gone = true
 	m.finish()
 	d.mu.Unlock()
-	err := errors.Join(d.release(m), d.store.RemoveMount(m.rec.ID), d.dropBootstrap(m))
+	err := errors.Join(d.release(m), d.store.Touch(m.rec.Blobs...), d.store.RemoveMount(m.rec.ID), d.dropBootstrap(m))
 	d.mu.Lock()
 	delete(d.mounts, m.rec.ID)
 	d.last = time.Now()
 	d.mu.Unlock()
 	close(m.ended)
+	d.collectSoon()
 	return err
 }
 

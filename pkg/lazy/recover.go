@@ -3,8 +3,10 @@ package lazy
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"strings"
 
 	"go.uber.org/zap"
@@ -33,7 +35,8 @@ func (d *daemon) recover(ctx context.Context, guarded bool) {
 			continue
 		}
 		if rec.Boot != d.boot || lifeErr == nil && !living[rec.BDI] {
-			if err := d.store.RemoveMount(id); err != nil {
+			// Nobody knows when it ended.
+			if err := errors.Join(d.store.Touch(rec.Blobs...), d.store.RemoveMount(id)); err != nil {
 				d.log.Warn("remove a record", zap.String("id", id), zap.Error(err))
 			}
 			unused[rec.Bootstrap] = true
@@ -146,7 +149,9 @@ func (d *daemon) adopt(ctx context.Context, m *mount) error {
 		if err != nil {
 			return err
 		}
-		m.uses = append(m.uses, u)
+		d.usedMu.Lock()
+		m.uses = append(slices.Clip(m.uses), u)
+		d.usedMu.Unlock()
 	}
 	d.prefetch(m, tree)
 	return nil

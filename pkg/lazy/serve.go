@@ -56,6 +56,8 @@ func (d *daemon) serve(ctx context.Context, c *net.UnixConn) {
 		d.serveCheck(ctx, c, q.Device)
 	case opWait:
 		d.serveWait(ctx, cancel, c, q.Device)
+	case opCacheList, opCacheGC, opCacheVerify, opCachePin, opCacheUnpin:
+		d.serveCache(ctx, c, &q)
 	default:
 		d.say(c, failure(fmt.Errorf("%w: operation %q is not known", ErrVersion, q.Op)), nil)
 	}
@@ -250,8 +252,11 @@ func (d *daemon) serveWait(ctx context.Context, cancel context.CancelFunc, c *ne
 		d.say(c, failure(fmt.Errorf("%w with device %d", ErrNotMounted, device)), nil)
 		return
 	}
+	d.mu.Lock()
+	over := m.over
+	d.mu.Unlock()
 	select {
-	case <-m.over:
+	case <-over:
 	case <-ctx.Done():
 		return
 	}

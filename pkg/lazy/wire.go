@@ -43,6 +43,8 @@ type call struct {
 	// another mount namespace.
 	Files []fileID `json:"files,omitempty"`
 	Error string   `json:"error,omitempty"` // attached: why it was not
+
+	Cache *cacheCall `json:"cache,omitempty"` // those of the cache
 }
 
 // fileID is a file or directory at a path.
@@ -77,13 +79,15 @@ type answer struct {
 	Classes  []string `json:"classes,omitempty"` // of the error
 	Status   *Status  `json:"status,omitempty"`
 	Mount    *Mount   `json:"mount,omitempty"`
+
+	Cache *cacheAnswer `json:"cache,omitempty"`
 }
 
 // classes are errors that stay themselves on the way from the daemon to its client.
 var classes = map[string]error{
 	"fanotify-permission": fanotify.ErrPermission, "fanotify-unsupported": fanotify.ErrUnsupported,
 	"invalid": nydusimage.ErrInvalid, "locked": store.ErrLocked, "unsupported": ErrUnsupported, "permission": ErrPermission,
-	"version": ErrVersion, "not-mounted": ErrNotMounted, "failed": ErrFailed, "canceled": context.Canceled,
+	"version": ErrVersion, "pinned": ErrPinned, "not-mounted": ErrNotMounted, "failed": ErrFailed, "canceled": context.Canceled,
 	"rafs-digest": rafs.ErrDigest, "rafs-invalid": rafs.ErrInvalid, "rafs-unsupported": rafs.ErrUnsupported,
 	"remote-digest": remote.ErrDigest, "remote-invalid": remote.ErrInvalid, "remote-not-found": remote.ErrNotFound,
 	"remote-platform": remote.ErrPlatform, "remote-stalled": remote.ErrStalled, "remote-unauthorized": remote.ErrUnauthorized,

@@ -36,8 +36,8 @@ type Policy struct {
 	Age time.Duration
 }
 
-// low is the mark down to which is removed.
-func (p Policy) low() int64 {
+// Mark is how many bytes are left of more than Limit.
+func (p Policy) Mark() int64 {
 	if p.Low > 0 && p.Low <= p.Limit {
 		return p.Low
 	}
@@ -95,7 +95,7 @@ func (s *Store) Collect(ctx context.Context, p Policy, live Live) (Collected, er
 	over := p.Limit > 0 && c.After > p.Limit
 	for _, e := range candidates(entries, live) {
 		old := p.Age > 0 && now.Sub(e.Used) > p.Age
-		if !old && (!over || c.After <= p.low()) {
+		if !old && (!over || c.After <= p.Mark()) {
 			continue
 		}
 		if ctx.Err() != nil {
@@ -111,7 +111,7 @@ func (s *Store) Collect(ctx context.Context, p Policy, live Live) (Collected, er
 		}
 	}
 	if over && !c.More {
-		c.Wanted = max(0, c.After-p.low())
+		c.Wanted = max(0, c.After-p.Mark())
 	}
 	return c, errors.Join(errs...)
 }
@@ -130,11 +130,16 @@ func candidates(entries []Entry, live Live) []Entry {
 
 // Remove removes the blob called name as [Store.Collect] does: [ErrInUse] while anybody has it, [ErrPinned] when it
 // is pinned. It is no error when there is none.
-func (s *Store) Remove(name string) error {
+func (s *Store) Remove(name string) error { return s.take(name, false) }
+
+// Discard is Remove, for a blob of which nothing can be used: a pin does not keep it, and stays.
+func (s *Store) Discard(name string) error { return s.take(name, true) }
+
+func (s *Store) take(name string, pinned bool) error {
 	if err := entryName(name); err != nil {
 		return err
 	}
-	aside, err := s.evict(name)
+	aside, err := s.evict(name, pinned)
 	if err != nil || aside == "" {
 		return err
 	}
@@ -143,15 +148,15 @@ func (s *Store) Remove(name string) error {
 }
 
 // evict takes an unused blob out of use and returns the name of what is left to be deleted; empty when there was none.
-func (s *Store) evict(name string) (aside string, err error) {
+func (s *Store) evict(name string, pinned bool) (aside string, err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for s.leaving[name] {
 		s.left.Wait()
 	}
-	if _, err := s.root.Lstat(path.Join(pinsDir, name)); err == nil {
+	if _, err := s.root.Lstat(path.Join(pinsDir, name)); err == nil && !pinned {
 		return "", fmt.Errorf("remove blob %s: %w", name, ErrPinned)
-	} else if !errors.Is(err, fs.ErrNotExist) {
+	} else if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return "", err
 	}
 	if s.blobs[name] != nil || s.kept[name].Data != nil {

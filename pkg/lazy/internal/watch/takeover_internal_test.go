@@ -307,8 +307,9 @@ func TestTwoUsers(t *testing.T) {
 	}
 }
 
-// TestCompleteAndNotDurable is a blob that may become incomplete again: a second mount of it has a mark until it is durable.
-func TestCompleteAndNotDurable(t *testing.T) {
+// TestCompleteMayBecomeIncomplete is a blob that is complete when it is mounted: it has a mark until it is settled, and may get
+// it again, because it may turn out wrong or not durable.
+func TestCompleteMayBecomeIncomplete(t *testing.T) {
 	u := newSetup(t, 16, 0)
 	must(t, u.ensure(t.Context(), u.blob, 0, u.blob.Size()))
 	w := u.watcher(t, u.ensure)
@@ -324,11 +325,24 @@ func TestCompleteAndNotDurable(t *testing.T) {
 	must(t, <-u.read(t, 2))
 	must(t, w.Add(u.blob)) // all is durable
 	must(t, <-u.read(t, 3))
-	if s := w.Stats(); s.Events != 2 {
-		t.Errorf("stats = %+v, want two events", s)
-	}
 	if ok, err := w.Settle(u.blob); !ok || err != nil {
 		t.Errorf("Settle = %t, %v", ok, err)
+	}
+	must(t, <-u.read(t, 4))
+	if s := w.Stats(); s.Events != 3 {
+		t.Errorf("stats = %+v, want three events, and none without a mark", s)
+	}
+	must(t, w.Again(u.blob))
+	must(t, <-u.read(t, 5))
+	if s := w.Stats(); s.Events != 4 {
+		t.Errorf("stats = %+v, want an event of the mark that came again", s)
+	}
+	must(t, w.Remove(u.blob))
+	must(t, w.Remove(u.blob))
+	must(t, w.Again(u.blob)) // of nobody: there is no mark
+	must(t, <-u.read(t, 6))
+	if s := w.Stats(); s.Events != 4 {
+		t.Errorf("stats = %+v: an event of a blob that nobody watches", s)
 	}
 }
 

@@ -128,8 +128,9 @@ func identify(b *store.Blob) file {
 }
 
 // Add watches b, before EROFS opens its data file: a file that was opened without a mark
-// never raises an event. For every Add there is one Remove. A blob that is complete and durable gets no mark; one that is not durable
-// may be incomplete again when its data cannot be synced, and no later mark would reach mounts that have it by then.
+// never raises an event. For every Add there is one Remove. A blob that is complete gets a mark too, which
+// [Watcher.Settle] takes away when the mount is there: it may turn out to be wrong on disk, and no later mark would reach mounts
+// that were made without one.
 func (w *Watcher) Add(b *store.Blob) error {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -145,13 +146,7 @@ func (w *Watcher) Add(b *store.Blob) error {
 	if known.blob != b {
 		return fmt.Errorf("watch blob %s: its data file is watched as that of %s", b.Name(), known.blob.Name())
 	}
-	var err error
-	if b.Durable() {
-		err = w.Unmark(b.File())
-	} else {
-		err = w.group.Mark(mark(b.File()))
-	}
-	if err != nil {
+	if err := w.group.Mark(mark(b.File())); err != nil {
 		if known.refs == 0 {
 			delete(w.blobs, id)
 		}
@@ -159,6 +154,20 @@ func (w *Watcher) Add(b *store.Blob) error {
 	}
 	known.refs++
 	delete(w.gone, id)
+	return nil
+}
+
+// Again marks the data file of b once more when it is watched: it was settled, or found complete, and is not any more. Mounts see events
+// of it because there was a mark when they were made ([Watcher.Add]).
+func (w *Watcher) Again(b *store.Blob) error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if known := w.blobs[identify(b)]; known == nil || known.blob != b {
+		return nil
+	}
+	if err := w.group.Mark(mark(b.File())); err != nil {
+		return fmt.Errorf("watch blob %s: %w", b.Name(), err)
+	}
 	return nil
 }
 
