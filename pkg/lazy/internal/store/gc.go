@@ -92,6 +92,7 @@ func (s *Store) Collect(ctx context.Context, p Policy, live Live) (Collected, er
 		}
 	}
 	now := time.Now()
+	patient := now.Add(leaveLimit / 4) // for all of them: more may be a mount that nobody knows of
 	over := p.Limit > 0 && c.After > p.Limit
 	for _, e := range candidates(entries, live) {
 		old := p.Age > 0 && now.Sub(e.Used) > p.Age
@@ -102,7 +103,7 @@ func (s *Store) Collect(ctx context.Context, p Policy, live Live) (Collected, er
 			c.More = true
 			break
 		}
-		switch err := s.Remove(e.Name); {
+		switch err := s.removePatiently(ctx, e.Name, patient); {
 		case err == nil:
 			c.Removed = append(c.Removed, e.Name)
 			free(e.Bytes)
@@ -126,6 +127,28 @@ func candidates(entries []Entry, live Live) []Entry {
 	}
 	slices.SortStableFunc(out, func(a, b Entry) int { return cmp.Or(a.Used.Compare(b.Used), strings.Compare(a.Name, b.Name)) })
 	return out
+}
+
+// removePatiently is Remove, again and again until nobody else has the file open, or the deadline: see [leaveLimit].
+func (s *Store) removePatiently(ctx context.Context, name string, deadline time.Time) error {
+	for {
+		err := s.Remove(name)
+		if !errors.Is(err, ErrInUse) || s.has(name) || !time.Now().Before(deadline) {
+			return err
+		}
+		select {
+		case <-ctx.Done():
+			return err
+		case <-time.After(5 * time.Millisecond):
+		}
+	}
+}
+
+// has reports whether the blob called name is open here, or kept.
+func (s *Store) has(name string) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.blobs[name] != nil || s.kept[name].Data != nil
 }
 
 // Remove removes the blob called name as [Store.Collect] does: [ErrInUse] while anybody has it, [ErrPinned] when it

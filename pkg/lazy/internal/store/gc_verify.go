@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"slices"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -29,6 +30,9 @@ func (s *Store) Reopen(name string) (*Blob, error) {
 		return nil, err
 	}
 	b, err := s.openNamed(name)
+	for deadline := time.Now().Add(leaveLimit); errors.Is(err, ErrInUse) && !s.has(name) && time.Now().Before(deadline); b, err = s.openNamed(name) {
+		<-time.After(5 * time.Millisecond)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("open blob %s: %w", name, err)
 	}
