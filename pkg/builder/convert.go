@@ -463,7 +463,7 @@ func (c *conversion) writePrefetch(ctx context.Context, plan *prefetchPlan) (_ m
 		level = rafs.LevelBest
 	}
 	g, ctx := errgroup.WithContext(ctx)
-	p, err := startPool(ctx, g, min(c.o.Workers, bestWorkers), c.o.Compressor, level)
+	p, err := startPool(ctx, g, c.o.Workers, c.o.Compressor, level)
 	if err != nil {
 		return nil, err
 	}

@@ -100,12 +100,12 @@ func (c *optimization) writeBlob(ctx context.Context, plan *prefetchPlan) (_ map
 		return nil, err
 	}
 	defer out.abort()
-	level, workers := rafs.LevelDefault, c.o.Workers
+	level := rafs.LevelDefault
 	if c.o.Recompress {
-		level, workers = rafs.LevelBest, bestWorkers
+		level = rafs.LevelBest
 	}
 	g, gctx := errgroup.WithContext(ctx)
-	pool, err := startPool(gctx, g, workers, c.compressor(), level)
+	pool, err := startPool(gctx, g, c.o.Workers, c.compressor(), level)
 	if err != nil {
 		return nil, err
 	}

@@ -52,10 +52,6 @@ func touched(spans []trace.Range, off, length int64) bool {
 	return i < len(spans) && spans[i].Offset < off+length
 }
 
-// bestWorkers bounds the encoders of the strongest level: with zstd one takes 35 MiB, and a
-// conversion is to stay below 150.
-const bestWorkers = 1
-
 // copyJob reads one chunk of a layer's blob, verified, and makes it ready for the prefetch blob.
 type copyJob struct {
 	ctx   context.Context //nolint:containedctx // a unit of work of one call

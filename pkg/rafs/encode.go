@@ -19,8 +19,8 @@ const (
 	// LevelDefault is for layer blobs: fast, zstd within 3 % of the size of libzstd's level 3.
 	LevelDefault Level = iota
 	// LevelBest is for prefetch blobs, which are small and read by every start: about
-	// 6 % smaller and ten times slower with zstd (39 MB of Python's files in chunks of 64 KiB: 15.5 MB after 16.6), and it
-	// holds 35 MiB per encoder. Batches of 256 KiB take 3 % less again.
+	// 6 % smaller and four times slower with zstd (see zstdenc's BenchmarkEncode), and it
+	// holds 8 MiB per encoder. Batches of 256 KiB take 3 % less again.
 	LevelBest
 )
 
@@ -44,17 +44,12 @@ type Match = zstdenc.Match
 type Encoder struct {
 	compressor Compressor
 	level      Level
-	zstd       zstdenc.Encoder                 // at LevelDefault
-	library    [len(zstdWindows)]*zstd.Encoder // by size class, made when first needed
+	zstd       zstdenc.Encoder
+	library    *zstd.Encoder // made when first needed
 	lz4        lz4.Compressor
 	lz4HC      lz4.CompressorHC
 	gzip       *gzip.Writer // made when first needed
 }
-
-// zstdWindows are the window sizes of the zstd encoders. A chunk goes to the first that
-// is not smaller, so that tables stay small where chunks are, and so that the
-// bytes do not depend on the sizes of other chunks.
-var zstdWindows = [...]int{1 << 20, 4 << 20, MaxChunkSize}
 
 // NewEncoder returns an encoder for compressor c at level. ErrUnsupported for unknown values.
 func NewEncoder(c Compressor, level Level) (*Encoder, error) {
@@ -82,10 +77,12 @@ func (e *Encoder) Encode(dst, src []byte) (out []byte, compressed bool, err erro
 // ignore them.
 func (e *Encoder) EncodeMatches(dst, src []byte, matches []Match) (out []byte, compressed bool, err error) {
 	switch {
-	case e.compressor == CompressorZstd && e.level == LevelDefault && len(src) <= zstdenc.MaxSize:
-		out = e.zstd.Encode(dst[:0], src, matches)
-	case e.compressor == CompressorZstd:
+	case e.compressor == CompressorZstd && len(src) > zstdenc.MaxSize:
 		out, err = e.encodeLibrary(dst, src)
+	case e.compressor == CompressorZstd && e.level == LevelBest:
+		out = e.zstd.EncodeDeep(dst[:0], src)
+	case e.compressor == CompressorZstd:
+		out = e.zstd.Encode(dst[:0], src, matches)
 	case e.compressor == CompressorLZ4:
 		out, err = e.encodeLZ4(dst, src)
 	case e.compressor == CompressorGzip:
@@ -100,34 +97,24 @@ func (e *Encoder) EncodeMatches(dst, src []byte, matches []Match) (out []byte, c
 	return out, true, nil
 }
 
-// encodeLibrary compresses with klauspost's encoder: at the best level, and what is larger than a
-// chunk, such as a large table. It makes one frame with content size and without checksum, as
-// libzstd's one-shot interface does.
+// encodeLibrary compresses what is larger than a chunk, such as a large table, with klauspost's encoder. It makes one frame
+// with content size and without checksum, as libzstd's one-shot interface does.
 func (e *Encoder) encodeLibrary(dst, src []byte) ([]byte, error) {
-	class := 0
-	for class < len(zstdWindows)-1 && len(src) > zstdWindows[class] {
-		class++
-	}
-	if e.library[class] == nil {
-		level := zstd.SpeedDefault
-		if e.level == LevelBest {
-			level = zstd.SpeedBestCompression
-		}
+	if e.library == nil {
 		z, err := zstd.NewWriter(nil,
-			zstd.WithEncoderLevel(level),
 			zstd.WithEncoderConcurrency(1),
 			zstd.WithEncoderCRC(false),
 			zstd.WithSingleSegment(true),
 			zstd.WithLowerEncoderMem(true),
-			zstd.WithWindowSize(zstdWindows[class]),
+			zstd.WithWindowSize(MaxChunkSize),
 			// 0.3 % smaller at no measurable cost.
 			zstd.WithAllLitEntropyCompression(true))
 		if err != nil {
 			return nil, err
 		}
-		e.library[class] = z
+		e.library = z
 	}
-	return e.library[class].EncodeAll(src, dst[:0]), nil
+	return e.library.EncodeAll(src, dst[:0]), nil
 }
 
 // encodeLZ4 makes one raw block; nil when it would not be smaller than src.

@@ -44,6 +44,7 @@ const (
 // Not safe for concurrent use.
 type Encoder struct {
 	finder   finder
+	deep     *deepFinder // made when first needed
 	reps     reps
 	block    block
 	codes    []codes // of block.sequences
@@ -69,6 +70,27 @@ type reps [repeats]uint32
 //
 // The frame depends on src and matches alone. A src above [MaxSize] panics.
 func (e *Encoder) Encode(dst, src []byte, matches []Match) []byte {
+	if !worthUsing(matches, len(src)) {
+		matches = nil
+		e.finder.begin(len(src))
+	}
+	return e.encode(dst, src, e.finder.find, matches)
+}
+
+// EncodeDeep is [Encoder.Encode] with a search that takes longer and finds more. It makes the encoder
+// hold 5 MiB more.
+func (e *Encoder) EncodeDeep(dst, src []byte) []byte {
+	if e.deep == nil {
+		e.deep = new(deepFinder)
+	}
+	e.deep.begin(len(src))
+	return e.encode(dst, src, e.deep.find, nil)
+}
+
+// find makes sequences of src from start on.
+type find func(src []byte, start int, reps *reps, out *block)
+
+func (e *Encoder) encode(dst, src []byte, find find, matches []Match) []byte {
 	if len(src) > MaxSize {
 		panic("zstdenc: chunk above MaxSize")
 	}
@@ -76,16 +98,12 @@ func (e *Encoder) Encode(dst, src []byte, matches []Match) []byte {
 	if len(src) == 0 {
 		return appendBlockHeader(dst, blockRaw, 0, true)
 	}
-	if !worthUsing(matches, len(src)) {
-		matches = nil
-		e.finder.begin(len(src))
-	}
 	e.reps = reps{1, 4, 8} // section 3.1.1.5
 	e.literals.Reuse = huff0.ReusePolicyNone
 	e.prev = tables{}
 	for start := 0; start < len(src); {
 		end := min(start+maxBlockSize, len(src))
-		dst, matches = e.appendBlock(dst, src[:end], start, end == len(src), matches)
+		dst, matches = e.appendBlock(dst, src[:end], start, end == len(src), find, matches)
 		start = end
 	}
 	return dst
@@ -118,14 +136,14 @@ func appendBlockHeader(dst []byte, typ, size int, last bool) []byte {
 
 // appendBlock writes src from start on as one block, with all before it as history. It
 // returns the matches that lie behind it, at least in part.
-func (e *Encoder) appendBlock(dst, src []byte, start int, last bool, matches []Match) ([]byte, []Match) {
+func (e *Encoder) appendBlock(dst, src []byte, start int, last bool, find find, matches []Match) ([]byte, []Match) {
 	raw := src[start:]
 	saved := e.reps
 	e.block.reset()
 	if matches != nil {
 		matches = e.block.take(src, start, &e.reps, matches)
 	} else {
-		e.finder.find(src, start, &e.reps, &e.block)
+		find(src, start, &e.reps, &e.block)
 	}
 	if isRun(raw) {
 		e.reps = saved

@@ -100,7 +100,14 @@ func TestRoundTrip(t *testing.T) {
 		if err != nil || !bytes.Equal(got, src) {
 			t.Fatalf("case %d: %d bytes, %d matches: decoded to %d bytes: %v", i, n, len(matches), len(got), err)
 		}
+		deep := e.EncodeDeep(nil, src)
+		if got, err := dec.DecodeAll(deep, nil); err != nil || !bytes.Equal(got, src) || len(deep) > n+13+3*(n>>17) {
+			t.Fatalf("case %d: %d bytes by a deep search, a frame of %d: decoded to %d: %v", i, n, len(deep), len(got), err)
+		}
 		var fresh zstdenc.Encoder
+		if again := fresh.EncodeDeep(nil, src); !bytes.Equal(again, deep) {
+			t.Errorf("case %d: the frame of a deep search depends on what was encoded before", i)
+		}
 		if again := fresh.Encode(nil, src, matches); !bytes.Equal(again, frame) {
 			t.Errorf("case %d: the frame depends on what was encoded before", i)
 		}
@@ -123,6 +130,10 @@ func TestLargest(t *testing.T) {
 		if err != nil || !bytes.Equal(got, src) {
 			t.Fatalf("decoded to %d bytes: %v", len(got), err)
 		}
+	}
+	out := e.EncodeDeep(nil, src)
+	if got, err := decoder(t).DecodeAll(out, nil); err != nil || !bytes.Equal(got, src) {
+		t.Fatalf("by a deep search, decoded to %d bytes: %v", len(got), err)
 	}
 	defer func() {
 		if recover() == nil {
@@ -168,14 +179,27 @@ func TestSize(t *testing.T) {
 		t.Fatal(err)
 	}
 	var e zstdenc.Encoder
-	var own, hinted, library int
+	best, err := zstd.NewWriter(nil, zstd.WithEncoderConcurrency(1), zstd.WithEncoderCRC(false), zstd.WithEncoderLevel(zstd.SpeedBestCompression),
+		zstd.WithWindowSize(1<<20), zstd.WithLowerEncoderMem(true))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var own, hinted, library, deep, deepLibrary int
 	for ; len(src) > 1<<20; src = src[1<<20:] {
 		chunk := src[:1<<20]
 		own += len(e.Encode(nil, chunk, nil))
 		hinted += len(e.Encode(nil, chunk, known(chunk)))
 		library += len(z.EncodeAll(chunk, nil))
+		if !testing.Short() || deep == 0 {
+			deep += len(e.EncodeDeep(nil, chunk))
+			deepLibrary += len(best.EncodeAll(chunk, nil))
+		}
 	}
 	t.Logf("own %d bytes, with matches %d, library %d", own, hinted, library)
+	t.Logf("by a deep search %d bytes, the library's best %d", deep, deepLibrary)
+	if deep > deepLibrary+deepLibrary/200 {
+		t.Errorf("%d bytes by a deep search, the library's best are %d: more than 0.5 %% larger", deep, deepLibrary)
+	}
 	if own > library+library/100 {
 		t.Errorf("%d bytes, the library makes %d: more than 1 %% larger", own, library)
 	}
@@ -218,6 +242,10 @@ func FuzzEncode(f *testing.F) {
 		if err != nil || !bytes.Equal(got, src) {
 			t.Fatalf("%d bytes decoded to %d: %v", len(src), len(got), err)
 		}
+		got, err = dec.DecodeAll(e.EncodeDeep(nil, src), nil)
+		if err != nil || !bytes.Equal(got, src) {
+			t.Fatalf("%d bytes by a deep search decoded to %d: %v", len(src), len(got), err)
+		}
 	})
 }
 
@@ -231,11 +259,18 @@ func BenchmarkEncode(b *testing.B) {
 	if err != nil {
 		b.Fatal(err)
 	}
+	best, err := zstd.NewWriter(nil, zstd.WithEncoderConcurrency(1), zstd.WithEncoderCRC(false), zstd.WithEncoderLevel(zstd.SpeedBestCompression),
+		zstd.WithWindowSize(1<<20), zstd.WithLowerEncoderMem(true), zstd.WithAllLitEntropyCompression(true))
+	if err != nil {
+		b.Fatal(err)
+	}
 	var e zstdenc.Encoder
 	for name, encode := range map[string]func(dst, src []byte, i int) []byte{
-		"search":  func(dst, src []byte, _ int) []byte { return e.Encode(dst, src, nil) },
-		"matches": func(dst, src []byte, i int) []byte { return e.Encode(dst, src, matches[i]) },
-		"library": func(dst, src []byte, _ int) []byte { return z.EncodeAll(src, dst) },
+		"search":         func(dst, src []byte, _ int) []byte { return e.Encode(dst, src, nil) },
+		"matches":        func(dst, src []byte, i int) []byte { return e.Encode(dst, src, matches[i]) },
+		"deep":           func(dst, src []byte, _ int) []byte { return e.EncodeDeep(dst, src) },
+		"library":        func(dst, src []byte, _ int) []byte { return z.EncodeAll(src, dst) },
+		"library's best": func(dst, src []byte, _ int) []byte { return best.EncodeAll(src, dst) },
 	} {
 		b.Run(name, func(b *testing.B) {
 			b.SetBytes(4 << 20)
