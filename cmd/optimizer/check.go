@@ -96,7 +96,16 @@ func (o *checkOptions) run(ctx context.Context, ref string) (err error) {
 			return openBlob(ctx, img, b)
 		}
 	}
-	report, err := rafs.Check(ctx, boot, size, open, rafs.CheckOptions{Data: !o.noData, Workers: o.workers})
+	report, err := rafs.Check(ctx, boot, size, open, rafs.CheckOptions{
+		Data: !o.noData, Workers: o.workers,
+		Scratch: func() (rafs.Scratch, error) {
+			f, err := img.Scratch()
+			if err != nil {
+				return nil, err // not f: a nil file in an interface is not nil
+			}
+			return f, nil
+		},
+	})
 	err = errors.Join(err, img.CheckLayers(ctx, !o.noData))
 	if err != nil {
 		return fmt.Errorf("check %s: %w", img.Reference, err)

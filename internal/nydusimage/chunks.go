@@ -69,6 +69,14 @@ func (c *Chunks) blob(ctx context.Context, n int) (*rafs.BlobReader, error) {
 	if err != nil {
 		return nil, fmt.Errorf("blob %s: %w", b.ID, err)
 	}
+	if r.Spills() {
+		scratch, err := c.img.Scratch()
+		if err != nil {
+			return nil, fmt.Errorf("blob %s: %w", b.ID, err)
+		}
+		c.files = append(c.files, scratch)
+		r.Spill(scratch)
+	}
 	c.open[n] = r
 	return r, nil
 }

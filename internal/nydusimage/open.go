@@ -47,6 +47,7 @@ type Image struct {
 	size      int64
 	blobFile  func(ctx context.Context, id string) (*os.File, error)
 	src       remote.Source
+	tempDir   string // as in Options
 }
 
 // Open opens the Nydus image that ref names. Its documents must agree with each other and
@@ -93,7 +94,7 @@ func open(ctx context.Context, ref remote.Reference, src remote.Source, o Option
 	if err != nil {
 		return nil, fmt.Errorf("bootstrap layer %s: %w", last.Digest, err)
 	}
-	img := &Image{Reference: ref.String(), Source: &sel, Document: doc, bootstrap: file, size: size, src: src}
+	img := &Image{Reference: ref.String(), Source: &sel, Document: doc, bootstrap: file, size: size, src: src, tempDir: o.TempDir}
 	img.blobFile = func(ctx context.Context, id string) (*os.File, error) {
 		return img.fetchBlob(ctx, ref, id, o.TempDir)
 	}
@@ -220,6 +221,9 @@ func (i *Image) fetchBlob(ctx context.Context, ref remote.Reference, id, tempDir
 }
 
 func clamp(n uint64) int64 { return int64(min(n, 1<<63-1)) }
+
+// Scratch makes a temporary file without a name, for what [rafs.BlobReader.Spill] puts by. The caller closes it.
+func (i *Image) Scratch() (*os.File, error) { return spool(i.tempDir, strings.NewReader("")) }
 
 // spool copies r into a temporary file that has no name any more when spool returns.
 func spool(dir string, r io.Reader) (*os.File, error) {

@@ -20,6 +20,9 @@ type CheckOptions struct {
 	Data      bool // read every chunk of the tree and compare its digest; hash each blob file and its sections
 	Workers   int  // goroutines that read and decompress chunks; 0: GOMAXPROCS
 	MaxFaults int  // stop after so many faults; 0: 100
+	// Scratch gives room for what [BlobReader.Spill] puts by, which else is in memory: 32 KiB for every 512 KiB of a large gzip
+	// layer that chunks lie in. It is called at most once for a blob. Check closes what it gives if that is an io.Closer.
+	Scratch func() (Scratch, error)
 }
 
 // Report is what [Check] saw.
@@ -183,6 +186,14 @@ func (c *checker) openBlob(ctx context.Context, b Blob, chunks []Chunk, open fun
 	}
 	if err != nil {
 		return c.add(err)
+	}
+	if c.options.Data && c.options.Scratch != nil && reader.Spills() {
+		scratch, err := c.options.Scratch()
+		if err != nil {
+			return fmt.Errorf("room for the dictionaries of blob %s: %w", short(b.ID), err)
+		}
+		files = append(files, scratch)
+		reader.Spill(scratch)
 	}
 	return c.blob(ctx, reader, chunks)
 }

@@ -139,6 +139,12 @@ func checkEntryDigest(ctx context.Context, e disk.TOCEntry, b Blob, r io.ReaderA
 		err = invalid(section, -1, "uncompressed size", e.UncompressedSize, fmt.Sprintf("at most %d times the stored size", maxMetaRatio))
 	case e.UncompressedSize > maxSection || length > e.UncompressedSize+e.UncompressedSize/64+1<<16: // no compressor adds that much
 		err = invalid(section, -1, "stored and uncompressed size", [2]uint64{length, e.UncompressedSize}, fmt.Sprintf("at most %d, the first no larger", uint64(maxSection)))
+	case e.UncompressedSize > bigTable && compressor == CompressorZstd:
+		var t *tableReader
+		if t, err = newTableReader(io.NewSectionReader(r, clampOffset(offset), clampOffset(length)), compressor, e.UncompressedSize); err == nil {
+			_, err = io.Copy(sum, t)
+			t.Close()
+		}
 	default:
 		var p []byte
 		if p, err = readExactly(r, offset, length); err == nil {

@@ -17,6 +17,9 @@ import (
 // is called before the first read, and s kept until after the last.
 func (b *BlobReader) Spill(s Scratch) { b.scratch = s }
 
+// Spills tells whether the table is one of those that Spill is for.
+func (b *BlobReader) Spills() bool { return b.piecewise() }
+
 // readMeta reads and checks blob.meta; the dictionaries of a large one only if they are put by.
 func (b *BlobReader) readMeta() (*metaTable, error) {
 	header, err := b.readMetaHeader()
@@ -60,7 +63,7 @@ func (b *BlobReader) readMeta() (*metaTable, error) {
 // piecewise tells whether the table is too large for memory and can be had piece by piece.
 func (b *BlobReader) piecewise() bool {
 	m := &b.blob
-	return m.Features&disk.FeatureZran != 0 && m.MetaUncompressed > bigTable && (m.MetaCompressor == CompressorZstd || m.MetaCompressor == CompressorNone)
+	return m.Features&disk.FeatureZran != 0 && m.MetaUncompressed > bigTable && piecewise(m.MetaCompressor)
 }
 
 // readMetaHeader checks the place and sizes of blob.meta and reads its header, which has not been looked at.
@@ -194,25 +197,32 @@ func (f *faultReader) Read(p []byte) (int, error) {
 func (b *BlobReader) openTable() (*tableReader, error) {
 	m := &b.blob
 	stored := io.NewSectionReader(b.metaFile, clampOffset(m.MetaOffset), clampOffset(m.MetaCompressed))
-	t := &tableReader{src: &faultReader{r: stored}, left: m.MetaUncompressed}
-	switch m.MetaCompressor {
-	case CompressorNone:
-		t.r = t.src
-	case CompressorZstd:
+	if !piecewise(m.MetaCompressor) {
+		table, err := b.readTable()
+		if err != nil {
+			return nil, err
+		}
+		return newTableReader(bytes.NewReader(table), CompressorNone, m.MetaUncompressed)
+	}
+	return newTableReader(stored, m.MetaCompressor, m.MetaUncompressed)
+}
+
+// piecewise tells whether tables compressed with c can be had piece by piece.
+func piecewise(c Compressor) bool { return c == CompressorZstd || c == CompressorNone }
+
+// newTableReader begins to read a table of size bytes that is stored in r, compressed with one of the compressors that [piecewise] names.
+func newTableReader(stored io.Reader, c Compressor, size uint64) (*tableReader, error) {
+	t := &tableReader{src: &faultReader{r: stored}, left: size}
+	t.r = t.src
+	if c == CompressorZstd {
 		// nydus-image makes one segment of a table, however large, which is then the window.
-		window := max(tableWindow, uint64(1)<<bits.Len64(m.MetaUncompressed))
+		window := max(tableWindow, uint64(1)<<bits.Len64(size))
 		var err error
 		t.zstd, err = zstd.NewReader(t.src, zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true), zstd.WithDecoderMaxWindow(window))
 		if err != nil {
 			return nil, fmt.Errorf("%w: blob.meta: %w", ErrInvalid, err)
 		}
 		t.r = t.zstd
-	default:
-		table, err := b.readTable()
-		if err != nil {
-			return nil, err
-		}
-		t.r = bytes.NewReader(table)
 	}
 	return t, nil
 }

@@ -68,12 +68,46 @@ func TestRefBigTable(t *testing.T) {
 			if _, err := s.check(rafs.CheckOptions{Data: true}); err != nil {
 				t.Error(err)
 			}
+			checkSpilling(t, s, blob)
 			t.Run("read", func(t *testing.T) { readBigTable(t, s, blob) })
 			t.Run("damage", func(t *testing.T) { damageBigTable(t, s, blob) })
 			t.Run("nydus-image", s.checkNydus)
 			t.Run("nydusd", s.compareNydusd)
 		})
 	}
+}
+
+// checkSpilling checks with room for the dictionaries, which go there, and with one that has none left.
+func checkSpilling(t *testing.T, s *stored, blob rafs.Blob) {
+	room := &closedScratch{}
+	o := rafs.CheckOptions{Data: true, Scratch: func() (rafs.Scratch, error) { return room, nil }}
+	if _, err := s.check(o); err != nil {
+		t.Error(err)
+	}
+	if least := int(blob.MetaUncompressed / 2); room.buf.Len() < least || room.closed != 1 {
+		t.Errorf("%d bytes were put by, want at least %d; closed %d times", room.buf.Len(), least, room.closed)
+	}
+	o.Scratch = func() (rafs.Scratch, error) { return &brokenScratch{room: 1 << 20}, nil }
+	if _, err := s.check(o); !errors.Is(err, errScratch) {
+		t.Errorf("with a full disk: %v, want %v", err, errScratch)
+	}
+	o.Scratch = func() (rafs.Scratch, error) { return nil, errScratch }
+	if _, err := s.check(o); !errors.Is(err, errScratch) {
+		t.Errorf("without a file: %v, want %v", err, errScratch)
+	}
+}
+
+// closedScratch is memory that counts how often it is closed.
+type closedScratch struct {
+	brokenScratch
+	closed int
+}
+
+func (s *closedScratch) Write(p []byte) (int, error) { return s.buf.Write(p) }
+
+func (s *closedScratch) Close() error {
+	s.closed++
+	return nil
 }
 
 // readBigTable reads chunks in any order, with the dictionaries in memory and in a file, and the table as it is kept in caches.
@@ -121,7 +155,7 @@ func damageBigTable(t *testing.T, s *stored, blob rafs.Blob) {
 
 // brokenScratch takes so many bytes.
 type brokenScratch struct {
-	bytes.Buffer
+	buf  bytes.Buffer // no field of which methods are ours: it would read past Write
 	room int
 }
 
@@ -131,11 +165,11 @@ func (s *brokenScratch) Write(p []byte) (int, error) {
 	if s.room -= len(p); s.room < 0 {
 		return 0, errScratch
 	}
-	return s.Buffer.Write(p)
+	return s.buf.Write(p)
 }
 
 func (s *brokenScratch) ReadAt(p []byte, off int64) (int, error) {
-	return bytes.NewReader(s.Bytes()).ReadAt(p, off)
+	return bytes.NewReader(s.buf.Bytes()).ReadAt(p, off)
 }
 
 // TestRefScratchFails: a full disk fails the blob, whenever it is full.
