@@ -84,6 +84,9 @@ type Options struct {
 	// layers. Equal chunks of two layers stay apart. Sparse files with holes are ErrUnsupported, as are RAFS v5, BatchSize, Dict and
 	// Records. Nydus itself takes SHA-256 digests for such images.
 	OCIRef bool
+	// PrefetchPaths is for [PackLayer] alone: the absolute paths of the prefetch table in the layer's bootstrap. Those that are not in the
+	// layer are left out; a directory stands for all below it.
+	PrefetchPaths []string
 	// Dict is a chunk dictionary; nil: none.
 	Dict *Dict
 	// Records makes a record of each layer that is read, for conversions to come.

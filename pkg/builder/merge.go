@@ -40,6 +40,8 @@ type MergeOptions struct {
 	// Prefetch are the paths of the prefetch table; those that are not in the image are left
 	// out. A directory stands for all below it. nil: what the tables of parent and layers name, in that order.
 	Prefetch []string
+	// DefaultPrefetch takes Prefetch's place where that is nil and no layer has a table, whether the parent has one or not.
+	DefaultPrefetch []string
 }
 
 // MergeLayers merges the bootstraps that layers' blobs hold, lowest first, writes the
@@ -56,6 +58,7 @@ func MergeLayers(ctx context.Context, w io.Writer, layers []PackedLayer, o Merge
 			return nil, fmt.Errorf("parent: %w", err)
 		}
 	}
+	above := len(m.tables) // those of the parent
 	for i, l := range layers {
 		if err := ctx.Err(); err != nil {
 			return nil, err
@@ -67,10 +70,13 @@ func MergeLayers(ctx context.Context, w io.Writer, layers []PackedLayer, o Merge
 	if m.first == nil {
 		return nil, fmt.Errorf("%w: no layers to merge", ErrInvalid)
 	}
-	if o.Prefetch == nil {
+	switch {
+	case o.Prefetch == nil && o.DefaultPrefetch != nil && len(m.tables) == above:
+		o.Prefetch = o.DefaultPrefetch
+	case o.Prefetch == nil:
 		o.Prefetch = m.tables
 	}
-	prefetch := m.find(o.Prefetch)
+	prefetch := m.tree.find(o.Prefetch)
 	img := &rafs.Image{
 		Version: m.first.Version, ChunkSize: m.first.ChunkSize, Compressor: m.first.Compressor, Digester: m.first.Digester,
 		Root: m.tree.finalize().root, Prefetch: prefetch,
@@ -245,15 +251,15 @@ func prefetchPaths(img *rafs.Image) []string {
 	return slices.DeleteFunc(out, func(p string) bool { return p == "" })
 }
 
-// find returns the inodes of paths.
-func (m *merger) find(paths []string) []*rafs.Inode {
+// find returns the inodes of absolute paths, in that order, each once; others, and paths that t has not, are left out.
+func (t *tree) find(paths []string) []*rafs.Inode {
 	var out []*rafs.Inode
 	seen := map[*rafs.Inode]bool{}
 	for _, p := range paths {
 		if !path.IsAbs(p) {
 			continue
 		}
-		_, e, err := m.tree.locate(path.Clean(p)[1:], false)
+		_, e, err := t.locate(path.Clean(p)[1:], false)
 		if err == nil && e.ino != nil && !seen[e.ino] {
 			seen[e.ino] = true
 			out = append(out, e.ino)

@@ -21,7 +21,7 @@ const inventedNsec = 1
 // back: chunks, their tables, the bootstrap of this layer alone, and a table of contents; of RAFS v5, chunks and
 // bootstrap. Whiteouts
 // are in that bootstrap as the files that the tar has. The blob depends on the tar and o only;
-// of o, List and what concerns a [Result] do not apply. The description that is returned is that of
+// of o, List and what concerns a [Result] do not apply, and PrefetchPaths do. The description that is returned is that of
 // the blob file; a layer without data has a blob too, with a bootstrap and no chunks.
 //
 // With o.OCIRef r is the layer as it is stored, gzip or plain tar, and stays where it is: the blob holds tables and bootstrap, as that of
@@ -72,7 +72,7 @@ func PackLayer(ctx context.Context, w io.Writer, r io.Reader, o Options) (rafs.B
 	if err := errors.Join(err, workers.Wait()); err != nil {
 		return rafs.Blob{}, err
 	}
-	img, err := reader.tree.layerImage()
+	img, err := reader.tree.layerImage(o.PrefetchPaths)
 	if err != nil {
 		return rafs.Blob{}, err
 	}
@@ -95,6 +95,9 @@ func writeLayerBootstrap(w io.Writer, img *rafs.Image, own *rafs.Blob, dict *dic
 		all = append(all, dict.Image.Blobs...)
 	}
 	keepUsed(img, all, own != nil)
+	if len(img.Blobs) == 0 {
+		img.Prefetch = nil
+	}
 	_, err := rafs.WriteBootstrap(w, img)
 	return err
 }
@@ -146,8 +149,8 @@ func filesOf(root *rafs.Inode) []*rafs.Inode {
 }
 
 // layerImage returns the tree of a layer as an image: whiteouts become files, and directories
-// without an entry are marked. t is used up.
-func (t *tree) layerImage() (*rafs.Image, error) {
+// without an entry are marked. prefetch are the paths of its prefetch table. t is used up.
+func (t *tree) layerImage(prefetch []string) (*rafs.Image, error) {
 	if len(t.links) > 0 {
 		l := t.links[0]
 		return nil, fmt.Errorf("%w: entry %q is a hard link to %q of a lower layer", ErrUnsupported, l.name, l.target)
@@ -171,5 +174,6 @@ func (t *tree) layerImage() (*rafs.Image, error) {
 		}
 	}
 	walk(t.root)
-	return &rafs.Image{Root: t.finalize().root}, nil
+	table := t.find(prefetch)
+	return &rafs.Image{Root: t.finalize().root, Prefetch: table}, nil
 }

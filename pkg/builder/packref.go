@@ -46,7 +46,7 @@ func packRef(ctx context.Context, w io.Writer, r io.Reader, o Options) (_ rafs.B
 	if err := errors.Join(err, workers.Wait()); err != nil {
 		return rafs.Blob{}, err
 	}
-	img, err := reader.tree.layerImage()
+	img, err := reader.tree.layerImage(o.PrefetchPaths)
 	if err != nil {
 		return rafs.Blob{}, err
 	}

@@ -57,7 +57,7 @@ type PackOption struct {
 	BuilderPath      string // no effect
 	FsVersion        string // "5" or "6" (the default)
 	ChunkDictPath    string // bootstrap of an image whose chunks are referred to, not stored
-	PrefetchPatterns string // no effect: the bootstrap of an image has the table, see MergeOption
+	PrefetchPatterns string // paths, one a line, for the prefetch table of the layer's bootstrap; Merge keeps them. Empty: none
 	Compressor       string // "zstd" (the default), "lz4_block", "gzip" or "none"; no effect with OCIRef
 	// OCIRef leaves the data in the layer, which is then written as it is stored, gzip or plain tar: the blob says where in
 	// it the chunks are. RAFS v6 alone; ErrUnsupported with ChunkDictPath or BatchSize.
@@ -78,7 +78,7 @@ type MergeOption struct {
 	FsVersion           string // "5" or "6", which the layers must have; empty: any
 	ChunkDictPath       string // bootstrap of the image that the layers were packed with; empty: the layers tell their own blobs
 	ParentBootstrapPath string // bootstrap of an image below the layers
-	PrefetchPatterns    string // paths, one a line, for the prefetch table; empty: "/", all
+	PrefetchPatterns    string // paths, one a line, for the prefetch table; empty: what the layers were packed with, else "/", all
 	WithTar             bool   // the bootstrap as image/image.boot of a tar
 	OCI                 bool   // OCI media types for what was docker's
 	OCIRef              bool   // every layer must have been packed with OCIRef; they may in any case, see Layer.OriginalDigest
@@ -113,7 +113,7 @@ const maxBootstrap = 1 << 30
 // options returns what builder understands.
 func (o PackOption) options() (builder.Options, error) {
 	out := builder.DefaultOptions()
-	out.Workers = o.Workers
+	out.Workers, out.PrefetchPaths = o.Workers, pathsOf(o.PrefetchPatterns)
 	var err error
 	if out.FSVersion, err = parseVersion(o.FsVersion); err != nil {
 		return out, err
@@ -162,6 +162,14 @@ func (o PackOption) options() (builder.Options, error) {
 		}
 	}
 	return out, nil
+}
+
+// pathsOf returns the lines of a PrefetchPatterns; nil when it is empty.
+func pathsOf(patterns string) []string {
+	if patterns == "" {
+		return nil
+	}
+	return strings.Split(strings.TrimSpace(patterns), "\n")
 }
 
 // parseVersion reads an FsVersion; empty is v6, as for the converter that this one stands for.
@@ -307,15 +315,12 @@ func Merge(ctx context.Context, layers []Layer, dest io.Writer, opt MergeOption)
 
 // options returns what builder understands.
 func (opt *MergeOption) options() (builder.MergeOptions, error) {
-	o := builder.MergeOptions{Prefetch: []string{"/"}}
+	o := builder.MergeOptions{Prefetch: pathsOf(opt.PrefetchPatterns), DefaultPrefetch: []string{"/"}}
 	if opt.Encrypt != nil {
 		return o, fmt.Errorf("%w: Encrypt", ErrUnsupported)
 	}
 	if _, err := parseVersion(opt.FsVersion); err != nil {
 		return o, err
-	}
-	if opt.PrefetchPatterns != "" {
-		o.Prefetch = strings.Split(strings.TrimSpace(opt.PrefetchPatterns), "\n")
 	}
 	if opt.ParentBootstrapPath != "" {
 		img, _, err := readBootstrap(opt.ParentBootstrapPath)
