@@ -45,6 +45,7 @@ type Blob struct {
 	stream  *stream           // the stream that is reading this blob
 	ahead   int64             // how far a demand's request goes: more for those that follow each other
 	seen    int64             // the end of the last one
+	asked   map[int64]int     // requests of demands so far, by the part of the blob file, of crowd bytes, that they began in
 	listed  map[uint64]bool   // uncompressed offsets of chunks that a prefetch table names
 	whole   bool              // this is a prefetch blob: all of it is listed
 	over    bool              // what was to be prefetched of this blob's image is there, or failed
@@ -62,7 +63,7 @@ func (s *Scheduler) Open(cache Cache, src Source, info rafs.Blob, chunks []rafs.
 func (s *Scheduler) open(h *Share, cache Cache, src Source, info rafs.Blob, chunks []rafs.Chunk) (*Blob, error) {
 	b := &Blob{
 		s: s, share: h, info: info, cache: cache, sources: []*origin{newOrigin(src)}, opened: time.Now(),
-		preparing: make(chan struct{}, 1), streaming: make(chan struct{}, 1), flights: map[int64]*flight{},
+		preparing: make(chan struct{}, 1), streaming: make(chan struct{}, 1), flights: map[int64]*flight{}, asked: map[int64]int{},
 	}
 	reader, err := s.reader(info, &span{})
 	if err != nil {

@@ -135,7 +135,7 @@ func TestEnsureJoinsNear(t *testing.T) {
 	}
 }
 
-// Who reads a blob from front to back needs fewer and longer requests; who does not gets little that he did not ask for.
+// Who reads a blob from front to back, or here and there in one part of it, needs fewer and longer requests; who does not gets little that he did not ask for.
 func TestEnsureAhead(t *testing.T) {
 	t.Parallel()
 	img := convert(t, func(o *builder.Options) { o.ChunkSize, o.Compressor = 1<<12, rafs.CompressorNone })
@@ -152,7 +152,7 @@ func TestEnsureAhead(t *testing.T) {
 	}
 	m = mounted(t, img, quick())
 	chunks := m.BlobChunks(0)
-	for i := len(chunks) - 1; i >= 0; i -= 200 {
+	for i := len(chunks) - 1; i >= 0; i -= 800 { // 3.2 MB apart
 		if err := m.ensure(t.Context(), chunks[i]); err != nil {
 			t.Fatal(err)
 		}
@@ -161,6 +161,18 @@ func TestEnsureAhead(t *testing.T) {
 		if r.Length > 128<<10 {
 			t.Errorf("%+v is longer than 128 KiB", r)
 		}
+	}
+	m = mounted(t, img, quick())
+	reads := rand.New(rand.NewPCG(1, 2)).Perm(30)
+	for _, i := range reads {
+		if err := m.ensure(t.Context(), chunks[60*i]); err != nil {
+			t.Fatal(err)
+		}
+	}
+	requests := m.sources[0].seen()
+	longest := slices.MaxFunc(requests, func(x, y fill.Request) int { return cmp.Compare(x.Length, y.Length) })
+	if len(requests) > len(reads)*3/4 || longest.Length <= 128<<10 || longest.Length > 1<<20 {
+		t.Errorf("%d requests for %d reads in 7 MB, the longest is %+v", len(requests), len(reads), longest)
 	}
 }
 

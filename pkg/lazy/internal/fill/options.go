@@ -64,8 +64,9 @@ type Options struct {
 	// Near is how many stored bytes that nobody wants are fetched to make one request of two; 0: 64 KiB,
 	// negative: none.
 	Near int64
-	// Ahead is how many stored bytes a demand's request has at least, where chunks that are missing follow; 0: 128 KiB,
-	// negative: none. Requests that follow each other in a blob get longer, up to 1 MiB.
+	// Ahead is how many stored bytes a demand's request has at least, where chunks that are missing follow or lie before it; 0:
+	// 128 KiB, negative: none. Requests that follow each other in a blob get longer, up to 1 MiB, and those near
+	// others up to 512 KiB: what a start reads lies together.
 	Ahead int64
 	// Backoff is how long is waited before a request is repeated; doubled each time, at most 8 times this; 0: 250 ms.
 	Backoff time.Duration
@@ -80,6 +81,10 @@ const (
 	maxWindow = 4 << 20
 	// maxAhead is how far a request goes that follows others.
 	maxAhead = 1 << 20
+	// maxCrowd is how far a request goes that lies near others, and crowd how many bytes of a blob file are near. Measured by replaying
+	// lists of starts: for python with numpy and flask 85 requests in place of 134, and 10 % more bytes.
+	maxCrowd = 512 << 10
+	crowd    = 1 << 20
 	// prefetchRequests is how many windows of a prefetch table are fetched at once.
 	prefetchRequests = 2
 )

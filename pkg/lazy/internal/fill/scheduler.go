@@ -305,7 +305,7 @@ func (b *Blob) next() *window {
 	return nil
 }
 
-// around makes a window of f, demands that wait beside it, and a little of what follows.
+// around makes a window of f, demands that wait beside it, and a little of what follows, or else of what lies before it.
 func (b *Blob) around(v *view, f *flight) *window {
 	w := &window{class: Demand, flights: []*flight{f}, off: f.u.off, end: f.u.end()}
 	f.started = true
@@ -318,6 +318,7 @@ func (b *Blob) around(v *view, f *flight) *window {
 	} else {
 		b.ahead = b.s.o.Ahead
 	}
+	w.ahead = max(b.ahead, b.crowded(f.u.off))
 	for n := v.unitOf(at) + 1; n < v.count(); n++ {
 		if !b.take(w, v.unit(n), true) {
 			break
@@ -333,6 +334,17 @@ func (b *Blob) around(v *view, f *flight) *window {
 	return w
 }
 
+// crowded returns how far a request at off goes because of others near it, and counts it.
+func (b *Blob) crowded(off int64) int64 {
+	at := off / crowd
+	near := b.asked[at] + (b.asked[at-1]+b.asked[at+1])/2
+	b.asked[at]++
+	if near == 0 {
+		return 0
+	}
+	return min(b.s.o.Ahead<<min(near, 10), maxCrowd)
+}
+
 // take extends w by u, behind it or before it, when that is wanted or cheap; false: what comes next is too far.
 func (b *Blob) take(w *window, u unit, behind bool) bool {
 	gap := u.off - w.end
@@ -344,7 +356,7 @@ func (b *Blob) take(w *window, u unit, behind bool) bool {
 		return false
 	}
 	f := b.flights[u.key()]
-	cheap := behind && b.stream == nil && length <= b.ahead
+	cheap := b.stream == nil && (behind && length <= w.ahead || length <= b.s.o.Ahead) // what lies before a demand makes it wait
 	if f != nil && f.started || f == nil && (!cheap || !b.missing(u.chunks)) {
 		return true // there may be wanted ones beyond it
 	}

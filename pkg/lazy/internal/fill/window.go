@@ -17,6 +17,7 @@ type window struct {
 	class    Class
 	flights  []*flight
 	off, end int64
+	ahead    int64 // how long it may get by what nobody waits for
 }
 
 // cacheError is an error of the cache: asking for the bytes again does not help.
