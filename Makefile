@@ -11,7 +11,7 @@ SUDO       ?= $(if $(DESTDIR),,$(shell [ "$$(id -u)" = 0 ] || command -v sudo))
 PLUGIN      = $(DESTDIR)/opt/nri/plugins/02-optimizer-nri-plugin
 CONFIG      = $(DESTDIR)/etc/nri/conf.d/02-optimizer-nri-plugin.conf
 
-.PHONY: build optimizer install install-optimizer install-service demo test test-race lint fuzz bench bench-start soak tools clean
+.PHONY: build optimizer install install-optimizer install-service install-lazyd demo test test-race lint fuzz bench bench-start soak tools clean
 build optimizer: ## our commands, static, into bin/
 	CGO_ENABLED=0 go build -trimpath -o bin/ ./cmd/...
 
@@ -25,6 +25,9 @@ install install-optimizer: ## into the system, or below DESTDIR; keeps a config 
 install-service: PLUGIN = $(DESTDIR)$(PREFIX)/bin/optimizer-nri-plugin
 install-service: install ## the plugin started by systemd, in place of one that containerd launches
 	$(SUDO) install -D -m 644 configs/optimizer-nri-plugin.service $(DESTDIR)/etc/systemd/system/optimizer-nri-plugin.service
+
+install-lazyd: install ## the daemon of lazy mounts as a service, away from who mounts
+	$(SUDO) install -D -m 644 configs/headstart-lazyd.service $(DESTDIR)/etc/systemd/system/headstart-lazyd.service
 
 demo: ## IMAGE= and CMD= choose another workload
 	go run ./internal/demo

@@ -21,8 +21,12 @@ func TestMakeInstall(t *testing.T) {
 		t.Fatal(err)
 	}
 	const config = "etc/nri/conf.d/02-optimizer-nri-plugin.conf"
+	plugin := map[string]os.FileMode{"opt/nri/plugins/02-optimizer-nri-plugin": 0o755}
+	lazyd := maps.Clone(plugin)
+	lazyd["etc/systemd/system/headstart-lazyd.service"] = 0o644
 	for target, want := range map[string]map[string]os.FileMode{
-		"install-optimizer": {"opt/nri/plugins/02-optimizer-nri-plugin": 0o755},
+		"install-optimizer": plugin,
+		"install-lazyd":     lazyd,
 		"install-service":   {"usr/local/bin/optimizer-nri-plugin": 0o755, "etc/systemd/system/optimizer-nri-plugin.service": 0o644},
 	} {
 		t.Run(target, func(t *testing.T) {

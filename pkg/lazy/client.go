@@ -34,7 +34,8 @@ type ClientOptions struct {
 	// StateDir is the daemon's; empty: [DefaultStateDir]. RunDir has its socket and log; empty: [DefaultRunDir].
 	StateDir, RunDir string
 	// Command starts a daemon, a process that calls [RunDaemon] for both directories, and reads
-	// nothing; empty: this program with the arguments "lazyd --state-dir StateDir --run-dir RunDir".
+	// nothing; empty: this program with the arguments
+	// "lazyd --own-cgroup --state-dir StateDir --run-dir RunDir".
 	Command []string
 	// DaemonArgs are more arguments for that default.
 	DaemonArgs []string
@@ -61,7 +62,7 @@ func NewClient(o ClientOptions) (*Client, error) {
 		*d.dir = abs
 	}
 	if len(o.Command) == 0 {
-		o.Command = []string{"/proc/self/exe", "lazyd", "--state-dir", o.StateDir, "--run-dir", o.RunDir}
+		o.Command = []string{"/proc/self/exe", "lazyd", "--own-cgroup", "--state-dir", o.StateDir, "--run-dir", o.RunDir}
 		o.Command = append(o.Command, o.DaemonArgs...)
 	}
 	return &Client{o: o, socket: socketName(o.StateDir)}, nil

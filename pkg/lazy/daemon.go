@@ -27,7 +27,8 @@ import (
 type DaemonOptions struct {
 	// StateDir and RunDir are those of [ClientOptions].
 	StateDir, RunDir string
-	// Idle is how long the daemon stays with nothing mounted; 0: 30 s.
+	// Idle is how long the daemon stays with nothing mounted; 0: 30 s. Negative: for ever, but 30 s for one that its holder has
+	// started again: who started the first one starts another when it is gone.
 	Idle time.Duration
 	// Limit is how long a reader waits at most, whatever a backend does; 0: 60 s. Then its read fails (EIO).
 	Limit time.Duration
@@ -49,6 +50,10 @@ type DaemonOptions struct {
 // and returns when the daemon has ended for good.
 func RunHolder(ctx context.Context, log *zap.Logger) error { return hold.Run(ctx, log) }
 
+// TakesOver reports whether this process is to call [RunDaemon] at once: its holder has started it in the place of one that ended, whose
+// readers and clients wait. They would wait for ever for one that asks whether a daemon runs.
+func TakesOver() bool { return hold.Restarted() }
+
 // Names of kept descriptors. Those of blobs are followed by [store.Blob.Name].
 const (
 	keptLock     = "lock"
@@ -58,6 +63,8 @@ const (
 	keptData     = "data/"
 	keptBits     = "bits/"
 )
+
+const defaultIdle = 30 * time.Second
 
 // daemon is a running daemon.
 type daemon struct {
@@ -91,8 +98,9 @@ type daemon struct {
 	keeper *keeper // of the cache
 
 	calls      sync.WaitGroup
-	poke       chan struct{} // makes the janitor look at once
-	collectNow chan struct{} // and the collector
+	poke       chan struct{}      // makes the janitor look at once
+	collectNow chan struct{}      // and the collector
+	quit       context.CancelFunc // ends run
 }
 
 // RunDaemon answers the kernel and clients until nothing was mounted for a while, or ctx is done: then, with
@@ -104,7 +112,7 @@ func RunDaemon(ctx context.Context, o DaemonOptions) error {
 	d := &daemon{
 		o: o, log: o.Log, mounts: map[string]*mount{}, blobs: map[string]*blob{}, bootstraps: map[string]int{}, last: time.Now(), poke: make(chan struct{}, 1), collectNow: make(chan struct{}, 1),
 	}
-	d.o.Idle, d.o.Limit = cmp.Or(o.Idle, 30*time.Second), cmp.Or(o.Limit, time.Minute)
+	d.o.Idle, d.o.Limit = cmp.Or(o.Idle, defaultIdle), cmp.Or(o.Limit, time.Minute)
 	d.o.CachePause = cmp.Or(max(0, o.CachePause), DefaultCachePause)
 	err := d.start(ctx)
 	tellReady(o, err)
@@ -152,6 +160,9 @@ func (d *daemon) start(ctx context.Context) (err error) {
 	}
 	d.link = link
 	if d.restarted = taken.Restarted; taken.Restarted {
+		if d.o.Idle < 0 {
+			d.o.Idle = defaultIdle
+		}
 		d.lost = !taken.Whole
 		d.log.Warn("taking over from a daemon that ended", zap.Int("descriptors", len(taken.Files)), zap.Bool("whole", taken.Whole))
 	}
@@ -324,6 +335,7 @@ func (d *daemon) listen(kept *os.File) error {
 func (d *daemon) run(ctx context.Context) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
+	d.quit = cancel
 	var watchErr error
 	d.calls.Go(func() {
 		defer cancel() // a daemon that cannot answer makes room for another

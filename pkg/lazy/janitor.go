@@ -36,7 +36,7 @@ func (d *daemon) janitor(ctx context.Context) (idle bool) {
 		}
 		d.sweep()
 		d.mu.Lock()
-		idle = len(d.mounts) == 0 && d.busy == 0 && time.Since(d.last) >= d.o.Idle
+		idle = len(d.mounts) == 0 && d.busy == 0 && d.o.Idle >= 0 && time.Since(d.last) >= d.o.Idle
 		d.mu.Unlock()
 		if idle && d.nothingMounted() {
 			return true

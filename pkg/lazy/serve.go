@@ -54,6 +54,8 @@ func (d *daemon) serve(ctx context.Context, c *net.UnixConn) {
 		d.say(c, answer{Status: d.status(q.Detail)}, nil)
 	case opCheck:
 		d.serveCheck(ctx, c, q.Device)
+	case opRestart:
+		d.serveRestart(c, q.Program)
 	case opWait:
 		d.serveWait(ctx, cancel, c, q.Device)
 	case opCacheList, opCacheGC, opCacheVerify, opCachePin, opCacheUnpin:

@@ -43,6 +43,8 @@ type call struct {
 	// another mount namespace.
 	Files []fileID `json:"files,omitempty"`
 	Error string   `json:"error,omitempty"` // attached: why it was not
+	// Program is the file to go on with; restart.
+	Program string `json:"program,omitempty"`
 
 	Cache *cacheCall `json:"cache,omitempty"` // those of the cache
 }
@@ -69,6 +71,7 @@ const (
 	opStatus   = "status"
 	opCheck    = "check" // look for superblocks that are gone
 	opWait     = "wait"  // until the mount is complete
+	opRestart  = "restart"
 )
 
 // answer is what the daemon says.

@@ -35,15 +35,16 @@ import (
 type message struct {
 	Op    string   `json:"op"`
 	Names []string `json:"names,omitempty"`
-	// Argv is the daemon's command line.
-	Argv []string `json:"argv,omitempty"`
+	// Argv is the daemon's command line, Program the file to start; empty: the holder's own.
+	Argv    []string `json:"argv,omitempty"`
+	Program string   `json:"program,omitempty"`
 	// Whole: what was sent before is everything that there is.
 	Whole bool `json:"whole,omitempty"`
 }
 
 // The values of message.Op.
 const (
-	opDaemon = "daemon" // Argv starts the daemon again
+	opDaemon = "daemon" // Argv, and Program, start the daemon again
 	opKeep   = "keep"   // names and descriptors; a name that is there already is replaced
 	opEnd    = "end"    // of a list; Whole
 	opDrop   = "drop"   // names

@@ -51,6 +51,9 @@ type Link struct {
 	stop    context.CancelFunc
 }
 
+// Restarted reports whether a holder has started this process, in the place of a daemon that ended, and Join was not called yet.
+func Restarted() bool { return os.Getenv(envHeld) != "" }
+
 // Join connects the calling process, a daemon, with its holder: the one that started it, or
 // one that Join starts. The caller ends the link with Done or Close.
 func Join(o Options) (*Link, Taken, error) {
@@ -61,7 +64,7 @@ func Join(o Options) (*Link, Taken, error) {
 	l := &Link{o: o, kept: map[string]*os.File{}, watched: make(chan struct{}), stop: stop}
 	taken := Taken{Files: map[string]*os.File{}}
 	var err error
-	if os.Getenv(envHeld) != "" {
+	if Restarted() {
 		taken.Restarted = true
 		err = errors.Join(os.Unsetenv(envHeld), l.take(&taken))
 	} else {
@@ -182,6 +185,14 @@ func (l *Link) tell(m message, fds []int) {
 	if err := send(l.conn, m, fds); err != nil {
 		l.o.Log.Warn("holder does not hear", zap.String("op", m.Op), zap.Error(err))
 	}
+}
+
+// Program makes the holder start another program when this process ends, with the same command line: path is absolute and the caller's
+// to check. When that does not start, or ends soon, the holder goes on with its own.
+func (l *Link) Program(path string) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.tell(message{Op: opDaemon, Argv: l.o.Daemon, Program: path}, nil)
 }
 
 // Kept returns how many descriptors the holder has.

@@ -17,13 +17,17 @@ import (
 
 // holder is the state of a holder's process.
 type holder struct {
-	log    *zap.Logger
-	argv   []string
-	files  map[string]*os.File
-	whole  bool
-	conn   *net.UnixConn
-	daemon int // pidfd
-	child  *exec.Cmd
+	log  *zap.Logger
+	argv []string
+	// program is another one that the daemon asked for; empty: this process' own. One that does not start, or whose daemon ends soon,
+	// is not tried again.
+	program string
+	files   map[string]*os.File
+	whole   bool
+	conn    *net.UnixConn
+	daemon  int // pidfd
+	child   *exec.Cmd
+	tried   bool // the daemon was started from program
 }
 
 // Run is the holder: it is called in a process that [Join] started, and returns when the
@@ -54,6 +58,10 @@ func Run(ctx context.Context, log *zap.Logger) error {
 			log.Info("the daemon is gone and had nothing kept")
 			return nil
 		}
+		if h.tried && time.Since(born) < goodLife {
+			log.Error("the program that was to take over does not: the old one goes on", zap.String("program", h.program))
+			h.program = ""
+		}
 		pause = backoff(pause, time.Since(born))
 		log.Warn("the daemon is gone; starting another", zap.Int("kept", len(h.files)), zap.Duration("pause", pause))
 		select {
@@ -63,7 +71,7 @@ func Run(ctx context.Context, log *zap.Logger) error {
 		}
 		born = time.Now()
 		if err := h.restart(); err != nil {
-			log.Error("start the daemon", zap.Error(err)) // serve sees that it is not there
+			log.Error("start the daemon", zap.String("program", h.program), zap.Error(err)) // serve sees that it is not there
 		}
 	}
 }
@@ -97,7 +105,7 @@ func (h *holder) serve() (done bool, err error) {
 func (h *holder) obey(m message, files []*os.File) (done bool) {
 	switch m.Op {
 	case opDaemon:
-		h.argv = m.Argv
+		h.argv, h.program, h.tried = m.Argv, m.Program, false
 	case opKeep:
 		for i, n := range m.Names {
 			h.drop(n)
@@ -162,6 +170,9 @@ func (h *holder) restart() error {
 	h.conn = conn
 	_ = old.Close()
 	cmd := exec.Command("/proc/self/exe")
+	if h.tried = h.program != ""; h.tried {
+		cmd = exec.Command(h.program)
+	}
 	cmd.Args = h.argv
 	cmd.Stderr = os.Stderr
 	cmd.Dir = "/"
