@@ -151,6 +151,9 @@ var errLimit = errors.New("the data did not come in time")
 func (d *daemon) ensure(ctx context.Context, st *store.Blob, off, n int64) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, d.o.Limit, fmt.Errorf("given up after %v: %w", d.o.Limit, errLimit))
 	defer cancel()
+	if err := st.Confirm(ctx, off, n); err != nil {
+		return err
+	}
 	fillings := d.fillingsOf(st)
 	var err error
 	if len(fillings) == 1 {

@@ -345,6 +345,7 @@ func (d *daemon) run(ctx context.Context) error {
 	d.calls.Go(func() { d.accept(ctx) })
 	d.calls.Go(func() { d.syncLoop(ctx) })
 	d.calls.Go(func() { d.gcLoop(ctx) })
+	d.calls.Go(func() { d.confirmLoop(ctx) })
 	idle := d.janitor(ctx)
 	cancel()
 	if idle {

@@ -274,6 +274,40 @@ func TestVerifyWithoutSource(t *testing.T) {
 	}
 }
 
+// Nobody asks for anything to be verified: a cache file that somebody has changed while no mount had it is compared with
+// its digests before a byte of it is read, and a mount of it fetches what is wrong, even with nothing fetched in the background.
+func TestSpoiledBetweenMounts(t *testing.T) {
+	t.Parallel()
+	b := newBox(t)
+	m := b.whole("mnt", loose(t, "v6-zstd"))
+	compare(t, m.Dir)
+	b.unmount(m.Dir)
+	if spoiled := b.spoil(); spoiled == 0 {
+		t.Fatal("nothing is spoiled")
+	}
+	again := b.mount(m.Dir, loose(t, "v6-zstd"))
+	if again.State != lazy.StateLazy {
+		t.Errorf("%+v, want it lazy: nobody has looked at it", again)
+	}
+	compare(t, m.Dir)
+	if _, err := b.client.Wait(t.Context(), again.Device); err != nil {
+		t.Error(err)
+	}
+	if v := b.verify(); len(v.Bad) != 0 || len(v.Failed) != 0 {
+		t.Errorf("%+v, want nothing wrong", v)
+	}
+	s := b.status()
+	if len(s.Mounts) != 1 || s.Mounts[0].State != lazy.StateComplete || s.Mounts[0].Stats.Demand.Bytes == 0 {
+		t.Errorf("%+v, want one complete mount, and something fetched", s.Mounts)
+	}
+	b.unmount(m.Dir)
+	// Nothing has changed since: it is whole at once, and nothing is fetched.
+	whole := b.mount(m.Dir, loose(t, "v6-zstd"))
+	if done, err := b.client.Wait(t.Context(), whole.Device); err != nil || done.Stats.Demand.Bytes != 0 || done.Local != done.Total {
+		t.Errorf("Wait() = %+v, %v, want it complete with nothing fetched", done, err)
+	}
+}
+
 // Without a daemon, what is wrong is dropped too, and fetched by the next mount; a cache file of which nothing can be used goes.
 func TestVerifyAlone(t *testing.T) {
 	t.Parallel()

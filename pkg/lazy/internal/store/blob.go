@@ -28,7 +28,9 @@ type Blob struct {
 	opened   atomic.Bool // see FirstUse
 	dev, ino uint64
 	ready    *shm.Memory
-	refs     int // guarded by store.mu
+	claims   []atomic.Uint64 // bits of blocks, see Confirm; nil: there never were any
+	claimed  atomic.Int64    // how many are set
+	refs     int             // guarded by store.mu
 
 	view    atomic.Pointer[view]
 	missing atomic.Int64 // needed blocks that are not ready
@@ -42,6 +44,7 @@ type Blob struct {
 
 	syncMu  sync.Mutex
 	durable []uint64 // the bits in the file "ready"; guarded by syncMu
+	stamped int64    // its stamp; guarded by syncMu
 }
 
 // view is what the blob's users need of it. It does not change.
@@ -109,11 +112,21 @@ func (b *Blob) Descriptors() Kept { return Kept{Data: b.data, Bits: b.ready.File
 // blocks.
 func (b *Blob) Total() int64 { return b.view.Load().total * BlockSize }
 
-// Local returns how many of [Blob.Total] bytes are ready.
+// Local returns how many of [Blob.Total] bytes are there, ready or claimed.
 func (b *Blob) Local() int64 {
 	b.mu.RLock()
 	defer b.mu.RUnlock()
-	return (b.view.Load().total - b.missing.Load()) * BlockSize
+	v := b.view.Load()
+	local := v.total - b.missing.Load()
+	if b.claimed.Load() > 0 {
+		ready := b.ready.Words()
+		for w, need := range v.need {
+			if need != 0 {
+				local += int64(bits.OnesCount64(need & b.claimOf(uint64(w)) &^ ready[w].Load())) //nolint:gosec // not negative
+			}
+		}
+	}
+	return local * BlockSize
 }
 
 // Complete reports whether every needed block is ready. It may become false again when
@@ -165,9 +178,15 @@ func (b *Blob) Freeze() (ready func(offset, length int64) bool, complete bool) {
 	}, false
 }
 
-// Ready reports whether chunk c is in the data file.
+// Ready reports whether chunk c is in the data file: nobody has to fetch it. Where it is claimed ([Blob.Confirm]), it cannot be read yet.
 func (b *Blob) Ready(c rafs.Chunk) bool {
-	return b.ReadyRange(int64(c.UncompressedOffset), int64(c.UncompressedSize)) //nolint:gosec // beyond Size nothing is needed
+	first, end := b.blocks(int64(c.UncompressedOffset), int64(c.UncompressedSize)) //nolint:gosec // beyond Size nothing is needed
+	v, ready := b.view.Load(), b.ready.Words()
+	return eachWord(first, end, func(w, mask uint64) bool {
+		want := v.need[w] & mask
+		// In this order: what is confirmed is ready first, and not claimed then.
+		return want&^ready[w].Load() == 0 || want&^b.claimOf(w)&^ready[w].Load() == 0
+	})
 }
 
 // Chunks returns the chunks that overlap [offset, offset+length), by offset; all fields but
@@ -219,7 +238,14 @@ func (b *Blob) Put(c rafs.Chunk, data []byte) error {
 	if err := b.write(data, int64(r.Offset), int64(r.end()*BlockSize)); err != nil { //nolint:gosec // below Size
 		return fmt.Errorf("blob %s: put chunk %d at %d: %w", b.name, c.Index, c.UncompressedOffset, err)
 	}
-	ready, fresh := b.ready.Words(), 0
+	b.setReady(&r)
+	b.unclaim(r.first(), r.end())
+	return nil
+}
+
+// setReady makes the blocks of a chunk ready. The caller holds mu for reading.
+func (b *Blob) setReady(r *chunkRecord) {
+	v, ready, fresh := b.view.Load(), b.ready.Words(), 0
 	eachWord(r.first(), r.end(), func(w, mask uint64) bool {
 		before := ready[w].Or(mask)
 		fresh += bits.OnesCount64(mask &^ before & v.need[w])
@@ -228,7 +254,6 @@ func (b *Blob) Put(c rafs.Chunk, data []byte) error {
 	if fresh > 0 && b.missing.Add(-int64(fresh)) == 0 {
 		close(b.done)
 	}
-	return nil
 }
 
 // write puts data at offset and makes the file reach to end, a block's, at least:

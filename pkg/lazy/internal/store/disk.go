@@ -40,7 +40,8 @@ type header struct {
 	Records  uint32
 	Size     uint64   // of the data file when complete, bytes
 	Blob     [32]byte // SHA-256 of the blob's id, digester and compressor
-	Reserved [60]byte
+	Changed  int64    // of "ready": when the data file was changed last before it was written, ns since 1970; 0: unknown
+	Reserved [52]byte
 	BodySum  uint32 // CRC32C of what follows the header
 	_        uint32
 	Sum      uint32 // CRC32C of the header before this field

@@ -74,8 +74,13 @@ func (b *Blob) Verify(ctx context.Context, offset int64) (c Checked, err error) 
 			}
 			c.Chunks++
 			c.Bytes += int64(chunk.UncompressedSize)
-			if !good && b.wholly(chunk) { // else it was dropped while it was read
+			if r := record(*chunk); good && b.isClaimed(r.first(), r.end()) {
+				err = b.settleClaim(&r, true)
+			} else if !good && b.wholly(chunk) { // else it was dropped while it was read
 				c.Bad = append(c.Bad, *chunk)
+			}
+			if err != nil {
+				return c, err
 			}
 		}
 		c.Next = min(next, b.Size())
@@ -83,25 +88,34 @@ func (b *Blob) Verify(ctx context.Context, offset int64) (c Checked, err error) 
 	return c, nil
 }
 
-// wholly reports whether a chunk says of itself that it is ready, whether or not an image needs it.
+// wholly reports whether all of a chunk is ready or claimed, whether or not an image needs it.
 func (b *Blob) wholly(c *rafs.Chunk) bool {
 	r, ready := record(*c), b.ready.Words()
-	return eachWord(r.first(), r.end(), func(w, mask uint64) bool { return mask&^ready[w].Load() == 0 })
+	return eachWord(r.first(), r.end(), func(w, mask uint64) bool {
+		claimed := b.claimOf(w)
+		return mask&^claimed&^ready[w].Load() == 0
+	})
 }
 
-// verifyChunk reads one chunk with the rest of its last block, which is zeros: mounts show it behind the end of a mapped file.
-// A disk that cannot give the bytes back counts as one that gives others.
+// verifyChunk is readChunk past the page cache: what is in memory may be right where the disk is not. That it stays in memory, being
+// written just now, is no harm.
 func (b *Blob) verifyChunk(c *rafs.Chunk, buf *[]byte) (good bool, err error) {
+	r := record(*c)
+	if err := unix.Fadvise(int(b.data.Fd()), int64(r.Offset), int64(r.end()*BlockSize-r.Offset), unix.FADV_DONTNEED); err != nil { //nolint:gosec // below Size
+		return false, err
+	}
+	return b.readChunk(c, buf)
+}
+
+// readChunk compares one chunk with its digest, and the rest of its last block with zeros: mounts show it behind the end of a mapped file.
+// A disk that cannot give the bytes back counts as one that gives others.
+func (b *Blob) readChunk(c *rafs.Chunk, buf *[]byte) (good bool, err error) {
 	r := record(*c)
 	at, n := int64(r.Offset), int(r.end()*BlockSize-r.Offset) //nolint:gosec // below Size, and at most rafs.MaxChunkSize and a block
 	if cap(*buf) < n {
 		*buf = make([]byte, n)
 	}
 	p := (*buf)[:n]
-	// What is in memory may be right where the disk is not. That it stays in memory, being written just now, is no harm.
-	if err := unix.Fadvise(int(b.data.Fd()), at, int64(n), unix.FADV_DONTNEED); err != nil {
-		return false, err
-	}
 	_, err = b.data.ReadAt(p, at)
 	if errors.Is(err, io.EOF) || errors.Is(err, unix.EIO) {
 		return false, nil
@@ -147,10 +161,8 @@ func (b *Blob) Drop(chunks []rafs.Chunk) error {
 	}
 	for _, c := range chunks {
 		r := record(c)
-		if pad := r.end()*BlockSize - r.Offset - uint64(r.Size); pad > 0 {
-			_, werr := b.data.WriteAt(make([]byte, pad), int64(r.Offset)+int64(r.Size)) //nolint:gosec // below Size
-			err = errors.Join(err, werr)
-		}
+		b.unclaim(r.first(), r.end())
+		err = errors.Join(err, b.clearPad(&r))
 	}
 	if werr := b.writeReady(durable); werr != nil {
 		return errors.Join(err, fmt.Errorf("blob %s: sync ready bits: %w", b.name, werr))

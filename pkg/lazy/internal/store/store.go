@@ -477,11 +477,17 @@ func (b *Blob) loadBits(dir *os.Root, kept *os.File, fresh, adopted bool) error 
 		if err != nil {
 			return err
 		}
-		b.ready, err = shm.Open(kept)
+		if b.ready, err = shm.Open(kept); err == nil {
+			b.claim() // what the process before has not confirmed
+		}
 		return err
 	}
 	if b.ready, err = shm.New("headstart-ready", words); err != nil {
 		return err
+	}
+	if b.stamped = readStamp(dir); b.stamped == 0 || b.stamped != b.change() {
+		b.claim()
+		return nil
 	}
 	for i, w := range durable {
 		b.ready.Words()[i].Store(w)

@@ -23,7 +23,7 @@ func (b *Blob) Sync() error {
 	b.syncMu.Lock()
 	defer b.syncMu.Unlock()
 	snapshot := b.snapshot()
-	if slices.Equal(snapshot, b.durable) {
+	if slices.Equal(snapshot, b.durable) && (len(snapshot) == 0 || b.stamped == b.stamp()) {
 		return nil
 	}
 	if err := syncData(b.data); err != nil {
@@ -70,7 +70,8 @@ func (b *Blob) snapshot() []uint64 {
 	out := make([]uint64, len(words))
 	last := 0
 	for i := range words {
-		if out[i] = words[i].Load(); out[i] != 0 {
+		claimed := b.claimOf(uint64(i)) // before what is ready: what is confirmed is that first
+		if out[i] = words[i].Load() | claimed; out[i] != 0 {
 			last = i + 1
 		}
 	}
@@ -93,7 +94,8 @@ func (b *Blob) forget() {
 }
 
 func (b *Blob) writeReady(words []uint64) error {
-	h := header{Magic: magicReady, Records: uint32(len(words)), Size: b.blob.UncompressedSize, Blob: b.identity} //nolint:gosec // at most maxBlocks/64
+	stamp := b.stamp()
+	h := header{Magic: magicReady, Records: uint32(len(words)), Size: b.blob.UncompressedSize, Blob: b.identity, Changed: stamp} //nolint:gosec // at most maxBlocks/64
 	body, err := binary.Append(make([]byte, 0, len(words)*8), binary.LittleEndian, words)
 	if err != nil {
 		return err
@@ -102,12 +104,16 @@ func (b *Blob) writeReady(words []uint64) error {
 	if err != nil {
 		return err
 	}
-	return b.inDir(func(dir *os.Root) error {
+	if err := b.inDir(func(dir *os.Root) error {
 		return atomicfile.Write(dir, ".", "ready", 0o600, func(w io.Writer) error {
 			_, err := w.Write(p)
 			return err
 		})
-	})
+	}); err != nil {
+		return err
+	}
+	b.stamped = stamp
+	return nil
 }
 
 // readReady returns the durable bits of a data file of length bytes that is to have size
