@@ -19,9 +19,9 @@ import (
 	"github.com/headstart-oci/headstart/internal/testenv"
 )
 
-// large makes an image of one layer with about size bytes in files of very different sizes, all of which compress
+// large makes an image of one layer with about size bytes in files of sizes chosen from sizes, all of which compress
 // to a half, and the same tree in a directory.
-func large(t *testing.T, size int64) (source, root string) {
+func large(t *testing.T, size int64, sizes ...int64) (source, root string) {
 	t.Helper()
 	dir := t.TempDir()
 	source, root = filepath.Join(dir, "source"), filepath.Join(dir, "root")
@@ -33,7 +33,7 @@ func large(t *testing.T, size int64) (source, root string) {
 	tw := tar.NewWriter(layer)
 	piece := make([]byte, 8<<10)
 	for i := 0; size > 0; i++ {
-		n := min(size, []int64{0, 1, 4095, 4096, 4097, 70_000, 1 << 20, 1<<20 + 1, 9_000_000, 40_000_000}[random.IntN(10)])
+		n := min(size, sizes[random.IntN(len(sizes))])
 		size -= max(n, 1000)
 		name := fmt.Sprintf("f%06d", i)
 		f, err := os.Create(filepath.Join(root, name))
@@ -71,7 +71,7 @@ func TestSoakLarge(t *testing.T) {
 	if os.Getenv("SOAK") == "" {
 		t.Skip("SOAK is not set")
 	}
-	source, root := large(t, 1_000_000_000)
+	source, root := large(t, 1_000_000_000, 0, 1, 4095, 4096, 4097, 70_000, 1<<20, 1<<20+1, 9_000_000, 40_000_000)
 	want := sums(t, root)
 	ref := "oci:" + filepath.Join(t.TempDir(), "layout") + ":large"
 	run(t, testenv.Binary(t, "optimizer"), "convert", "--quiet", "oci:"+source, ref)
