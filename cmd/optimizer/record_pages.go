@@ -9,10 +9,11 @@ import (
 // recordPages is where the page events of a recording come from. The kernel takes tens of milliseconds
 // to make an instance and to remove it, so that both go on beside what else there is to do.
 type recordPages struct {
-	fs     *tracefs.FS
-	pool   *tracefs.Pool // nil: none; whole files are recorded
-	opened bool
-	closed chan error // nil until release
+	fs      *tracefs.FS
+	pool    *tracefs.Pool // nil: none; whole files are recorded
+	opened  bool
+	retired chan error // nil until retire
+	closed  chan error // nil until release
 }
 
 // open begins to make an instance. Later calls do nothing.
@@ -38,18 +39,31 @@ func (p *recordPages) open(o *recordOptions) {
 	}
 }
 
-// release begins to remove what open made, and what is in use when it is given back. Later calls do
-// nothing.
-func (p *recordPages) release() {
-	if p.closed != nil {
+// retire says that no further instance is needed: the one in use is removed when it is given back, beside what the
+// recorder does then. Later calls do nothing.
+func (p *recordPages) retire() {
+	if p.retired != nil {
 		return
 	}
-	p.closed = make(chan error, 1)
+	p.retired = make(chan error, 1)
 	go func() {
 		var err error
 		if p.pool != nil {
 			err = p.pool.Close()
 		}
+		p.retired <- err
+	}()
+}
+
+// release begins to remove what open made; nothing of it is in use any more. Later calls do nothing.
+func (p *recordPages) release() {
+	if p.closed != nil {
+		return
+	}
+	p.retire()
+	p.closed = make(chan error, 1)
+	go func() {
+		err := <-p.retired
 		if p.fs != nil {
 			err = errors.Join(err, p.fs.Close())
 		}

@@ -47,6 +47,7 @@ func (o *recordOptions) trace(ctx context.Context, server string, pid int, l *pe
 	if err := armed(ctx, sess); err != nil {
 		return false, err
 	}
+	o.pages.retire()
 	if p == nil {
 		o.note("recording process %d; Ctrl-C ends it", pid)
 	} else if err := p.Release(); err != nil {

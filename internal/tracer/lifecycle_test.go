@@ -281,8 +281,8 @@ func TestNoTracer(t *testing.T) {
 		"exits":          {script: "echo oops >&2; exit 3", pid: 1, err: tracer.ErrKilled, text: `exit status 3), it said "oops"`},
 		"other program":  {script: `echo '{"path":"/x"}'; exec sleep 600`, pid: 1, err: tracer.ErrKilled, text: "not a trace stream"},
 		"upstream style": {script: `echo '{"path":"/bin/sh","size":1,"elapsed":2}'`, pid: 1, err: tracer.ErrKilled, text: "not a trace stream"},
-		"bad frame":      {script: `sleep 2 & printf 'HSTRACE\003\001\000\000\000X'; wait`, pid: 1, err: tracer.ErrKilled, text: "invalid trace frame"},
-		"huge frame":     {script: `printf 'HSTRACE\003\377\377\377\377X'; exec sleep 600`, pid: 1, err: tracer.ErrKilled, text: "invalid trace frame"},
+		"bad frame":      {script: `sleep 2 & printf 'HSTRACE\004\001\000\000\000X'; wait`, pid: 1, err: tracer.ErrKilled, text: "invalid trace frame"},
+		"huge frame":     {script: `printf 'HSTRACE\004\377\377\377\377X'; exec sleep 600`, pid: 1, err: tracer.ErrKilled, text: "invalid trace frame"},
 	}
 	for name, tt := range tests {
 		t.Run(name, func(t *testing.T) {

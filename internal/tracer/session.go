@@ -33,6 +33,7 @@ func (s *Session) run(ctx context.Context, stdout io.ReadCloser) {
 	exit := s.cmd.Wait()
 	s.giveBack()
 	s.res = in.result(err, asExit(exit))
+	s.returning.Wait()
 	close(s.done)
 }
 
@@ -163,6 +164,8 @@ func (r *receiver) frame(f stream.Frame) error {
 		r.rec.Process(f.Process)
 	case stream.Pending:
 		token(r.s.touched)
+	case stream.Drained:
+		r.s.giveBack()
 	case stream.Merge:
 		r.rec.Merge(f.ID, f.How)
 	case stream.Failure:

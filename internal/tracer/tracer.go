@@ -94,7 +94,9 @@ type Session struct {
 	cmd   *exec.Cmd
 	stdin io.Closer
 	err   tail
-	pages *tracefs.Instance // nil: none
+	pages *tracefs.Instance // nil: none, or given back
+	// returning is done when the pool has what was given back.
+	returning sync.WaitGroup
 
 	ready   chan struct{}
 	done    chan struct{}
@@ -206,11 +208,12 @@ func (s *Session) filesOnly(why string) {
 	s.log.Warn("recording whole files, not ranges: " + oneLine(why))
 }
 
-// giveBack returns the instance to its pool.
+// giveBack returns the instance to its pool, unless that was done before. A pool that was closed removes it,
+// which takes tens of milliseconds; the stream is read meanwhile.
 func (s *Session) giveBack() {
-	if s.pages != nil {
-		s.o.Pages.Put(s.pages)
+	if in := s.pages; in != nil {
 		s.pages = nil
+		s.returning.Go(func() { s.o.Pages.Put(in) })
 	}
 }
 

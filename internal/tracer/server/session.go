@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"hash/maphash"
 	"os"
+	"slices"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -38,6 +39,7 @@ type session struct {
 	origin  *origin
 	others  *outsiders
 	pages   *pageLog // nil: files only
+	handed  bool     // the parent was told that it may have their instance
 	lean    *lean    // nil: files are named at once
 	engine  string
 	grade   string
@@ -336,12 +338,27 @@ func (s *session) finish() error {
 			s.losses.Lose(l)
 		}
 		s.seen += s.pages.events
+		if err := s.handBack(); err != nil {
+			return err
+		}
 		s.resolvePages()
 	}
 	for _, p := range s.comms.processes() {
 		s.out.send(stream.Process{Process: p})
 	}
 	return nil
+}
+
+// handBack tells the parent that it may have the trace instance, to reuse or to remove it while files are named here.
+func (s *session) handBack() error {
+	err := s.pages.reader.Close()
+	if s.out.orphaned() { // then release is left to put an end to its events
+		return err
+	}
+	s.handed = true
+	s.out.send(stream.Drained{})
+	s.out.flush()
+	return err
 }
 
 // noted keeps the path of the listed file of entry i for when its pages are looked up.
@@ -363,10 +380,20 @@ func (s *session) pathOf(i uint32) string {
 	return ""
 }
 
+// owns reports whether the instance is not somebody else's by now: a parent that lives and was told that it may have it
+// may have armed it for another container.
+func (s *session) owns() bool {
+	if !s.handed {
+		return true
+	}
+	threads, err := s.pages.instance.Filter()
+	return err == nil && (len(threads) == 0 || slices.Contains(threads, s.t.pid))
+}
+
 // release closes everything of the container.
 func (s *session) release() error {
 	var err error
-	if s.pages != nil && s.out.orphaned() {
+	if s.pages != nil && s.out.orphaned() && s.owns() {
 		// Else the parent does it, beside other work: it takes the kernel tens of milliseconds.
 		err = s.pages.instance.Disarm()
 	}

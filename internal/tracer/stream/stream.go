@@ -16,7 +16,7 @@ import (
 )
 
 // Magic opens a stream; its last byte is the version of the format.
-const Magic = "HSTRACE\x03"
+const Magic = "HSTRACE\x04"
 
 // MaxFrame bounds the bytes of one frame after its length. A path that the kernel
 // names is at most 4096 bytes; one found by walking the tree can be longer.
@@ -40,12 +40,13 @@ const (
 	kindRename  = 'N'
 	kindRanges  = 'G'
 	kindProcess = 'Q'
+	kindDrained = 'D'
 	kindFailure = 'F'
 	kindEnd     = 'E'
 )
 
 // Frame is one of [Ready], [Touch], [Pending], [Merge], [Found], [Rename], [Ranges],
-// [Process], [Failure] and [End].
+// [Process], [Drained], [Failure] and [End].
 type Frame interface{ append(b []byte) []byte }
 
 // Ready says that the marks are in place.
@@ -103,6 +104,10 @@ const maxText = MaxFrame / 2
 
 // Process is one process of the run.
 type Process struct{ trace.Process }
+
+// Drained says that the server is done with the trace instance that it was handed: nothing reads it any
+// more, and what it counted as lost is known. Files may still have to be named.
+type Drained struct{}
 
 // Failure says why the server cannot trace. No End follows.
 type Failure struct {
@@ -167,6 +172,7 @@ func putAccess(b []byte, id uint32, a *trace.Access) []byte {
 }
 
 func (Pending) append(b []byte) []byte { return append(b, kindPending) }
+func (Drained) append(b []byte) []byte { return append(b, kindDrained) }
 
 func (f Merge) append(b []byte) []byte {
 	return append(binary.LittleEndian.AppendUint32(append(b, kindMerge), f.ID), byte(f.How))
@@ -290,6 +296,8 @@ func decode(b []byte, last *string) (Frame, error) {
 		f = Process{trace.Process{PID: c.int32(), Parent: c.int32(), Command: c.text()}}
 	case kindPending:
 		f = Pending{}
+	case kindDrained:
+		f = Drained{}
 	case kindMerge:
 		f = Merge{ID: c.uint32(), How: trace.How(c.byte())}
 	case kindFailure:

@@ -24,6 +24,7 @@ func frames() []stream.Frame {
 		stream.Touch{ID: 0, Access: trace.Access{Path: "/a\nb\xff\x00c", How: trace.Opened | trace.Executed, Size: math.MaxInt64, Elapsed: 5, PID: math.MaxInt32, Command: "c d\n"}},
 		stream.Touch{ID: math.MaxUint32, Access: trace.Access{Path: "/" + strings.Repeat("x", 4095), PID: -1}},
 		stream.Pending{},
+		stream.Drained{},
 		stream.Merge{ID: 7, How: trace.Read},
 		stream.Found{ID: 9, Access: trace.Access{Path: "/f", How: trace.Read, Size: 1, Elapsed: 2, PID: 3, Command: "c"}},
 		stream.Rename{ID: 7, Path: "/other\n"},

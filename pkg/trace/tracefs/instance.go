@@ -272,6 +272,24 @@ func (i *Instance) Add(threads ...int) error {
 	return nil
 }
 
+// Filter returns the threads that the instance records; those that ended are none of them. Without any it records
+// nobody, or everybody where [Instance.Arm] was never called.
+func (i *Instance) Filter() ([]int, error) {
+	text, err := i.dir.read("set_event_pid")
+	if err != nil {
+		return nil, fmt.Errorf("threads of trace instance: %w", explain(err))
+	}
+	var threads []int
+	for field := range strings.FieldsSeq(string(text)) {
+		n, err := strconv.Atoi(field)
+		if err != nil { // "no pid"
+			continue
+		}
+		threads = append(threads, n)
+	}
+	return threads, nil
+}
+
 // Pause ends recording at once and cheaply; what was recorded can still be read. The
 // tracepoints cost the machine a little until Disarm.
 func (i *Instance) Pause() error {

@@ -198,8 +198,9 @@ func (p *Pool) share() int64 {
 	return max(min(p.o.Budget-p.spent-others*leastRing, p.o.Instance.Ring), min(leastRing, p.o.Instance.Ring))
 }
 
-// Put takes back what Get returned, in whatever state it is; it returns at once. All readers
-// of it should be closed: until they are it cannot be removed.
+// Put takes back what Get returned, in whatever state it is; it returns at once, except after Close: then it
+// removes the instance first, which takes tens of milliseconds. All readers of it should be closed: until they are
+// it cannot be removed.
 func (p *Pool) Put(i *Instance) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -212,9 +213,19 @@ func (p *Pool) Put(i *Instance) {
 	// The worker has ended.
 	p.mu.Unlock()
 	defer p.mu.Lock()
-	if err := errors.Join(i.Disarm(), i.Close()); err != nil {
+	if err := end(i); err != nil {
 		p.o.Log(err)
 	}
+}
+
+// end removes an instance that may be armed. The kernel turns off its events and forgets its threads with it, and
+// waits once for what is under way, where Disarm, which is for one that cannot be removed yet, waits too.
+func end(i *Instance) error {
+	err := i.Close()
+	if err != nil {
+		err = errors.Join(err, i.Disarm())
+	}
+	return err
 }
 
 func (p *Pool) signal() {
@@ -426,7 +437,7 @@ func (p *Pool) Close() error {
 	defer p.mu.Unlock()
 	var errs []error
 	for _, i := range p.used {
-		errs = append(errs, i.Disarm(), i.Close())
+		errs = append(errs, end(i))
 	}
 	for _, i := range slices.Concat(p.ready, p.idle, p.broken) {
 		errs = append(errs, i.Close())

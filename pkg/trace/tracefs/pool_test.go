@@ -3,9 +3,13 @@ package tracefs_test
 import (
 	"context"
 	"errors"
+	"os"
+	"slices"
 	"sync"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/headstart-oci/headstart/pkg/trace/tracefs"
 )
@@ -104,4 +108,36 @@ func TestPoolManyAtOnce(t *testing.T) {
 		})
 	}
 	wg.Wait()
+}
+
+// An instance that is armed when it comes back to a closed pool is removed, and its filter says whom it records till then.
+func TestPutAfterClose(t *testing.T) {
+	fs := open(t)
+	p, err := tracefs.NewPool(fs, tracefs.PoolOptions{Ready: 1, Max: 1, Log: func(err error) { t.Error(err) }})
+	if err != nil {
+		t.Fatal(err)
+	}
+	in := get(t, p)
+	if err := p.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if threads, err := in.Filter(); err != nil || len(threads) != 0 {
+		t.Errorf("Filter() = %v, %v, want none yet", threads, err)
+	}
+	if err := in.Arm(os.Getpid()); err != nil {
+		t.Fatal(err)
+	}
+	if threads, err := in.Filter(); err != nil || !slices.Contains(threads, os.Getpid()) {
+		t.Errorf("Filter() = %v, %v, want %d", threads, err, os.Getpid())
+	}
+	// Whoever else has the directory sees that it is gone.
+	dir, err := unix.Dup(int(in.File().Fd()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(dir) //nolint:errcheck // only a reference
+	p.Put(in)
+	if err := unix.Faccessat(dir, "tracing_on", unix.F_OK, 0); !errors.Is(err, unix.ENOENT) {
+		t.Errorf("a removed instance's files: %v, want ENOENT", err)
+	}
 }
