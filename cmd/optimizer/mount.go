@@ -38,6 +38,7 @@ type mountOptions struct {
 	readAhead  int
 	noPrefetch bool
 	proxy      string
+	driver     string
 	wait       bool
 	output     string
 	policy     policyFlags
@@ -49,14 +50,18 @@ func newMount(g *global) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "mount IMAGE DIR",
 		Short: "Mount a Nydus image before its data is there",
-		Long: `mount puts the tree of a Nydus image (RAFS v6) at a directory, read-only, as soon as its
+		Long: `mount puts the tree of a Nydus image at a directory, read-only, as soon as its
 bootstrap is there. The kernel reads it by itself (EROFS); what is read and not local yet is
 fetched first, and verified. The prefetch blob is fetched at once, the rest by --background.
 
+EROFS takes RAFS v6, Linux 6.14 and a state directory on ext4, XFS or btrfs. Where one of them is missing the
+image is served behind FUSE, which asks the daemon more often; status says which it is, and why. --driver takes one of them.
+
 A daemon does that, which is started when there is none and ends when nothing is mounted; readers
 survive its death. The --cache flags are for the daemon that this command starts; one that runs keeps its own. Credentials are read from docker's config.json when they are needed, and kept nowhere.
-It takes root, Linux 6.14 and a state directory on ext4, XFS or btrfs.`,
+It takes root.`,
 		Example: `  optimizer mount registry.example/nginx:optimized /mnt
+  optimizer mount --driver fuse registry.example/nginx:rafs-v5 /mnt
   optimizer mount oci:images:nginx-optimized /mnt --background full --rate 10MiB --wait
   optimizer mount --bootstrap image.boot --blob-dir blobs /mnt
   optimizer umount /mnt`,
@@ -76,7 +81,7 @@ It takes root, Linux 6.14 and a state directory on ext4, XFS or btrfs.`,
 			}
 			return o.run(cmd.Context(), dir, lazy.Request{
 				Reference: ref, Bootstrap: o.bootstrap, BlobDir: o.blobDir, Platform: o.platform, Remote: o.remote.lazy(),
-				Background: o.background, Rate: int64(rate), NoPrefetch: o.noPrefetch, ReadAhead: o.kernelReadAhead(), //nolint:gosec // parseSize bounds it
+				Background: o.background, Rate: int64(rate), NoPrefetch: o.noPrefetch, ReadAhead: o.kernelReadAhead(), Driver: lazy.Driver(o.driver), //nolint:gosec // parseSize bounds it
 			})
 		},
 	}
@@ -92,6 +97,7 @@ It takes root, Linux 6.14 and a state directory on ext4, XFS or btrfs.`,
 	fl.IntVar(&o.readAhead, "read-ahead", lazy.DefaultReadAhead, "KiB that the kernel reads ahead until all is local")
 	fl.BoolVar(&o.noPrefetch, "no-prefetch", false, "leave the prefetch blob and table alone")
 	fl.StringVar(&o.proxy, "proxy", "", "URL of an HTTP proxy for all requests to registries, such as Dragonfly's (default: the daemon's environment)")
+	fl.StringVar(&o.driver, "driver", "auto", "what answers reads: auto, erofs or fuse")
 	fl.BoolVar(&o.wait, "wait", false, "return when all is local")
 	fl.StringVarP(&o.output, "output", "o", "text", "what standard output gets: text (nothing) or json")
 	return cmd
@@ -103,6 +109,8 @@ func (o *mountOptions) arguments(cmd *cobra.Command, args []string) (ref, dir st
 		return "", "", usagef(cmd, "--output: got %q, want text or json", o.output)
 	case o.background != "none" && o.background != "idle" && o.background != "full":
 		return "", "", usagef(cmd, "--background: got %q, want none, idle or full", o.background)
+	case o.driver != "auto" && o.driver != "erofs" && o.driver != "fuse":
+		return "", "", usagef(cmd, "--driver: got %q, want auto, erofs or fuse", o.driver)
 	case o.wait && o.background == "none":
 		return "", "", usagef(cmd, "--wait would wait for ever with --background none")
 	case o.readAhead < 0:

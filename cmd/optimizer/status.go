@@ -24,7 +24,7 @@ func newStatus(g *global) *cobra.Command {
 		Use:   "status",
 		Short: "Show what is mounted, and how much of it is local",
 		Long: `status shows the mounts of a daemon: lazy (some of it is fetched when it is read), complete (all is local, and
-nothing is in the way of a read) or failed (it lost its daemon: what was not local cannot be read). Misses are chunks
+with the driver erofs nothing is in the way of a read) or failed (it lost its daemon: what was not local cannot be read). Misses are chunks
 that somebody waited for although no list named them; waits are reads that found something missing.`,
 		Example: `  optimizer status
   optimizer status -o json`,
@@ -62,17 +62,20 @@ func (o *statusOptions) run(ctx context.Context) error {
 	}
 	o.note("daemon %d, holder %d, state in %s", s.PID, s.Holder, s.StateDir)
 	w := tabwriter.NewWriter(o.out, 0, 0, 2, ' ', 0)
-	fmt.Fprintln(w, "DIR\tIMAGE\tSTATE\tLOCAL\tFETCHED\tREQUESTS\tMISSES\tWAITS\tWAITED")
+	fmt.Fprintln(w, "DIR\tIMAGE\tDRIVER\tSTATE\tLOCAL\tFETCHED\tREQUESTS\tMISSES\tWAITS\tWAITED")
 	for _, m := range s.Mounts {
 		requests := m.Stats.Demand.Requests + m.Stats.Prefetch.Requests + m.Stats.Background.Requests
 		fetched := m.Stats.Demand.Bytes + m.Stats.Prefetch.Bytes + m.Stats.Background.Bytes
-		fmt.Fprintf(w, "%s\t%s\t%s\t%.1f/%.1f MB\t%.1f MB\t%d\t%d\t%d\t%s\n", m.Dir, m.Reference, m.State,
+		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%.1f/%.1f MB\t%.1f MB\t%d\t%d\t%d\t%s\n", m.Dir, m.Reference, m.Driver, m.State,
 			mb(m.Local), mb(m.Total), mb(fetched), requests, m.Stats.Misses, m.Stats.Waits, m.Stats.Waited.Round(time.Millisecond))
 	}
 	if err := w.Flush(); err != nil {
 		return err
 	}
 	for _, m := range s.Mounts {
+		if m.DriverReason != "" {
+			o.note("%s: driver %s: %s", m.Dir, m.Driver, m.DriverReason)
+		}
 		if m.Error != "" {
 			o.warn("%s: %s", m.Dir, m.Error)
 		}

@@ -102,6 +102,9 @@ func (d *daemon) openBlob(m *mount, img *rafs.Image, n int, src fill.Source, nam
 	if err := d.guard(b); err != nil {
 		return nil, errors.Join(err, d.closeUse(u))
 	}
+	if m.rec.driver() == DriverFUSE {
+		return u, nil // who reads asks before
+	}
 	if err := d.watch.Add(b.st); err != nil {
 		return nil, errors.Join(err, d.closeUse(u))
 	}

@@ -291,6 +291,9 @@ func (c *Client) mount(ctx context.Context, q call) (_ Mount, err error) {
 	if f == nil || a.Mount == nil {
 		return Mount{}, fmt.Errorf("%w: no mount came with the answer", ErrVersion)
 	}
+	if want, _ := ParseDriver(string(q.Request.Driver)); want != DriverAuto && a.Mount.Driver != want {
+		return Mount{}, errors.Join(fmt.Errorf("%w: asked for the driver %s, the daemon (%s) took %q; unmount all to end it", ErrVersion, want, a.Version, a.Mount.Driver), f.Close())
+	}
 	if err := errors.Join(erofs.Attach(f, q.Dir), f.Close()); err != nil {
 		return Mount{}, err // the end of the connection ends the mount
 	}
@@ -341,11 +344,9 @@ func (c *Client) Find(ctx context.Context, dir string) (Mount, error) {
 	if err != nil && !errors.Is(err, ErrNoDaemon) {
 		return Mount{}, err
 	}
-	if isEROFS {
-		for _, m := range slices.Backward(s.Mounts) { // a number that the kernel gave out again is the newest one's
-			if m.Device == device {
-				return m, nil
-			}
+	for _, m := range slices.Backward(s.Mounts) { // a number that the kernel gave out again is the newest one's
+		if m.Device == device && isEROFS == (m.Driver != DriverFUSE) {
+			return m, nil
 		}
 	}
 	return Mount{}, fmt.Errorf("%s: %w of %s is there", dir, ErrNotMounted, c.o.StateDir)

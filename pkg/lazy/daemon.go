@@ -62,6 +62,8 @@ const (
 	keptTable    = "table" // of pending events
 	keptData     = "data/"
 	keptBits     = "bits/"
+	keptFUSE     = "fuse/"     // connections, by mount
+	keptRequests = "requests/" // pending ones of a connection
 )
 
 const defaultIdle = 30 * time.Second
@@ -75,9 +77,11 @@ type daemon struct {
 	fill     *fill.Scheduler
 	group    *fanotify.Group
 	table    *watch.Table
-	watch    *watch.Watcher
+	watch    *watch.Watcher // nil where there are no events: then there are no EROFS mounts
 	listener *net.UnixListener
 	boot     string // the id of this boot
+
+	noEROFS, noFUSE error // why a driver cannot be had, nil when it can
 
 	restarted bool // by the holder, with what an earlier daemon left
 	lost      bool // not with all of it
@@ -118,7 +122,7 @@ func RunDaemon(ctx context.Context, o DaemonOptions) error {
 	tellReady(o, err)
 	if err != nil {
 		// What an earlier daemon left must not be let go because this one cannot take it over: the holder tries again.
-		return errors.Join(err, d.close(len(d.mounts) == 0 && (!d.restarted || nothingLives())))
+		return errors.Join(err, d.close(len(d.mounts) == 0 && (!d.restarted || nothingLives() && !d.keepsConnections())))
 	}
 	return d.run(ctx)
 }
@@ -170,7 +174,8 @@ func (d *daemon) start(ctx context.Context) (err error) {
 	defer func() { err = errors.Join(err, own.close()) }()
 	// Before anything else is opened: numbers of descriptors belong to pending events.
 	guarded, err := d.startWatch(own)
-	if err != nil {
+	noGroup := err
+	if err != nil && !absent(err) {
 		return err
 	}
 	if d.store, err = store.Open(d.o.StateDir, store.Options{Lock: own.take(keptLock), Kept: own.blobs(), Log: d.log}); err != nil {
@@ -179,18 +184,12 @@ func (d *daemon) start(ctx context.Context) (err error) {
 	if err := d.link.Keep(keptLock, d.store.LockFile()); err != nil {
 		return err
 	}
-	if !guarded {
-		// The file system first: on some, EROFS says no to good kernels.
-		if err := store.Probe(d.o.StateDir); err != nil {
-			return err
-		}
-		if err := erofs.Probe(d.o.StateDir); err != nil {
-			return fmt.Errorf("state directory %s: %w", d.o.StateDir, err)
-		}
+	if err := d.probe(noGroup); err != nil && !d.restarted {
+		return err
 	}
 	d.keeper = d.keep()
 	d.fill = fill.New(fill.Options{Limit: d.o.Limit - d.o.Limit/10, Log: d.log}) // a moment for its own error
-	d.recover(ctx, guarded)
+	d.recover(ctx, guarded, own)
 	return d.listen(own.take(keptListener))
 }
 
@@ -337,10 +336,12 @@ func (d *daemon) run(ctx context.Context) error {
 	defer cancel()
 	d.quit = cancel
 	var watchErr error
-	d.calls.Go(func() {
-		defer cancel() // a daemon that cannot answer makes room for another
-		watchErr = d.watch.Run(ctx)
-	})
+	if d.watch != nil {
+		d.calls.Go(func() {
+			defer cancel() // a daemon that cannot answer makes room for another
+			watchErr = d.watch.Run(ctx)
+		})
+	}
 	d.log.Info("lazy mounts are served", zap.String("state_dir", d.o.StateDir), zap.Int("pid", os.Getpid()), zap.Int("holder", d.link.Holder()))
 	d.calls.Go(func() { d.accept(ctx) })
 	d.calls.Go(func() { d.syncLoop(ctx) })
@@ -385,6 +386,11 @@ func (d *daemon) close(done bool) error {
 	var errs []error
 	if d.listener != nil && done {
 		_ = throughDir(d.o.RunDir, socketName(d.o.StateDir), os.Remove)
+	}
+	for _, m := range d.mounts {
+		if c := m.conn.Load(); c != nil {
+			c.server.Close() // what waits is the next daemon's
+		}
 	}
 	if d.fill != nil {
 		d.fill.Close()

@@ -46,9 +46,9 @@ func (b *box) killDaemon() {
 }
 
 // A daemon that cannot start again must not take the events' group with it: readers wait, and never get zeros.
-func TestRestartFails(t *testing.T) {
-	t.Parallel()
-	b := newBox(t)
+func TestRestartFails(t *testing.T) { eachDriver(t, testRestartFails) }
+
+func testRestartFails(t *testing.T, b *box) {
 	r := loose(t, "v6-zstd")
 	want, err := os.ReadFile(biggest(t, b.mount(b.mountpoint("reference"), r).Dir))
 	if err != nil {

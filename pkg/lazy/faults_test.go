@@ -18,6 +18,7 @@ import (
 	"github.com/headstart-oci/headstart/internal/testenv"
 	"github.com/headstart-oci/headstart/pkg/fanotify"
 	"github.com/headstart-oci/headstart/pkg/lazy"
+	"github.com/headstart-oci/headstart/pkg/lazy/internal/fuse"
 )
 
 func TestRefused(t *testing.T) {
@@ -46,10 +47,11 @@ func TestRefused(t *testing.T) {
 		{"no image", dir, none, os.ErrNotExist, "none"},
 		{"nothing", dir, lazy.Request{}, nil, "want a reference"},
 		{"both", dir, lazy.Request{Reference: "oci:x", Bootstrap: "y", BlobDir: "z"}, nil, "want a reference"},
+		{"a driver that is none", dir, lazy.Request{Reference: layout(t).Reference, Driver: "ext4"}, nil, "ext4"},
 		{"a policy that is none", dir, lazy.Request{Reference: layout(t).Reference, Background: "often"}, nil, "often"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			m, err := b.client.Mount(t.Context(), tt.dir, tt.r)
+			m, err := b.client.Mount(t.Context(), tt.dir, b.of(tt.r))
 			if err == nil || tt.want != nil && !errors.Is(err, tt.want) || !strings.Contains(err.Error(), tt.text) {
 				t.Errorf("Mount() = %+v, %v, want %v with %q", m, err, tt.want, tt.text)
 			}
@@ -154,7 +156,7 @@ func TestLocked(t *testing.T) {
 	compare(t, m.Dir)
 }
 
-// A state directory whose file system has no pre-content events is refused before anything is mounted.
+// A state directory whose file system has no pre-content events is for FUSE alone, and EROFS is refused before anything is mounted.
 func TestStateDirectory(t *testing.T) {
 	testenv.Root(t)
 	testenv.Kernel(t, "pre-content events", fanotify.Probe(fanotify.FeaturePreAccess))
@@ -167,9 +169,25 @@ func TestStateDirectory(t *testing.T) {
 			t.Error(err)
 		}
 	}()
-	binary := testenv.Binary(t, "optimizer")
-	out, err := exec.Command(binary, "mount", layout(t).Reference, t.TempDir(), "--platform", "linux/amd64", "--state-dir", filepath.Join(dir, "state"), "--run-dir", filepath.Join(dir, "run")).CombinedOutput()
-	if err == nil || !strings.Contains(string(out), filepath.Join(dir, "state")) || !strings.Contains(string(out), "on tmpfs") {
-		t.Errorf("mount with its state on tmpfs: %v\n%s", err, out)
+	testenv.Kernel(t, "FUSE", fuse.Probe())
+	b := newBoxOf(t, lazy.DriverAuto)
+	b.state, b.run = filepath.Join(dir, "state"), filepath.Join(dir, "run")
+	b.client = b.clientOf(b.state, b.run)
+	defer b.end() // before the file system goes
+	m := b.mount(b.mountpoint("mnt"), layout(t))
+	if m.Driver != lazy.DriverFUSE || !strings.Contains(m.DriverReason, "tmpfs") {
+		t.Errorf("mount with its state on tmpfs: driver %s (%s), want FUSE and why", m.Driver, m.DriverReason)
 	}
+	compare(t, m.Dir)
+	where := []string{"--state-dir", b.state, "--run-dir", b.run}
+	mount := []string{"mount", layout(t).Reference, "--platform", "linux/amd64", "--driver", "erofs", b.mountpoint("erofs")}
+	out, err := exec.Command(b.binary, append(mount, where...)...).CombinedOutput()
+	if err == nil || !strings.Contains(string(out), b.state) || !strings.Contains(string(out), "on tmpfs") {
+		t.Errorf("EROFS mount with its state on tmpfs: %v\n%s", err, out)
+	}
+	out, err = exec.Command(b.binary, append([]string{"status"}, where...)...).CombinedOutput()
+	if err != nil || !strings.Contains(string(out), "fuse") || !strings.Contains(string(out), "tmpfs") {
+		t.Errorf("status: %v\n%s\nwant the driver and why", err, out)
+	}
+	b.unmount(m.Dir)
 }

@@ -25,7 +25,9 @@ func (d *daemon) dropBad(ctx context.Context, b *store.Blob, bad []rafs.Chunk) (
 	if filled != nil {
 		filled.syncMu.Lock()
 		filled.settled = false
-		err = d.watch.Again(b)
+		if d.watch != nil {
+			err = d.watch.Again(b)
+		}
 		filled.syncMu.Unlock()
 	}
 	if err == nil {
@@ -75,6 +77,22 @@ func (d *daemon) revive(ctx context.Context, m *mount) (err error) {
 	if !complete {
 		return nil
 	}
+	if m.rec.driver() == DriverEROFS { // with FUSE it never let go of anything
+		if err := d.reopen(ctx, m); err != nil {
+			return err
+		}
+	} else if err := d.setComplete(m, false); err != nil {
+		return err
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	m.final, m.over, m.overDone = nil, make(chan struct{}), false
+	d.log.Warn("a complete mount is lazy again", zap.String("dir", m.rec.Dir))
+	return nil
+}
+
+// reopen takes back what a complete EROFS mount let go.
+func (d *daemon) reopen(ctx context.Context, m *mount) (err error) {
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, d.release(m), d.setComplete(m, true))
@@ -92,14 +110,8 @@ func (d *daemon) revive(ctx context.Context, m *mount) (err error) {
 	if err := d.setComplete(m, false); err != nil {
 		return err
 	}
-	if err := d.adopt(ctx, m); err != nil {
-		return err
-	}
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	m.final, m.over, m.overDone = nil, make(chan struct{}), false
-	d.log.Warn("a complete mount is lazy again", zap.String("dir", m.rec.Dir))
-	return nil
+	_, err = d.adopt(ctx, m)
+	return err
 }
 
 // setComplete notes durably whether a mount needs nobody.

@@ -65,7 +65,7 @@ func (d *daemon) sweep() {
 			continue // it is being made lazy again
 		}
 		switch {
-		case !living[m.rec.BDI]:
+		case !lives(&m.rec, m.conn.Load(), living):
 			if err := d.end(m); err != nil {
 				d.log.Warn("end of a mount", zap.String("dir", m.rec.Dir), zap.Error(err))
 			}
@@ -101,7 +101,7 @@ func (d *daemon) isComplete(m *mount) bool {
 func (d *daemon) settle(b *blob) error {
 	b.syncMu.Lock()
 	defer b.syncMu.Unlock()
-	if b.closed || b.settled {
+	if b.closed || b.settled || d.watch == nil {
 		return nil
 	}
 	done, err := d.watch.Settle(b.st)
@@ -136,8 +136,10 @@ func (d *daemon) complete(m *mount) {
 	m.final = &final
 	m.finish()
 	d.mu.Unlock()
-	if err := d.release(m); err != nil {
-		d.log.Warn("release a complete mount", zap.String("dir", m.rec.Dir), zap.Error(err))
+	if m.rec.driver() == DriverEROFS { // FUSE goes on asking
+		if err := d.release(m); err != nil {
+			d.log.Warn("release a complete mount", zap.String("dir", m.rec.Dir), zap.Error(err))
+		}
 	}
 	if err := erofs.SetReadAhead(m.rec.BDI, NormalReadAhead); err != nil {
 		d.log.Info("read-ahead of a complete mount", zap.String("bdi", m.rec.BDI), zap.Error(err))

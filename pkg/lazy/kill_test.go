@@ -34,16 +34,18 @@ func kill(t testing.TB, pid int) {
 // right, no reader sees an error, and everybody finishes. SOAK=1 kills more than a hundred times.
 func TestKill(t *testing.T) {
 	rounds := 2
+	if testing.Short() {
+		rounds = 1
+	}
 	if os.Getenv("SOAK") != "" {
 		rounds = 30
 	}
 	for round := range rounds {
-		t.Run(strconv.Itoa(round), killRound)
+		t.Run(strconv.Itoa(round), func(t *testing.T) { eachDriver(t, killRound) })
 	}
 }
 
-func killRound(t *testing.T) {
-	b := newBox(t)
+func killRound(t *testing.T, b *box) {
 	var g errgroup.Group
 	for _, r := range []lazy.Request{loose(t, "v6-zstd"), loose(t, "v6-lz4_block"), loose(t, "v6-zstd-sha256-64k")} {
 		m := b.mount(b.mountpoint(filepath.Base(filepath.Dir(r.Bootstrap))), r)
@@ -84,9 +86,9 @@ func killRound(t *testing.T) {
 }
 
 // A reader that waits for the dead daemon's answer gets its bytes from the next one.
-func TestKillWhileReading(t *testing.T) {
-	t.Parallel()
-	b := newBox(t)
+func TestKillWhileReading(t *testing.T) { eachDriver(t, testKillWhileReading) }
+
+func testKillWhileReading(t *testing.T, b *box) {
 	m := b.mount(b.mountpoint("mnt"), loose(t, "v6-zstd"))
 	for round := range 4 {
 		s := b.status()
@@ -176,9 +178,9 @@ func TestBothDie(t *testing.T) {
 }
 
 // A signal to end makes the daemon start anew while something is mounted.
-func TestTerminate(t *testing.T) {
-	t.Parallel()
-	b := newBox(t)
+func TestTerminate(t *testing.T) { eachDriver(t, testTerminate) }
+
+func testTerminate(t *testing.T, b *box) {
 	m := b.mount(b.mountpoint("mnt"), layout(t))
 	before := b.status()
 	if err := unix.Kill(before.PID, unix.SIGTERM); err != nil {

@@ -1,6 +1,7 @@
 package lazy_test
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -16,6 +17,7 @@ import (
 	"github.com/headstart-oci/headstart/pkg/fanotify"
 	"github.com/headstart-oci/headstart/pkg/lazy"
 	"github.com/headstart-oci/headstart/pkg/lazy/internal/erofs"
+	"github.com/headstart-oci/headstart/pkg/lazy/internal/fuse"
 )
 
 func TestMain(m *testing.M) { testenv.Main(m) }
@@ -28,17 +30,35 @@ type box struct {
 	state  string
 	run    string
 	binary string
+	driver lazy.Driver // of its mounts, unless they ask for another
 }
 
-// newBox returns a box whose daemon starts with the first mount, and sees to it that nothing
+// eachDriver runs a test with a box for each driver.
+func eachDriver(t *testing.T, f func(t *testing.T, b *box)) {
+	for _, driver := range []lazy.Driver{lazy.DriverEROFS, lazy.DriverFUSE} {
+		t.Run(string(driver), func(t *testing.T) {
+			t.Parallel()
+			f(t, newBoxOf(t, driver))
+		})
+	}
+}
+
+// newBox returns a box for EROFS mounts whose daemon starts with the first mount, and sees to it that nothing
 // stays after the test.
-func newBox(t testing.TB) *box {
+func newBox(t testing.TB) *box { return newBoxOf(t, lazy.DriverEROFS) }
+
+// newBoxOf is newBox for mounts of one driver.
+func newBoxOf(t testing.TB, driver lazy.Driver) *box {
 	t.Helper()
 	testenv.Root(t)
 	dir := t.TempDir()
-	testenv.Kernel(t, "pre-content events", fanotify.Probe(fanotify.FeaturePreAccess))
-	testenv.Kernel(t, "EROFS mounts of plain files", erofs.Probe(dir))
-	b := &box{t: t, dir: dir, state: filepath.Join(dir, "state"), run: filepath.Join(dir, "run"), binary: testenv.Binary(t, "optimizer")}
+	if driver == lazy.DriverFUSE {
+		testenv.Kernel(t, "FUSE", fuse.Probe())
+	} else {
+		testenv.Kernel(t, "pre-content events", fanotify.Probe(fanotify.FeaturePreAccess))
+		testenv.Kernel(t, "EROFS mounts of plain files", erofs.Probe(dir))
+	}
+	b := &box{t: t, driver: driver, dir: dir, state: filepath.Join(dir, "state"), run: filepath.Join(dir, "run"), binary: testenv.Binary(t, "optimizer")}
 	b.client = b.clientOf(b.state, b.run)
 	t.Cleanup(b.end)
 	return b
@@ -98,11 +118,17 @@ func (b *box) mountpoint(name string) string {
 
 func (b *box) mount(dir string, r lazy.Request) lazy.Mount {
 	b.t.Helper()
-	m, err := b.client.Mount(b.t.Context(), dir, r)
+	m, err := b.client.Mount(b.t.Context(), dir, b.of(r))
 	if err != nil {
 		b.t.Fatal(err)
 	}
 	return m
+}
+
+// of returns the request with the box's driver.
+func (b *box) of(r lazy.Request) lazy.Request {
+	r.Driver = cmp.Or(r.Driver, b.driver)
+	return r
 }
 
 func (b *box) status() lazy.Status {

@@ -1,6 +1,7 @@
 package lazy
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"errors"
@@ -8,6 +9,7 @@ import (
 	"io"
 	"os"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"go.uber.org/zap"
@@ -15,6 +17,7 @@ import (
 	"github.com/headstart-oci/headstart/pkg/lazy/internal/backend"
 	"github.com/headstart-oci/headstart/pkg/lazy/internal/erofs"
 	"github.com/headstart-oci/headstart/pkg/lazy/internal/fill"
+	"github.com/headstart-oci/headstart/pkg/lazy/internal/fuse"
 	"github.com/headstart-oci/headstart/pkg/lazy/internal/store"
 	"github.com/headstart-oci/headstart/pkg/rafs"
 )
@@ -36,7 +39,14 @@ type record struct {
 	// Complete: everything is local and durable, and nobody has to watch any more. Total is how much that is, in bytes.
 	Complete bool  `json:"complete,omitempty"`
 	Total    int64 `json:"total,omitempty"`
+	// Driver is empty in the records of daemons that had EROFS alone. BDIInode tells backing devices of one name apart; of FUSE mounts only.
+	Driver   Driver `json:"driver,omitempty"`
+	Reason   string `json:"driver_reason,omitempty"`
+	BDIInode uint64 `json:"bdi_inode,omitempty"`
 }
+
+// driver is what answers the mount's reads.
+func (r *record) driver() Driver { return cmp.Or(r.Driver, DriverEROFS) }
 
 // mount is a mount of this daemon. Its fields are guarded by daemon.mu, but for those that are written before
 // others see the mount and by release alone.
@@ -48,6 +58,8 @@ type mount struct {
 
 	share *fill.Share // of the memory for what is fetched
 	phase sync.Mutex  // held by who makes a mount complete, lazy again, or ends it; taken before daemon.blobMu
+
+	conn atomic.Pointer[connection] // of a FUSE mount, until it ends
 
 	dir      string
 	failed   string
@@ -78,7 +90,7 @@ func (d *daemon) open(ctx context.Context, r *Request) (*backend.Image, error) {
 }
 
 // mount makes a superblock and everything behind it. The caller closes the Detached. On an error nothing is left.
-func (d *daemon) mount(ctx context.Context, r *Request, dir string) (_ *mount, _ *erofs.Detached, err error) {
+func (d *daemon) mount(ctx context.Context, r *Request, dir string) (_ *mount, _ detached, err error) {
 	d.mu.Lock()
 	d.last = time.Now()
 	d.mu.Unlock()
@@ -94,25 +106,33 @@ func (d *daemon) mount(ctx context.Context, r *Request, dir string) (_ *mount, _
 			err = errors.Join(err, img.Close())
 		}
 	}()
-	if img.RAFS.Version == rafs.V5 {
-		return nil, nil, fmt.Errorf("%s is RAFS v5, which no kernel mounts: %w; convert it to v6, or use nydusd", img.Reference, ErrUnsupported)
+	driver, why, err := d.choose(r, img)
+	if err != nil {
+		return nil, nil, err
+	}
+	if driver == DriverFUSE {
+		if err := fuse.Align(img.RAFS); err != nil {
+			return nil, nil, fmt.Errorf("%s: %w: %w", img.Reference, ErrUnsupported, err)
+		}
 	}
 	if err := store.Check(img.RAFS.Blobs); err != nil {
 		return nil, nil, fmt.Errorf("%s: %w", img.Reference, err)
 	}
 	m := &mount{dir: dir, share: d.fill.Share(), over: make(chan struct{}), ended: make(chan struct{}), rec: record{
 		ID: rand.Text(), Boot: d.boot, Dir: dir, Since: time.Now().UTC(), Request: *r, Reference: img.Reference, Origin: img.Origin(),
+		Driver: driver, Reason: why,
 	}}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, d.end(m))
 		}
 	}()
-	o := erofs.Options{ReadAhead: r.readAhead()}
 	boot, size := img.Bootstrap()
-	if o.Bootstrap, m.rec.Bootstrap, err = d.putBootstrap(m, boot, size); err != nil {
+	path, sum, err := d.putBootstrap(m, boot, size)
+	if err != nil {
 		return nil, nil, err
 	}
+	m.rec.Bootstrap = sum
 	tree := img.RAFS
 	for n := range tree.Blobs {
 		u, err := d.openBlob(m, tree, n, img.Blob(n), "")
@@ -121,16 +141,14 @@ func (d *daemon) mount(ctx context.Context, r *Request, dir string) (_ *mount, _
 		}
 		m.uses = append(m.uses, u)
 		m.rec.Blobs = append(m.rec.Blobs, u.b.st.Name())
-		o.Devices = append(o.Devices, u.b.st.Path())
 	}
 	if err := ctx.Err(); err != nil {
 		return nil, nil, err
 	}
-	detached, err := erofs.New(ctx, o)
+	detached, err := d.superblock(ctx, m, tree, path)
 	if err != nil {
 		return nil, nil, err
 	}
-	m.rec.BDI, m.rec.Device = detached.BDI, detached.Device
 	err = d.store.PutMount(m.rec.ID, m.rec)
 	if err == nil {
 		img.RAFS = nil
@@ -145,6 +163,34 @@ func (d *daemon) mount(ctx context.Context, r *Request, dir string) (_ *mount, _
 	d.mounts[m.rec.ID] = m
 	d.mu.Unlock()
 	return m, detached, nil
+}
+
+// detached is a mount that is attached nowhere: see [erofs.Detached].
+type detached interface {
+	File() *os.File
+	Close() error
+}
+
+// superblock makes the superblock of m over its blobs.
+func (d *daemon) superblock(ctx context.Context, m *mount, tree *rafs.Image, bootstrap string) (detached, error) {
+	if m.rec.driver() == DriverFUSE {
+		f, err := d.newFUSE(m, tree)
+		if err != nil {
+			return nil, err
+		}
+		m.rec.BDI, m.rec.BDIInode, m.rec.Device = f.BDI, f.BDIInode, f.Device
+		return f, nil
+	}
+	o := erofs.Options{Bootstrap: bootstrap, ReadAhead: m.rec.Request.readAhead()}
+	for _, u := range m.uses {
+		o.Devices = append(o.Devices, u.b.st.Path())
+	}
+	e, err := erofs.New(ctx, o)
+	if err != nil {
+		return nil, err
+	}
+	m.rec.BDI, m.rec.Device = e.BDI, e.Device
+	return e, nil
 }
 
 func (m *mount) closeSource() error {
@@ -182,7 +228,7 @@ func (d *daemon) prefetch(m *mount, tree *rafs.Image) {
 // release gives back what fills a mount: it is complete, or nobody has it any more. What a complete mount
 // reads from stays, with nobody in between.
 func (d *daemon) release(m *mount) error {
-	var errs []error
+	errs := []error{d.disconnect(m)}
 	if m.run != nil {
 		m.run.Close()
 	}
@@ -261,6 +307,7 @@ func (d *daemon) describe(m *mount, detail bool) Mount {
 	out := Mount{
 		ID: m.rec.ID, Dir: m.dir, Reference: m.rec.Reference, Digest: m.rec.Origin.Digest.String(), State: StateLazy, Error: m.failed,
 		Since: m.rec.Since, Device: m.rec.Device, BDI: m.rec.BDI, Bootstrap: m.rec.Bootstrap, Blobs: len(m.rec.Blobs),
+		Driver: m.rec.driver(), DriverReason: m.rec.Reason,
 	}
 	if m.final != nil {
 		out = *m.final

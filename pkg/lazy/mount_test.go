@@ -22,49 +22,69 @@ func TestMount(t *testing.T) {
 	for _, variant := range []string{"v6-zstd", "v6-lz4_block", "v6-zstd-batch", "v6-zstd-sha256-64k"} {
 		requests[variant] = loose(t, variant)
 	}
-	for name, r := range requests {
-		t.Run(name, func(t *testing.T) {
-			t.Parallel()
-			b := newBox(t)
-			dir := b.mountpoint("mnt")
-			m := b.mount(dir, r)
-			if m.Dir != dir || m.State != lazy.StateLazy || m.Local != 0 || m.Total == 0 || m.Blobs == 0 {
-				t.Errorf("Mount() = %+v, want lazy at %s with nothing local", m, dir)
+	old := layout(t)
+	old.Reference = strings.TrimSuffix(old.Reference, "nydus-v6") + "nydus-v5"
+	for _, driver := range []lazy.Driver{lazy.DriverEROFS, lazy.DriverFUSE, lazy.DriverAuto} {
+		for name, r := range requests {
+			if driver == lazy.DriverEROFS || driver == lazy.DriverFUSE && (!testing.Short() || name == "layout") {
+				t.Run(string(driver)+"/"+name, func(t *testing.T) { testMount(t, driver, r) })
 			}
-			if kib, err := erofs.ReadAhead(m.BDI); err != nil || kib != lazy.DefaultReadAhead {
-				t.Errorf("read-ahead is %d KiB, %v, want %d", kib, err, lazy.DefaultReadAhead)
+		}
+		for name, r := range map[string]lazy.Request{"layout-v5": old, "v5-zstd": loose(t, "v5-zstd"), "v5-lz4-sha256": loose(t, "v5-lz4-sha256")} {
+			if driver == lazy.DriverFUSE && !testing.Short() || driver == lazy.DriverAuto {
+				t.Run(string(driver)+"/"+name, func(t *testing.T) { testMount(t, driver, r) })
 			}
-			compare(t, dir)
-			s := b.status()
-			if len(s.Mounts) != 1 || s.Mounts[0].Stats.Waits == 0 || s.Mounts[0].Stats.Demand.Bytes == 0 {
-				t.Errorf("status %+v, want one mount that somebody waited for", s)
-			}
-			// All was read, so all is local, and nobody is in the way.
-			done, err := b.client.Wait(t.Context(), m.Device)
-			if err != nil || done.State != lazy.StateComplete || done.Local != m.Total || done.Total != m.Total {
-				t.Errorf("Wait() = %+v, %v, want complete with %d bytes", done, err, m.Total)
-			}
-			eventually(t, func() string {
-				if kib, err := erofs.ReadAhead(m.BDI); err != nil || kib != lazy.NormalReadAhead {
-					return fmt.Sprintf("read-ahead is %d KiB, %v, want %d", kib, err, lazy.NormalReadAhead)
-				}
-				return ""
-			})
-			if marks := marksOf(t, s.PID); marks != 0 {
-				t.Errorf("%d marks are left", marks)
-			}
-			compare(t, dir)
-			b.unmount(dir)
-			if s := b.status(); len(s.Mounts) != 0 {
-				t.Errorf("after unmount: %+v, want no mounts", s.Mounts)
-			}
-			// What was fetched is there for the next one.
-			if again := b.mount(dir, r); again.Local != again.Total {
-				t.Errorf("mounted again: %d of %d bytes local, want all", again.Local, again.Total)
-			}
-			compare(t, dir)
-		})
+		}
 	}
+}
+
+// testMount reads a whole image through a mount, cold, complete, and mounted again.
+func testMount(t *testing.T, driver lazy.Driver, r lazy.Request) {
+	t.Parallel()
+	b := newBoxOf(t, driver)
+	dir := b.mountpoint("mnt")
+	m := b.mount(dir, r)
+	if driver == lazy.DriverAuto {
+		driver = lazy.DriverFUSE
+	}
+	if m.Driver != driver || (m.DriverReason == "") != (driver == lazy.DriverEROFS) {
+		t.Errorf("driver %s (%s), want %s", m.Driver, m.DriverReason, driver)
+	}
+	if m.Dir != dir || m.State != lazy.StateLazy || m.Local != 0 || m.Total == 0 || m.Blobs == 0 {
+		t.Errorf("Mount() = %+v, want lazy at %s with nothing local", m, dir)
+	}
+	if kib, err := erofs.ReadAhead(m.BDI); err != nil || kib != lazy.DefaultReadAhead {
+		t.Errorf("read-ahead is %d KiB, %v, want %d", kib, err, lazy.DefaultReadAhead)
+	}
+	compare(t, dir)
+	s := b.status()
+	if len(s.Mounts) != 1 || s.Mounts[0].Stats.Waits == 0 || s.Mounts[0].Stats.Demand.Bytes == 0 {
+		t.Errorf("status %+v, want one mount that somebody waited for", s)
+	}
+	// All was read, so all is local, and nobody is in the way.
+	done, err := b.client.Wait(t.Context(), m.Device)
+	if err != nil || done.State != lazy.StateComplete || done.Local != m.Total || done.Total != m.Total {
+		t.Errorf("Wait() = %+v, %v, want complete with %d bytes", done, err, m.Total)
+	}
+	eventually(t, func() string {
+		if kib, err := erofs.ReadAhead(m.BDI); err != nil || kib != lazy.NormalReadAhead {
+			return fmt.Sprintf("read-ahead is %d KiB, %v, want %d", kib, err, lazy.NormalReadAhead)
+		}
+		return ""
+	})
+	if marks := marksOf(t, s.PID); marks != 0 {
+		t.Errorf("%d marks are left", marks)
+	}
+	compare(t, dir)
+	b.unmount(dir)
+	if s := b.status(); len(s.Mounts) != 0 {
+		t.Errorf("after unmount: %+v, want no mounts", s.Mounts)
+	}
+	// What was fetched is there for the next one.
+	if again := b.mount(dir, r); again.Local != again.Total {
+		t.Errorf("mounted again: %d of %d bytes local, want all", again.Local, again.Total)
+	}
+	compare(t, dir)
 }
 
 // marksOf counts the marks of a process' fanotify groups.
@@ -86,9 +106,9 @@ func marksOf(t testing.TB, pid int) int {
 }
 
 // The prefetch blob and the background bring everything without a reader.
-func TestBackground(t *testing.T) {
-	t.Parallel()
-	b := newBox(t)
+func TestBackground(t *testing.T) { eachDriver(t, testBackground) }
+
+func testBackground(t *testing.T, b *box) {
 	r := layout(t)
 	r.Background = "full"
 	m := b.mount(b.mountpoint("mnt"), r)
@@ -101,9 +121,9 @@ func TestBackground(t *testing.T) {
 	}
 }
 
-func TestBusy(t *testing.T) {
-	t.Parallel()
-	b := newBox(t)
+func TestBusy(t *testing.T) { eachDriver(t, testBusy) }
+
+func testBusy(t *testing.T, b *box) {
 	m := b.mount(b.mountpoint("mnt"), layout(t))
 	f, err := os.Open(m.Dir)
 	if err != nil {
@@ -135,9 +155,9 @@ func TestBusy(t *testing.T) {
 }
 
 // Somebody unmounts with umount(8), and nobody asks us.
-func TestForeignUnmount(t *testing.T) {
-	t.Parallel()
-	b := newBox(t)
+func TestForeignUnmount(t *testing.T) { eachDriver(t, testForeignUnmount) }
+
+func testForeignUnmount(t *testing.T, b *box) {
 	m := b.mount(b.mountpoint("mnt"), layout(t))
 	if out, err := exec.Command("umount", m.Dir).CombinedOutput(); err != nil {
 		t.Fatalf("umount: %v\n%s", err, out)
@@ -152,9 +172,9 @@ func TestForeignUnmount(t *testing.T) {
 	})
 }
 
-func TestSameImageTwice(t *testing.T) {
-	t.Parallel()
-	b := newBox(t)
+func TestSameImageTwice(t *testing.T) { eachDriver(t, testSameImageTwice) }
+
+func testSameImageTwice(t *testing.T, b *box) {
 	one, two := b.mount(b.mountpoint("one"), layout(t)), b.mount(b.mountpoint("two"), layout(t))
 	if one.Device == two.Device || one.BDI == two.BDI {
 		t.Errorf("two mounts are one: %+v, %+v", one, two)
@@ -209,8 +229,9 @@ func TestMany(t *testing.T) {
 }
 
 // Many mounts, one after the other, leave nothing: SOAK=1 makes it a thousand.
-func TestManyInARow(t *testing.T) {
-	b := newBox(t)
+func TestManyInARow(t *testing.T) { eachDriver(t, testManyInARow) }
+
+func testManyInARow(t *testing.T, b *box) {
 	keep := b.mount(b.mountpoint("keep"), loose(t, "v6-zstd")) // the daemon stays for all of them
 	rounds := 20
 	if os.Getenv("SOAK") != "" {
@@ -225,7 +246,7 @@ func TestManyInARow(t *testing.T) {
 			t.Fatal(err)
 		}
 		b.unmount(dir)
-		if alive, err := erofs.Alive(m.BDI); alive || err != nil {
+		if alive, err := alive(m); alive || err != nil {
 			t.Fatalf("round %d: superblock %s: %v, %v", i, m.BDI, alive, err)
 		}
 		if i == rounds/2 {
@@ -247,6 +268,19 @@ func TestManyInARow(t *testing.T) {
 		t.Errorf("records %v, %v, want one", records, err)
 	}
 	b.unmount(keep.Dir)
+}
+
+// alive reports whether the superblock of a mount exists. The kernel gives names of backing devices of FUSE mounts out again, but
+// nobody else mounts while this is asked.
+func alive(m lazy.Mount) (bool, error) {
+	if m.Driver == lazy.DriverEROFS {
+		return erofs.Alive(m.BDI)
+	}
+	_, err := os.Stat(filepath.Join("/sys/class/bdi", m.BDI))
+	if errors.Is(err, os.ErrNotExist) {
+		return false, nil
+	}
+	return err == nil, err
 }
 
 func descriptors(t testing.TB, pid int) int {

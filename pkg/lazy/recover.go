@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"os"
 	"slices"
 	"strings"
 
@@ -14,18 +15,21 @@ import (
 	"github.com/headstart-oci/headstart/pkg/lazy/internal/backend"
 	"github.com/headstart-oci/headstart/pkg/lazy/internal/erofs"
 	"github.com/headstart-oci/headstart/pkg/lazy/internal/fill"
+	"github.com/headstart-oci/headstart/pkg/lazy/internal/fuse"
+	"github.com/headstart-oci/headstart/pkg/rafs"
 )
 
 // recover takes over the mounts of earlier daemons, before the first event is read. guarded: their
 // descriptors were kept all the time.
-func (d *daemon) recover(ctx context.Context, guarded bool) {
+func (d *daemon) recover(ctx context.Context, guarded bool, own *held) {
 	stored, err := d.store.Mounts()
 	if err != nil {
 		d.log.Error("records of mounts", zap.Error(err))
 	}
-	living, lifeErr := erofs.Living()
-	if lifeErr != nil {
-		d.log.Error("superblocks", zap.Error(lifeErr)) // none counts as gone then
+	living, err := erofs.Living()
+	if err != nil {
+		d.log.Error("superblocks", zap.Error(err)) // none counts as gone then
+		living = nil
 	}
 	unused := map[string]bool{}
 	for id, data := range stored {
@@ -34,7 +38,7 @@ func (d *daemon) recover(ctx context.Context, guarded bool) {
 			d.log.Error("record of a mount", zap.String("id", id), zap.Error(err))
 			continue
 		}
-		if rec.Boot != d.boot || lifeErr == nil && !living[rec.BDI] {
+		if rec.Boot != d.boot || !lives(&rec, nil, living) {
 			// Nobody knows when it ended.
 			if err := errors.Join(d.store.Touch(rec.Blobs...), d.store.RemoveMount(id)); err != nil {
 				d.log.Warn("remove a record", zap.String("id", id), zap.Error(err))
@@ -45,8 +49,9 @@ func (d *daemon) recover(ctx context.Context, guarded bool) {
 		m := &mount{rec: rec, dir: rec.Dir, share: d.fill.Share(), over: make(chan struct{}), ended: make(chan struct{}), booted: true}
 		d.bootstraps[rec.Bootstrap]++
 		d.mounts[id] = m
-		d.recoverOne(ctx, m, guarded)
+		d.recoverOne(ctx, m, guarded, own)
 	}
+	d.dropConnections()
 	for sum := range unused {
 		if d.bootstraps[sum] > 0 {
 			continue
@@ -56,7 +61,7 @@ func (d *daemon) recover(ctx context.Context, guarded bool) {
 		}
 	}
 	d.dropUnused()
-	if guarded && d.unsure() {
+	if guarded && d.watch != nil && d.unsure() {
 		d.log.Warn("not all data files are known that readers may wait for")
 		d.watch.Unsure()
 	}
@@ -70,7 +75,7 @@ func (d *daemon) unsure() bool {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	for _, m := range d.mounts {
-		if m.failed != "" {
+		if m.failed != "" && m.rec.driver() == DriverEROFS {
 			return true
 		}
 	}
@@ -84,23 +89,32 @@ func (d *daemon) unsure() bool {
 
 // recoverOne makes a mount served again. What stands in the way makes it a failed mount: what is local
 // can be read, everything else is an error.
-func (d *daemon) recoverOne(ctx context.Context, m *mount, guarded bool) {
+func (d *daemon) recoverOne(ctx context.Context, m *mount, guarded bool, own *held) {
+	if m.rec.driver() == DriverFUSE {
+		if err := d.recoverFUSE(ctx, m, own); err != nil {
+			d.fail(m, err)
+			return
+		}
+	}
 	switch {
 	case m.rec.Complete:
 		m.final = &Mount{
 			ID: m.rec.ID, Reference: m.rec.Reference, Digest: m.rec.Origin.Digest.String(), Since: m.rec.Since, Device: m.rec.Device,
 			BDI: m.rec.BDI, Bootstrap: m.rec.Bootstrap, Blobs: len(m.rec.Blobs), Local: m.rec.Total, Total: m.rec.Total, Prefetched: true,
+			Driver: m.rec.driver(), DriverReason: m.rec.Reason,
 		}
 		m.finish()
-		if guarded {
+		if guarded && m.rec.driver() == DriverEROFS {
 			d.passWhole(m)
 		}
+		return
+	case m.rec.driver() == DriverFUSE:
 		return
 	case !guarded:
 		d.fail(m, ErrFailed)
 		return
 	}
-	if err := d.adopt(ctx, m); err != nil {
+	if _, err := d.adopt(ctx, m); err != nil {
 		d.fail(m, fmt.Errorf("%w: %w", ErrFailed, err))
 	}
 }
@@ -125,17 +139,22 @@ func (d *daemon) fail(m *mount, err error) {
 }
 
 // adopt opens the blobs of a mount that outlived its daemon.
-func (d *daemon) adopt(ctx context.Context, m *mount) error {
+func (d *daemon) adopt(ctx context.Context, m *mount) (*rafs.Image, error) {
 	path, err := d.store.Bootstrap(m.rec.Bootstrap)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	tree, err := readBootstrap(path)
 	if err != nil {
-		return fmt.Errorf("bootstrap %s: %w", path, err)
+		return nil, fmt.Errorf("bootstrap %s: %w", path, err)
+	}
+	if m.rec.driver() == DriverFUSE {
+		if err := fuse.Align(tree); err != nil {
+			return nil, err
+		}
 	}
 	if n := len(tree.Blobs); n != len(m.rec.Blobs) || n != len(m.rec.Origin.Blobs) {
-		return fmt.Errorf("bootstrap %s has %d blobs, its mount %d, their origin %d", path, n, len(m.rec.Blobs), len(m.rec.Origin.Blobs))
+		return nil, fmt.Errorf("bootstrap %s has %d blobs, its mount %d, their origin %d", path, n, len(m.rec.Blobs), len(m.rec.Origin.Blobs))
 	}
 	source := func(n int) fill.Source { return m.src.Blob(n) }
 	if m.src, err = backend.Reopen(ctx, m.rec.Origin, d.backendOptions(&m.rec.Request)); err != nil {
@@ -147,14 +166,14 @@ func (d *daemon) adopt(ctx context.Context, m *mount) error {
 	for n := range tree.Blobs {
 		u, err := d.openBlob(m, tree, n, source(n), m.rec.Blobs[n])
 		if err != nil {
-			return err
+			return nil, err
 		}
 		d.usedMu.Lock()
 		m.uses = append(slices.Clip(m.uses), u)
 		d.usedMu.Unlock()
 	}
 	d.prefetch(m, tree)
-	return nil
+	return tree, nil
 }
 
 // brokenSource is a place that cannot be reached and says why.
@@ -166,6 +185,14 @@ func (s brokenSource) Range(context.Context, fill.Request) (io.ReadCloser, error
 // Retry implements fill.Source.
 func (s brokenSource) Retry(error) fill.Retry { return fill.Retry{} }
 
+// unmark takes the mark off a data file that nobody has.
+func (d *daemon) unmark(data *os.File) error {
+	if d.watch == nil {
+		return nil
+	}
+	return d.watch.Unmark(data)
+}
+
 // dropUnused tells the holder which descriptors no mount needs any more: an earlier daemon may have died between
 // two steps.
 func (d *daemon) dropUnused() {
@@ -173,7 +200,7 @@ func (d *daemon) dropUnused() {
 	defer d.blobMu.Unlock()
 	kept := map[string]bool{}
 	for name := range d.store.Unadopted() {
-		if err := d.store.Release(name, d.watch.Unmark); err != nil {
+		if err := d.store.Release(name, d.unmark); err != nil {
 			// Of a mount that cannot be filled any more: while its mark lives, its reads fail.
 			d.log.Debug("descriptors of a blob stay", zap.Error(err))
 			kept[name] = true

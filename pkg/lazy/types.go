@@ -53,6 +53,8 @@ type Request struct {
 	Rate       int64  `json:"rate,omitempty"`
 	// NoPrefetch leaves the prefetch blob and table alone.
 	NoPrefetch bool `json:"no_prefetch,omitempty"`
+	// Driver says what answers reads; empty: [DriverAuto].
+	Driver Driver `json:"driver,omitempty"`
 	// ReadAhead is how many KiB the kernel reads ahead while the mount is not complete; 0:
 	// [DefaultReadAhead], negative: none.
 	ReadAhead int `json:"read_ahead,omitempty"`
@@ -106,6 +108,9 @@ func (r *Request) check() error {
 		return fmt.Errorf("read-ahead of %d KiB, want at most %d", r.ReadAhead, 1<<20)
 	}
 	_, err := r.background()
+	if err == nil {
+		_, err = ParseDriver(string(r.Driver))
+	}
 	return err
 }
 
@@ -199,7 +204,7 @@ type State string
 // The states of mounts.
 const (
 	StateLazy     State = "lazy"     // some of it is fetched when it is read
-	StateComplete State = "complete" // all of it is local, and nobody is in the way of a read
+	StateComplete State = "complete" // all of it is local; with EROFS nobody is in the way of a read
 	StateFailed   State = "failed"   // its daemon was lost: what was not local cannot be read
 )
 
@@ -225,8 +230,11 @@ type Mount struct {
 	Since     time.Time `json:"since"`
 	Device    uint64    `json:"device"` // st_dev
 	BDI       string    `json:"bdi"`    // of /sys/class/bdi
-	Bootstrap string    `json:"bootstrap"`
-	Blobs     int       `json:"blobs"`
+	// Driver answers its reads, and DriverReason says why it is not EROFS.
+	Driver       Driver `json:"driver"`
+	DriverReason string `json:"driver_reason,omitempty"`
+	Bootstrap    string `json:"bootstrap"`
+	Blobs        int    `json:"blobs"`
 	// Local of Total bytes are in the cache: uncompressed, in blocks, of what the image uses.
 	Local int64 `json:"local_bytes"`
 	Total int64 `json:"total_bytes"`

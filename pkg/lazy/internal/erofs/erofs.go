@@ -268,7 +268,13 @@ func DeviceOf(dir string) (device uint64, isEROFS bool, err error) {
 	defer func() { _ = unix.Close(fd) }()
 	var st unix.Stat_t
 	var fs unix.Statfs_t
-	if err := errors.Join(unix.Fstat(fd, &st), unix.Fstatfs(fd, &fs)); err != nil {
+	err = unix.Fstat(fd, &st)
+	if err == nil {
+		if err = unix.Fstatfs(fd, &fs); errors.Is(err, unix.ENOTCONN) || errors.Is(err, unix.ECONNABORTED) {
+			err = nil // a FUSE mount that nobody answers
+		}
+	}
+	if err != nil {
 		return 0, false, &os.PathError{Op: "stat", Path: dir, Err: err}
 	}
 	return st.Dev, fs.Type == unix.EROFS_SUPER_MAGIC_V1, nil
