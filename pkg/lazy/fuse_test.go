@@ -81,6 +81,9 @@ func TestRecordIsLostFUSE(t *testing.T) {
 func TestBothDrivers(t *testing.T) {
 	t.Parallel()
 	for _, first := range []lazy.Driver{lazy.DriverEROFS, lazy.DriverFUSE} {
+		if testing.Short() && first == lazy.DriverFUSE {
+			continue
+		}
 		t.Run(string(first)+" first", func(t *testing.T) {
 			t.Parallel()
 			b := newBoxOf(t, lazy.DriverEROFS)

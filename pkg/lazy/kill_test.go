@@ -86,7 +86,7 @@ func killRound(t *testing.T, b *box) {
 }
 
 // A reader that waits for the dead daemon's answer gets its bytes from the next one.
-func TestKillWhileReading(t *testing.T) { eachDriver(t, testKillWhileReading) }
+func TestKillWhileReading(t *testing.T) { mostlyEROFS(t, testKillWhileReading) }
 
 func testKillWhileReading(t *testing.T, b *box) {
 	m := b.mount(b.mountpoint("mnt"), loose(t, "v6-zstd"))

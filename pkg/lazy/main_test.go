@@ -33,6 +33,18 @@ type box struct {
 	driver lazy.Driver // of its mounts, unless they ask for another
 }
 
+// mostlyEROFS is eachDriver, but for short runs.
+func mostlyEROFS(t *testing.T, f func(t *testing.T, b *box)) {
+	if testing.Short() {
+		t.Run(string(lazy.DriverEROFS), func(t *testing.T) {
+			t.Parallel()
+			f(t, newBox(t))
+		})
+		return
+	}
+	eachDriver(t, f)
+}
+
 // eachDriver runs a test with a box for each driver.
 func eachDriver(t *testing.T, f func(t *testing.T, b *box)) {
 	for _, driver := range []lazy.Driver{lazy.DriverEROFS, lazy.DriverFUSE} {
@@ -86,7 +98,8 @@ func (b *box) end() {
 			b.t.Logf("clean up: %v", err)
 		}
 	}
-	for deadline := time.Now().Add(20 * time.Second); !errors.Is(err, lazy.ErrNoDaemon) && time.Now().Before(deadline); time.Sleep(20 * time.Millisecond) {
+	// Other tests' mount namespaces keep a mount alive as long as they last.
+	for deadline := time.Now().Add(time.Minute); !errors.Is(err, lazy.ErrNoDaemon) && time.Now().Before(deadline); time.Sleep(20 * time.Millisecond) {
 		if now, e := b.client.Status(ctx, false); e == nil {
 			s, err = now, nil
 		} else {
