@@ -7,7 +7,7 @@ import (
 	"github.com/headstart-oci/headstart/pkg/lazy/internal/store"
 )
 
-// ErrPinned: a part of the cache is to stay.
+// ErrPinned is the error of what would remove a part of the cache that is to stay.
 var ErrPinned = store.ErrPinned
 
 // CachePolicy says what is removed from a state directory by itself: what no mount has and what is not pinned goes

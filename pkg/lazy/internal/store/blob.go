@@ -122,7 +122,7 @@ func (b *Blob) Local() int64 {
 		ready := b.ready.Words()
 		for w, need := range v.need {
 			if need != 0 {
-				local += int64(bits.OnesCount64(need & b.claimOf(uint64(w)) &^ ready[w].Load())) //nolint:gosec // not negative
+				local += int64(bits.OnesCount64(need & b.claimOf(uint64(w)) &^ ready[w].Load()))
 			}
 		}
 	}

@@ -120,12 +120,12 @@ const confirmStep = 1024
 // ConfirmSome confirms a part of what is claimed, anywhere, and reports whether more is.
 func (b *Blob) ConfirmSome(ctx context.Context) (more bool, err error) {
 	for w := range b.claims {
-		if b.claimOf(uint64(w)) == 0 { //nolint:gosec // not negative
+		if b.claimOf(uint64(w)) == 0 {
 			continue
 		}
-		first := uint64(w) * 64 //nolint:gosec // not negative
+		first := uint64(w) * 64
 		end := min(first+confirmStep, uint64(len(b.claims))*64)
-		if err := b.Confirm(ctx, int64(first)*BlockSize, confirmStep*BlockSize); err != nil { //nolint:gosec // below Size
+		if err := b.Confirm(ctx, int64(first)*BlockSize, confirmStep*BlockSize); err != nil {
 			return true, err
 		}
 		b.unclaim(first, end) // what no chunk covers is nobody's
