@@ -52,6 +52,7 @@ type drill struct {
 	tree     tree
 	requests []lazy.Request
 	cycles   atomic.Int64 // left
+	mounts   atomic.Int64
 	reads    atomic.Int64
 	again    atomic.Int64 // mounts whose daemon died on the way too often
 	kills    atomic.Int64
@@ -82,10 +83,7 @@ func TestCollectDrill(t *testing.T) {
 	work.Wait()
 	stop()
 	others.Wait()
-	t.Logf("%d mounts, %d files read, %d kills, %d mounts asked for again", cycles, d.reads.Load(), d.kills.Load(), d.again.Load())
-	if d.kills.Load() == 0 {
-		t.Error("nobody was killed")
-	}
+	t.Logf("%d mounts, %d files read, %d kills, %d mounts asked for again", d.mounts.Load(), d.reads.Load(), d.kills.Load(), d.again.Load())
 	eventually(t, func() string {
 		if c := d.cache(); len(c.Entries) != 0 {
 			return fmt.Sprintf("%+v, want nothing left", c)
@@ -115,13 +113,14 @@ func (d *drill) noDangling() {}
 func (d *drill) reader(n int) {
 	rnd := rand.New(rand.NewPCG(7, uint64(n)))
 	dir := d.mountpoint(fmt.Sprint("reader", n))
-	for d.cycles.Add(-1) >= 0 && !d.t.Failed() {
+	for (d.cycles.Add(-1) >= 0 || d.kills.Load() < 2) && !d.t.Failed() {
 		r := d.requests[rnd.IntN(len(d.requests))]
 		r.Background = []string{"none", "full"}[rnd.IntN(2)]
 		if err := d.mountAgain(dir, r); err != nil {
 			d.t.Errorf("mount: %v", err)
 			return
 		}
+		d.mounts.Add(1)
 		for range 5 + rnd.IntN(15) {
 			d.read(dir, d.tree.names[rnd.IntN(len(d.tree.names))])
 		}
