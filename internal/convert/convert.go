@@ -54,7 +54,8 @@ type Options struct {
 	// Build says how the image is built; its List and Progress are set by Run.
 	Build builder.Options
 	// ChunkDict is a reference to a Nydus image: chunks that it has are not stored again. Its blobs
-	// that the result refers to are brought to the target with it.
+	// that the result refers to are brought to the target with it, and listed in its manifest. [DictAuto]: the image that
+	// Target names already; none when there is none, or one that cannot be referred to, which is a warning.
 	ChunkDict string
 	// BuildCache is a reference to the artifact that keeps what layers were built into, for later
 	// conversions: a registry's or a layout's. It is made when it is not there, and believed. BuildCacheMax is the

@@ -5,12 +5,14 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"strings"
 
 	"github.com/opencontainers/go-digest"
 
 	"github.com/headstart-oci/headstart/internal/nydusimage"
 	"github.com/headstart-oci/headstart/pkg/builder"
+	"github.com/headstart-oci/headstart/pkg/rafs"
 	"github.com/headstart-oci/headstart/pkg/remote"
 )
 
@@ -18,7 +20,8 @@ import (
 type helpers struct {
 	dict  *nydusimage.Image // nil: none
 	of    *builder.Dict
-	cache *cache // nil: none
+	notes []string // of the dictionary, for a person
+	cache *cache   // nil: none
 	// stored has how to bring each blob that lies elsewhere to the target.
 	stored map[digest.Digest]remote.Blob
 }
@@ -31,7 +34,11 @@ func openHelpers(ctx context.Context, o Options, source, target remote.Reference
 			err = errors.Join(err, h.Close())
 		}
 	}()
-	if o.ChunkDict != "" {
+	if o.ChunkDict == DictAuto {
+		if err := h.openTarget(ctx, o, target); err != nil {
+			return nil, err
+		}
+	} else if o.ChunkDict != "" {
 		if err := h.openDict(ctx, o, target); err != nil {
 			return nil, fmt.Errorf("chunk dictionary: %w", err)
 		}
@@ -62,6 +69,58 @@ func dictReference(s string) string {
 		return strings.TrimPrefix(rest, "registry:")
 	}
 	return s
+}
+
+// DictAuto is the value of [Options].ChunkDict that names the image at the target.
+const DictAuto = "auto"
+
+// maxSeedBlobs bounds how many blobs the image at the target may have to be referred to: each rebuild adds its own, and the
+// format counts 254 in all.
+const maxSeedBlobs = 128
+
+// openTarget makes the image that the target names the dictionary, if it can be one. What is there is about to be replaced, so nothing
+// that is wrong with it is an error, but that the target cannot be reached.
+func (h *helpers) openTarget(ctx context.Context, o Options, target remote.Reference) error {
+	o.ChunkDict = target.String()
+	err := h.openDict(ctx, o, target)
+	switch {
+	case errors.Is(err, remote.ErrNotFound), errors.Is(err, fs.ErrNotExist), errors.Is(err, remote.ErrPlatform):
+		h.dropDict()
+		return nil // the first one
+	case ctx.Err() != nil, errors.Is(err, remote.ErrUnauthorized), errors.Is(err, remote.ErrUnavailable), errors.Is(err, remote.ErrStalled):
+		return fmt.Errorf("chunk dictionary: %s: %w", target, err)
+	case err == nil:
+		err = fits(h.dict.RAFS, o.Build)
+	}
+	if err != nil {
+		h.notes = append(h.notes, fmt.Sprintf("chunks of %s are not referred to: %v", target, err))
+		h.dropDict()
+	}
+	return nil
+}
+
+// fits says why an image cannot be the dictionary of one that is built so.
+func fits(img *rafs.Image, b builder.Options) error {
+	switch {
+	case img.Version.String() != b.FSVersion.String():
+		return fmt.Errorf("it is RAFS v%v, the new one v%v", img.Version, b.FSVersion)
+	case img.ChunkSize != b.ChunkSize:
+		return fmt.Errorf("it has chunks of %d bytes, the new one of %d", img.ChunkSize, b.ChunkSize)
+	case img.Digester != b.Digester:
+		return fmt.Errorf("it has digests %v, the new one %v", img.Digester, b.Digester)
+	case len(img.Blobs) > maxSeedBlobs:
+		return fmt.Errorf("it has %d blobs already, want at most %d", len(img.Blobs), maxSeedBlobs)
+	}
+	return nil
+}
+
+// dropDict goes on without a dictionary.
+func (h *helpers) dropDict() {
+	if h.dict != nil {
+		_ = h.dict.Close() // nothing was written
+	}
+	h.dict, h.of = nil, nil
+	clear(h.stored)
 }
 
 func (h *helpers) openDict(ctx context.Context, o Options, target remote.Reference) error {
@@ -135,9 +194,12 @@ func (h *helpers) blobs(files []builder.File) ([]remote.Blob, error) {
 // warnings returns what a person should know of the helpers, once.
 func (h *helpers) warnings() []string {
 	if h.cache == nil {
-		return nil
+		out := h.notes
+		h.notes = nil
+		return out
 	}
-	out := h.cache.warnings
+	out := append(h.notes, h.cache.warnings...)
+	h.notes = nil
 	h.cache.warnings = nil
 	return out
 }

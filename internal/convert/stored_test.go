@@ -274,3 +274,32 @@ func TestChunkDict(t *testing.T) {
 	}
 	judge(t, o.Target)
 }
+
+// The image that the target names already is the dictionary of the one that replaces it, where it can be.
+func TestChunkDictAuto(t *testing.T) {
+	testenv.Root(t)
+	r := critest.StartRegistry(t, testcri.RegistryOptions{})
+	for name, target := range map[string]string{"registry": r.Host + "/app/app:v6", "layout": "oci:" + t.TempDir() + "/out:v6"} {
+		t.Run(name, func(t *testing.T) {
+			o := options(t, target)
+			o.ChunkDict = convert.DictAuto
+			first := run(t, o)
+			if first.DictChunks != 0 || len(first.Warnings) != 0 {
+				t.Errorf("the first at the target: %+v, want no dictionary, and no warning", first)
+			}
+			// Other layers than the first one's, of the same chunks.
+			o.List, o.Build.Compressor = list("/app/main"), rafs.CompressorLZ4
+			again := run(t, o)
+			if again.DictChunks == 0 || again.DictBlobs == 0 || again.UploadedBytes > again.Prefetch.Bytes+again.BootstrapBytes+4096 || again.TargetDigest == first.TargetDigest {
+				t.Errorf("replaced: %+v, want nothing sent but the prefetch blob and the bootstrap", again)
+			}
+			judge(t, o.Target)
+			o.Build.ChunkSize /= 2
+			other := run(t, o)
+			if other.DictBlobs != 0 || len(other.Warnings) != 1 || !strings.Contains(other.Warnings[0], "are not referred to") {
+				t.Errorf("with other chunks: %+v, want no dictionary, and a warning", other)
+			}
+			judge(t, o.Target)
+		})
+	}
+}
