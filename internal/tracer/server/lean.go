@@ -160,7 +160,7 @@ func (s *session) firstLean(ino uint64, fd int, how trace.How, pid int32, st *un
 		// Changing a file makes a copy of it, whose change is dated then.
 		settled: time.Unix(st.Ctime.Sec, int64(st.Ctime.Nsec)).Before(s.armed.Add(-settling)),
 	})
-	l.byNumber.add(n, func(n uint32) uint64 { return l.firsts.at(n).ino })
+	l.byNumber.add(n, ino)
 	s.nextID++
 	if s.origin.madeSince(fd, st, s.armed) {
 		// A run that goes on making files does not go on touching the image.

@@ -76,7 +76,7 @@ func (p *pageFiles) find(id inode) *pageFile {
 // add adds an inode that is not there yet.
 func (p *pageFiles) add(f pageFile) *pageFile {
 	i := p.all.add(f)
-	p.ids.add(i, func(i uint32) uint64 { return p.all.at(i).key() })
+	p.ids.add(i, f.key())
 	return p.all.at(i)
 }
 

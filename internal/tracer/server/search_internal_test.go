@@ -76,7 +76,7 @@ func TestSettled(t *testing.T) {
 			s.skipped++
 		}
 		n := s.lean.firsts.add(first{ino: id.ino, entry: s.entries.add(e)})
-		s.lean.byNumber.add(n, func(n uint32) uint64 { return s.lean.firsts.at(n).ino })
+		s.lean.byNumber.add(n, id.ino)
 		s.pages.files.touch(s.pages.files.add(pageFile{inode: id, how: trace.Opened}), 0, 0, 0, true)
 	}
 	s.lean.unnamed = 1

@@ -26,11 +26,16 @@ func (b *blocks[T]) add(v T) uint32 {
 // at returns the value with a number below b.n; the pointer stays valid.
 func (b *blocks[T]) at(i uint32) *T { return &b.list[i/blockLen][i%blockLen] }
 
-// index finds numbers by keys that somebody else keeps: 4 bytes a slot, and a third to two
-// thirds of the slots are in use.
+// index finds numbers by keys that somebody else keeps. A slot is 8 bytes, half of them of the key's hash, so that what
+// is looked at elsewhere is what is meant, mostly; a third to two thirds of the slots are in use.
 type index struct {
-	slots []uint32 // a number plus 1; 0: free. A power of two of them
+	slots []slot // a power of two of them
 	n     int
+}
+
+type slot struct {
+	number uint32 // plus 1; 0: free
+	hash   uint32
 }
 
 // minSlots is how many slots an index begins with.
@@ -41,41 +46,45 @@ func (x *index) find(key uint64, is func(i uint32) bool) (uint32, bool) {
 	if x.n == 0 {
 		return 0, false
 	}
-	for at := x.start(key); x.slots[at] != 0; at = (at + 1) & (len(x.slots) - 1) {
-		if i := x.slots[at] - 1; is(i) {
-			return i, true
+	hash := hashOf(key)
+	for at := x.start(hash); x.slots[at].number != 0; at = (at + 1) & (len(x.slots) - 1) {
+		if s := x.slots[at]; s.hash == hash && is(s.number-1) {
+			return s.number - 1, true
 		}
 	}
 	return 0, false
 }
 
-// add adds number i, which has a key that is not there yet; keyOf tells the keys of all numbers.
-func (x *index) add(i uint32, keyOf func(i uint32) uint64) {
+// add adds number i, which has a key that is not there yet.
+func (x *index) add(i uint32, key uint64) {
 	if 3*(x.n+1) > 2*len(x.slots) {
 		old := x.slots
-		x.slots = make([]uint32, max(minSlots, 2*len(old)))
+		x.slots = make([]slot, max(minSlots, 2*len(old)))
 		for _, s := range old {
-			if s != 0 {
-				x.put(s-1, keyOf(s-1))
+			if s.number != 0 {
+				x.put(s)
 			}
 		}
 	}
-	x.put(i, keyOf(i))
+	x.put(slot{number: i + 1, hash: hashOf(key)})
 	x.n++
 }
 
-func (x *index) put(i uint32, key uint64) {
-	at := x.start(key)
-	for x.slots[at] != 0 {
+func (x *index) put(s slot) {
+	at := x.start(s.hash)
+	for x.slots[at].number != 0 {
 		at = (at + 1) & (len(x.slots) - 1)
 	}
-	x.slots[at] = i + 1
+	x.slots[at] = s
 }
 
-// start is the first slot to look at. Inode numbers are often dense, and their high bits those of a
-// device: the upper bits of a product with an odd number depend on all of them.
-func (x *index) start(key uint64) int {
+// start is the first slot to look at.
+func (x *index) start(hash uint32) int { return int(hash) & (len(x.slots) - 1) }
+
+// hashOf mixes a key. Inode numbers are often dense, and their high bits those of a device: the middle bits of a
+// product with an odd number depend on all of them.
+func hashOf(key uint64) uint32 {
 	const golden = 0x9e3779b97f4a7c15 // 2^64 over the golden ratio
 	hi, lo := bits.Mul64(key^key>>32, golden)
-	return int((hi ^ lo>>32) & uint64(len(x.slots)-1)) //nolint:gosec // below len(x.slots)
+	return uint32(hi ^ lo>>32) //nolint:gosec // the low half is meant
 }
