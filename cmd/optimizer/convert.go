@@ -144,26 +144,8 @@ func (o *convertOptions) options(cmd *cobra.Command) (convert.Options, error) {
 			return fail("digester", err)
 		}
 	}
-	size, err := parseSize(o.chunkSize)
-	if err != nil {
-		return fail("chunk-size", err)
-	}
-	if size < rafs.MinChunkSize || size > rafs.MaxChunkSize || bits.OnesCount64(size) != 1 {
-		return fail("chunk-size", fmt.Errorf("got %s (%d bytes), want a power of two from 4KiB to 16MiB", o.chunkSize, size))
-	}
-	if b.Compressor == rafs.CompressorGzip && b.FSVersion == rafs.V6 && size == rafs.MaxChunkSize {
-		return fail("chunk-size", fmt.Errorf("with --compressor gzip got %s, want at most 8MiB", o.chunkSize))
-	}
-	b.ChunkSize = uint32(size)
-	for flag, to := range map[string]*uint32{"batch-size": &b.BatchSize, "prefetch-batch-size": &b.PrefetchBatchSize} {
-		text := cmd.Flag(flag).Value.String()
-		if size, err = parseSize(text); text == "0" {
-			continue
-		}
-		if err != nil || size < rafs.MinChunkSize || size > rafs.MaxChunkSize || bits.OnesCount64(size) != 1 {
-			return fail(flag, fmt.Errorf("got %q, want 0 or a power of two from 4KiB to 16MiB", text))
-		}
-		*to = uint32(size)
+	if flag, err := o.sizes(cmd, &b); err != nil {
+		return fail(flag, err)
 	}
 	if o.workers < 0 {
 		return fail("workers", fmt.Errorf("got %d, want at least 1, or 0 for one per CPU", o.workers))
@@ -190,6 +172,31 @@ func (o *convertOptions) options(cmd *cobra.Command) (convert.Options, error) {
 		Platforms: o.platforms, AllPlatforms: o.allPlatforms, MergePlatform: o.mergePlatform,
 		ChunkDict: o.chunkDict, BuildCache: o.buildCache, BuildCacheMax: o.cacheMax,
 	}, nil
+}
+
+// sizes puts the sizes that the command line names into b; with an error it says of which flag that is.
+func (o *convertOptions) sizes(cmd *cobra.Command, b *builder.Options) (flag string, err error) {
+	size, err := parseSize(o.chunkSize)
+	switch {
+	case err != nil:
+		return "chunk-size", err
+	case size < rafs.MinChunkSize || size > rafs.MaxChunkSize || bits.OnesCount64(size) != 1:
+		return "chunk-size", fmt.Errorf("got %s (%d bytes), want a power of two from 4KiB to 16MiB", o.chunkSize, size)
+	case b.Compressor == rafs.CompressorGzip && b.FSVersion == rafs.V6 && size == rafs.MaxChunkSize:
+		return "chunk-size", fmt.Errorf("with --compressor gzip got %s, want at most 8MiB", o.chunkSize)
+	}
+	b.ChunkSize = uint32(size)
+	for flag, to := range map[string]*uint32{"batch-size": &b.BatchSize, "prefetch-batch-size": &b.PrefetchBatchSize} {
+		text := cmd.Flag(flag).Value.String()
+		if size, err = parseSize(text); text == "0" {
+			continue
+		}
+		if err != nil || size < rafs.MinChunkSize || size > rafs.MaxChunkSize || bits.OnesCount64(size) != 1 {
+			return flag, fmt.Errorf("got %q, want 0 or a power of two from 4KiB to 16MiB", text)
+		}
+		*to = uint32(size)
+	}
+	return "", nil
 }
 
 // checkRef says what does not go with --oci-ref.

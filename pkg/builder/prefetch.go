@@ -144,34 +144,12 @@ func (p *prefetchPlan) writeChunks(ctx context.Context, pool *pool, w *rafs.Blob
 	p.copies = newCopies()
 	var done int64
 	commit := func(j *copyJob) error {
-		select {
-		case <-j.done:
-		case <-ctx.Done():
-			return ctx.Err()
+		err := p.commit(ctx, j, w, records)
+		if err == nil {
+			done += int64(j.chunk.UncompressedSize)
+			progress(done)
 		}
-		if j.err != nil {
-			return fmt.Errorf("copy chunk %x: %w", j.chunk.Digest[:8], j.err)
-		}
-		var before []rafs.Chunk
-		for _, d := range p.before[j.chunk.Digest] {
-			if rec, ok := records[d]; ok {
-				before = append(before, rec)
-			}
-		}
-		rec, err := w.AppendAfter(before, j.out)
-		if err != nil {
-			return fmt.Errorf("write blob: %w", err)
-		}
-		records[j.chunk.Digest] = rec
-		if j.recoded {
-			p.stats.Recoded++
-		}
-		if j.copied {
-			p.copies.sums[j.chunk.Digest] = j.sum
-		}
-		done += int64(j.chunk.UncompressedSize)
-		progress(done)
-		return nil
+		return err
 	}
 	// A ring of jobs: each is committed before its slot is used again.
 	ring := make([]*copyJob, pool.workers+1)
@@ -203,4 +181,34 @@ func (p *prefetchPlan) writeChunks(ctx context.Context, pool *pool, w *rafs.Blob
 	}
 	p.stats.Chunks = len(p.chunks)
 	return records, nil
+}
+
+// commit waits for j, appends its chunk to w and puts the new record into records.
+func (p *prefetchPlan) commit(ctx context.Context, j *copyJob, w *rafs.BlobWriter, records map[rafs.Digest]rafs.Chunk) error {
+	select {
+	case <-j.done:
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	if j.err != nil {
+		return fmt.Errorf("copy chunk %x: %w", j.chunk.Digest[:8], j.err)
+	}
+	var before []rafs.Chunk
+	for _, d := range p.before[j.chunk.Digest] {
+		if rec, ok := records[d]; ok {
+			before = append(before, rec)
+		}
+	}
+	rec, err := w.AppendAfter(before, j.out)
+	if err != nil {
+		return fmt.Errorf("write blob: %w", err)
+	}
+	records[j.chunk.Digest] = rec
+	if j.recoded {
+		p.stats.Recoded++
+	}
+	if j.copied {
+		p.copies.sums[j.chunk.Digest] = j.sum
+	}
+	return nil
 }

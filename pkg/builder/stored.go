@@ -210,64 +210,78 @@ func (c *conversion) numberBlobs(ctx context.Context, files []*rafs.Inode, recor
 		dictBlobs = len(c.dict.Blobs)
 	}
 	used := make([]bool, prefetch+1+dictBlobs)
-	for _, f := range files {
-		for i := range f.Chunks {
-			if rec, ok := records[f.Chunks[i].Digest]; ok {
-				f.Chunks[i] = rec
-				f.Chunks[i].Blob = uint16(prefetch) //nolint:gosec // completeLayers bounds it
-			}
-			used[f.Chunks[i].Blob] = true
-		}
-	}
+	pointAt(files, records, uint16(prefetch), used) //nolint:gosec // completeLayers bounds it
 	if err := c.joinBlobs(ctx, files, used); err != nil {
 		return nil, fmt.Errorf("join the blobs of small layers: %w", err)
 	}
-	var blobs []rafs.Blob
-	index := make([]uint16, len(used))
-	byID := map[string]uint16{}
-	add := func(from, sourceLayer int, b *builtBlob) {
-		if n, ok := byID[b.ID]; ok {
-			index[from] = n
-			return
-		}
-		index[from] = uint16(len(blobs)) //nolint:gosec // below the number of layers
-		byID[b.ID] = index[from]
-		blobs = append(blobs, b.Blob)
-		f := b.file(sourceLayer)
-		c.res.Blobs = append(c.res.Blobs, f)
-		if sourceLayer >= 0 {
-			c.res.Stats.BlobBytes += f.Descriptor.Size
-		}
-		if b.layer != nil {
-			c.res.Layers = append(c.res.Layers, b.layer.Descriptor)
-		}
-	}
+	t := blobTable{res: c.res, index: make([]uint16, len(used)), byID: map[string]uint16{}}
 	for i := range c.layers {
 		switch b := c.layers[i].blob; {
 		case b != nil && used[i]:
-			add(i, i, b)
+			t.add(i, i, b)
 		case b != nil:
 			c.res.Stats.BlobsDropped++
 		}
 	}
 	for i := prefetch + 1; i < len(used); i++ {
 		if used[i] {
-			add(i, -1, c.blobAt(uint16(i))) //nolint:gosec // a blob's number
+			t.add(i, -1, c.blobAt(uint16(i))) //nolint:gosec // a blob's number
 			c.res.Stats.DictBlobs++
 		}
 	}
 	if c.prefetch != nil {
-		add(prefetch, -1, c.prefetch)
+		t.add(prefetch, -1, c.prefetch)
 	}
-	if len(blobs) > rafs.MaxBlobs {
-		return nil, fmt.Errorf("%w: the image needs %d blobs, the format counts %d, and too few of them are of layers to make one of", ErrUnsupported, len(blobs), rafs.MaxBlobs)
+	if len(t.blobs) > rafs.MaxBlobs {
+		return nil, fmt.Errorf("%w: the image needs %d blobs, the format counts %d, and too few of them are of layers to make one of", ErrUnsupported, len(t.blobs), rafs.MaxBlobs)
 	}
 	for _, f := range files {
 		for i := range f.Chunks {
-			f.Chunks[i].Blob = index[f.Chunks[i].Blob]
+			f.Chunks[i].Blob = t.index[f.Chunks[i].Blob]
 		}
 	}
-	return blobs, nil
+	return t.blobs, nil
+}
+
+// pointAt makes every chunk that has a record one of blob, and marks in used the blobs that chunks are in.
+func pointAt(files []*rafs.Inode, records map[rafs.Digest]rafs.Chunk, blob uint16, used []bool) {
+	for _, f := range files {
+		for i := range f.Chunks {
+			if rec, ok := records[f.Chunks[i].Digest]; ok {
+				f.Chunks[i] = rec
+				f.Chunks[i].Blob = blob
+			}
+			used[f.Chunks[i].Blob] = true
+		}
+	}
+}
+
+// blobTable is an image's blob table that grows, and the files of the result with it.
+type blobTable struct {
+	res   *Result
+	blobs []rafs.Blob
+	index []uint16 // by the number that a blob has while layers are read
+	byID  map[string]uint16
+}
+
+// add puts b, which has had the number from, behind the others, unless its file is there already. sourceLayer is -1 for a blob that was
+// made of no layer.
+func (t *blobTable) add(from, sourceLayer int, b *builtBlob) {
+	if n, ok := t.byID[b.ID]; ok {
+		t.index[from] = n
+		return
+	}
+	t.index[from] = uint16(len(t.blobs)) //nolint:gosec // below the number of layers
+	t.byID[b.ID] = t.index[from]
+	t.blobs = append(t.blobs, b.Blob)
+	f := b.file(sourceLayer)
+	t.res.Blobs = append(t.res.Blobs, f)
+	if sourceLayer >= 0 {
+		t.res.Stats.BlobBytes += f.Descriptor.Size
+	}
+	if b.layer != nil {
+		t.res.Layers = append(t.res.Layers, b.layer.Descriptor)
+	}
 }
 
 // blobReaders opens blobs when they are first needed. Not safe for concurrent use.

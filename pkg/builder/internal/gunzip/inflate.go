@@ -273,6 +273,24 @@ func (d *decoder) dynamicTables() error {
 	if numLit > maxLit || numDist > maxDist {
 		return corrupt("number of codes")
 	}
+	var lengths [maxLit + maxDist]uint8
+	if err := d.codeLengths(numCLen, lengths[:numLit+numDist]); err != nil {
+		return err
+	}
+	if lengths[256] == 0 {
+		return corrupt("no code for the end of the block")
+	}
+	if !buildTable(d.lit[:], litBits, lengths[:numLit], litEntry) {
+		return corrupt("codes of literals and lengths")
+	}
+	if !buildTable(d.dist[:], distBits, lengths[numLit:numLit+numDist], distEntry) {
+		return corrupt("codes of distances")
+	}
+	return nil
+}
+
+// codeLengths reads the lengths of codes, which have codes themselves, of which numCLen are told.
+func (d *decoder) codeLengths(numCLen int, lengths []uint8) error {
 	var clens [maxCLen]uint8
 	order := [maxCLen]uint8{16, 17, 18, 0, 8, 7, 9, 6, 10, 5, 11, 4, 12, 3, 13, 2, 14, 1, 15}
 	for _, i := range order[:numCLen] {
@@ -286,8 +304,7 @@ func (d *decoder) dynamicTables() error {
 	if !buildTable(d.lit[:], clenBits, clens[:], clenEntry) {
 		return corrupt("codes of code lengths")
 	}
-	var lengths [maxLit + maxDist]uint8
-	for i := 0; i < numLit+numDist; {
+	for i := 0; i < len(lengths); {
 		if d.nbits < clenBits+7 {
 			if err := d.refill(); err != nil {
 				return err
@@ -317,22 +334,13 @@ func (d *decoder) dynamicTables() error {
 		default:
 			n = 11 + int(d.bits(7))
 		}
-		if i+n > numLit+numDist {
+		if i+n > len(lengths) {
 			return corrupt("too many code lengths")
 		}
 		for range n {
 			lengths[i] = value
 			i++
 		}
-	}
-	if lengths[256] == 0 {
-		return corrupt("no code for the end of the block")
-	}
-	if !buildTable(d.lit[:], litBits, lengths[:numLit], litEntry) {
-		return corrupt("codes of literals and lengths")
-	}
-	if !buildTable(d.dist[:], distBits, lengths[numLit:numLit+numDist], distEntry) {
-		return corrupt("codes of distances")
 	}
 	return nil
 }
