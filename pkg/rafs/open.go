@@ -214,6 +214,33 @@ func (s *pagedReader) page(index uint64) ([]byte, error) {
 
 // record reads the fixed-size record v at offset.
 func (s *pagedReader) record(v any, offset uint64, section string) error {
+	var scratch [disk.SizeInodeV5]byte // the largest of those below
+	var err error
+	switch v := v.(type) { // concrete types, so that scratch stays on the stack
+	case *disk.ChunkRecord:
+		if err = s.readAt(scratch[:disk.SizeChunkRecord], offset, section); err == nil {
+			v.Load(scratch[:])
+		}
+	case *disk.InodeV5:
+		if err = s.readAt(scratch[:disk.SizeInodeV5], offset, section); err == nil {
+			v.Load(scratch[:])
+		}
+	case *disk.InodeExtended:
+		if err = s.readAt(scratch[:disk.SizeInodeExtended], offset, section); err == nil {
+			v.Load(scratch[:])
+		}
+	case *disk.InodeCompact:
+		if err = s.readAt(scratch[:disk.SizeInodeCompact], offset, section); err == nil {
+			v.Load(scratch[:])
+		}
+	default:
+		return s.anyRecord(v, offset, section)
+	}
+	return err
+}
+
+// anyRecord is record for those of which there are few.
+func (s *pagedReader) anyRecord(v any, offset uint64, section string) error {
 	var scratch [disk.SizeBlobEntry]byte
 	p := scratch[:binary.Size(v)]
 	if err := s.readAt(p, offset, section); err != nil {

@@ -4,17 +4,19 @@ import (
 	"bytes"
 	"encoding/binary"
 	"fmt"
+	"strconv"
 
 	"github.com/headstart-oci/headstart/pkg/rafs/internal/disk"
 )
 
 // v5Record is one entry of the inode table, read.
 type v5Record struct {
-	inode  *Inode
-	head   disk.InodeV5
-	name   string
-	sum    Digest // of what the record's digest covers; not of directories
-	offset uint64
+	inode   *Inode
+	head    disk.InodeV5
+	name    string
+	sum     Digest // of what the record's digest covers; not of directories
+	offset  uint64
+	section string // what errors call it
 }
 
 // v5Cursor reads the parts of a record one after another, each padded to 8 bytes.
@@ -48,7 +50,8 @@ func (l *v5Loader) readRecord(n uint32) (v5Record, error) {
 		return v5Record{}, err
 	}
 	r := v5Record{offset: offset}
-	c := v5Cursor{l, fmt.Sprintf("inode %d", n), offset}
+	c := v5Cursor{l, "inode " + strconv.FormatUint(uint64(n), 10), offset}
+	r.section = c.section
 	if err := c.head(&r.head); err != nil {
 		return r, err
 	}
@@ -104,27 +107,32 @@ func digestsOf(chunks []Chunk) []byte {
 // head reads the fixed part and checks what needs nothing else.
 func (c *v5Cursor) head(h *disk.InodeV5) error {
 	at := clampOffset(c.at)
-	p, err := c.next(disk.SizeInodeV5)
-	if err != nil {
+	if err := c.loader.src.bounds(c.at, disk.SizeInodeV5, c.section); err != nil {
 		return err
 	}
-	if _, err := binary.Decode(p, binary.LittleEndian, h); err != nil {
+	if err := c.loader.spend(disk.SizeInodeV5, c.section, c.at); err != nil {
 		return err
 	}
+	if err := c.loader.src.record(h, c.at, c.section); err != nil {
+		return err
+	}
+	c.at += disk.SizeInodeV5
 	const known = disk.V5InodeSymlink | disk.V5InodeHardlink | disk.V5InodeXattr | disk.V5InodeHole
 	symlink := fileType(h.Mode) == modeSymlink
-	err = firstBroken(c.section, at, []rule{
-		{h.NameSize > 0, "name_size", h.NameSize, "not 0"},
-		{h.NameSize <= MaxName+1, "name_size", h.NameSize, fmt.Sprintf("at most %d", MaxName+1)},
-		{h.Flags&^known == 0, "flags", fmt.Sprintf("%#x", h.Flags), "known bits"},
-		{symlink == (h.SymlinkSize > 0), "symlink_size", h.SymlinkSize, "of symlinks only, not 0"},
-		{symlink || h.Flags&disk.V5InodeSymlink == 0, "flags", fmt.Sprintf("%#x", h.Flags), "SYMLINK of symlinks only"},
-		{fileType(h.Mode) == modeDir || fileType(h.Mode) == modeRegular || h.ChildCount == 0, "child_count", h.ChildCount, "0 for this file type"},
-	})
-	if err != nil {
-		return err
-	}
-	if h.Flags&disk.V5InodeHole != 0 {
+	switch { // a list of rules would make what they say of every inode
+	case h.NameSize == 0:
+		return invalid(c.section, at, "name_size", h.NameSize, "not 0")
+	case h.NameSize > MaxName+1:
+		return invalid(c.section, at, "name_size", h.NameSize, fmt.Sprintf("at most %d", MaxName+1))
+	case h.Flags&^known != 0:
+		return invalid(c.section, at, "flags", fmt.Sprintf("%#x", h.Flags), "known bits")
+	case symlink != (h.SymlinkSize > 0):
+		return invalid(c.section, at, "symlink_size", h.SymlinkSize, "of symlinks only, not 0")
+	case !symlink && h.Flags&disk.V5InodeSymlink != 0:
+		return invalid(c.section, at, "flags", fmt.Sprintf("%#x", h.Flags), "SYMLINK of symlinks only")
+	case fileType(h.Mode) != modeDir && fileType(h.Mode) != modeRegular && h.ChildCount != 0:
+		return invalid(c.section, at, "child_count", h.ChildCount, "0 for this file type")
+	case h.Flags&disk.V5InodeHole != 0:
 		return unsupported(c.section, at, "flags", fmt.Sprintf("%#x", h.Flags), "no holes")
 	}
 	return nil
@@ -192,7 +200,7 @@ func (c *v5Cursor) chunks(h *disk.InodeV5) ([]Chunk, error) {
 	}
 	chunks := make([]Chunk, count)
 	for i := range count {
-		section := fmt.Sprintf("%s: chunk %d", c.section, i)
+		section := c.section + ": chunk " + strconv.FormatUint(i, 10)
 		at := c.at
 		if err := l.spend(disk.SizeChunkRecord, section, at); err != nil {
 			return nil, err

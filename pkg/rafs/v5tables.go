@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"fmt"
 	"math/bits"
+	"strconv"
 	"unicode/utf8"
 
 	"github.com/headstart-oci/headstart/pkg/rafs/internal/disk"
@@ -202,7 +203,7 @@ func (t *v5Tables) digester() Digester     { return digesterOf(t.super.Flags) }
 
 // entryOffset returns where the record of entry number n, from 1, lies.
 func (t *v5Tables) entryOffset(n uint32) (uint64, error) {
-	section := fmt.Sprintf("inode table entry %d", n)
+	section := "inode table entry " + strconv.FormatUint(uint64(n), 10)
 	if n == 0 || n > t.super.InodeTableEntries {
 		return 0, invalid(section, -1, "number", n, fmt.Sprintf("1 to %d", t.super.InodeTableEntries))
 	}

@@ -1,10 +1,10 @@
 package rafs
 
 import (
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"slices"
+	"strconv"
 	"strings"
 
 	"github.com/headstart-oci/headstart/pkg/rafs/internal/disk"
@@ -222,7 +222,7 @@ func (l *v6Loader) readChunkRecord(i, offset uint64) (Chunk, error) {
 	if err := l.src.record(&r, offset, section); err != nil {
 		return Chunk{}, err
 	}
-	section = fmt.Sprintf("chunk table record %d", i)
+	section = "chunk table record " + strconv.FormatUint(i, 10)
 	c, err := parseChunkRecord(&r, l.blobs, l.ext.ChunkSize, section, offset)
 	if err != nil {
 		return Chunk{}, err
@@ -314,14 +314,8 @@ func readDirBlock(block []byte, each func(d disk.Dirent, name string) error) err
 	if len(block) < disk.SizeDirent {
 		return invalid("dirent block", -1, "length", len(block), fmt.Sprintf("at least %d", disk.SizeDirent))
 	}
-	decode := func(i int) (d disk.Dirent, err error) {
-		_, err = binary.Decode(block[i*disk.SizeDirent:], binary.LittleEndian, &d)
-		return d, err
-	}
-	d, err := decode(0)
-	if err != nil {
-		return err
-	}
+	var d disk.Dirent
+	d.Load(block)
 	first := int(d.NameOffset)
 	if first < disk.SizeDirent || first%disk.SizeDirent != 0 || first >= len(block) {
 		return invalid("dirent block", -1, "first nameoff", first, fmt.Sprintf("a multiple of %d below %d", disk.SizeDirent, len(block)))
@@ -332,9 +326,7 @@ func readDirBlock(block []byte, each func(d disk.Dirent, name string) error) err
 		start, end := int(d.NameOffset)-first, len(names)
 		entry := d
 		if i+1 < count {
-			if d, err = decode(i + 1); err != nil {
-				return err
-			}
+			d.Load(block[(i+1)*disk.SizeDirent:])
 			end = int(d.NameOffset) - first
 		}
 		if start < 0 || end <= start || end > len(names) {

@@ -2,6 +2,8 @@ package disk_test
 
 import (
 	"encoding/binary"
+	"math/rand/v2"
+	"reflect"
 	"testing"
 
 	"github.com/headstart-oci/headstart/pkg/rafs/internal/disk"
@@ -49,5 +51,32 @@ func TestDeviceMappedOffset(t *testing.T) {
 	}
 	if got := binary.LittleEndian.Uint32(b[disk.DeviceMappedOffset:]); got != 0x01020304 {
 		t.Errorf("at DeviceMappedOffset is %#x, want the probe 0x01020304", got)
+	}
+}
+
+// TestLoad: the records that are decoded by hand are what package binary makes of them.
+func TestLoad(t *testing.T) {
+	t.Parallel()
+	r := rand.NewChaCha8([32]byte{1})
+	for range 100 {
+		p := make([]byte, disk.SizeInodeV5)
+		if _, err := r.Read(p); err != nil {
+			t.Fatal(err)
+		}
+		for _, c := range []struct{ got, want interface{ Load([]byte) } }{
+			{new(disk.ChunkRecord), new(disk.ChunkRecord)},
+			{new(disk.InodeV5), new(disk.InodeV5)},
+			{new(disk.InodeExtended), new(disk.InodeExtended)},
+			{new(disk.InodeCompact), new(disk.InodeCompact)},
+			{new(disk.Dirent), new(disk.Dirent)},
+		} {
+			c.got.Load(p)
+			if _, err := binary.Decode(p, binary.LittleEndian, c.want); err != nil {
+				t.Fatal(err)
+			}
+			if !reflect.DeepEqual(c.got, c.want) {
+				t.Fatalf("%x:\n got %+v\nwant %+v", p, c.got, c.want)
+			}
+		}
 	}
 }
