@@ -204,7 +204,7 @@ func (c *Client) talk(ctx context.Context, conn *net.UnixConn, q call) (*answer,
 	}
 	switch {
 	case ctx.Err() != nil:
-		err = ctx.Err()
+		err = context.Cause(ctx)
 	case err != nil:
 		err = &lostError{err}
 	case a.Protocol != Protocol:
@@ -228,6 +228,14 @@ func (e *lostError) Error() string {
 	return fmt.Sprintf("the daemon ended the conversation: %v", e.err)
 }
 func (e *lostError) Unwrap() error { return e.err }
+
+// answerLimit is how long a daemon may take to answer what takes no time; one that is starting again syncs and takes over before.
+const answerLimit = 30 * time.Second
+
+// answered bounds ctx by answerLimit.
+func (c *Client) answered(ctx context.Context) (context.Context, context.CancelFunc) {
+	return context.WithTimeoutCause(ctx, answerLimit, fmt.Errorf("the daemon of %s does not answer within %v: is it stopped? umount(8) unmounts without it", c.o.StateDir, answerLimit))
+}
 
 // attempts bounds how often a call is repeated whose daemon died.
 const attempts = 5
@@ -323,6 +331,8 @@ func (c *Client) Unmount(ctx context.Context, dir string, lazy bool) error {
 
 // settle lets the daemon see that a mount is gone. That it cannot be asked is no error: it will see.
 func (c *Client) settle(ctx context.Context, device uint64) error {
+	ctx, cancel := c.answered(ctx)
+	defer cancel()
 	conn, err := c.dial(ctx)
 	if err != nil {
 		return nil //nolint:nilerr // see above
@@ -355,6 +365,8 @@ func (c *Client) Find(ctx context.Context, dir string) (Mount, error) {
 // Status returns the daemon and its mounts, with what they missed if detail is set; [ErrNoDaemon] when
 // none runs. It starts none.
 func (c *Client) Status(ctx context.Context, detail bool) (Status, error) {
+	ctx, cancel := c.answered(ctx)
+	defer cancel()
 	return retry(ctx, func() (Status, error) {
 		conn, err := c.dial(ctx)
 		if err != nil {

@@ -97,6 +97,9 @@ func (d *daemon) mount(ctx context.Context, r *Request, dir string) (_ *mount, _
 	if err := r.check(); err != nil {
 		return nil, nil, err
 	}
+	if err := d.store.Present(); err != nil {
+		return nil, nil, fmt.Errorf("%w; unmount everything that this daemon (%d) serves, which ends it, and mount again", err, os.Getpid())
+	}
 	img, err := d.open(ctx, r)
 	if err != nil {
 		return nil, nil, err

@@ -146,6 +146,28 @@ func (s *Store) Has(id string) bool {
 // directory locked. It stays the Store's.
 func (s *Store) LockFile() *os.File { return s.lock }
 
+// Present returns an error when the state directory is not the one any more that was opened: somebody has removed it, or
+// its content. What is open goes on; nothing can be put there.
+func (s *Store) Present() error {
+	was, err := s.lock.Stat()
+	if err != nil {
+		return err
+	}
+	is, err := os.Stat(filepath.Join(s.path, "lock"))
+	for _, d := range directories {
+		if err == nil {
+			_, err = s.root.Stat(d)
+		}
+	}
+	if err == nil && !os.SameFile(was, is) {
+		err = errors.New("it is another one")
+	}
+	if err != nil {
+		return fmt.Errorf("state directory %s was removed: %w", s.path, err)
+	}
+	return nil
+}
+
 // Close makes all ready bits durable and closes every descriptor.
 func (s *Store) Close() error {
 	s.mu.Lock()
