@@ -335,7 +335,7 @@ func (c *Client) settle(ctx context.Context, device uint64) error {
 	defer cancel()
 	conn, err := c.dial(ctx)
 	if err != nil {
-		return nil //nolint:nilerr // see above
+		return nil
 	}
 	_, _, err = c.talk(ctx, conn, call{Op: opCheck, Device: device})
 	if _, lost := errors.AsType[*lostError](err); lost {

@@ -2,6 +2,7 @@ package lazy_test
 
 import (
 	"crypto/sha256"
+	"errors"
 	"fmt"
 	"io"
 	"io/fs"
@@ -80,7 +81,7 @@ func awaitComplete(watch int, record string) error {
 			return nil
 		}
 		poll := []unix.PollFd{{Fd: int32(watch), Events: unix.POLLIN}}
-		if n, err := unix.Poll(poll, 60_000); n != 1 && err != unix.EINTR { //nolint:errorlint // a bare errno
+		if n, err := unix.Poll(poll, 60_000); n != 1 && !errors.Is(err, unix.EINTR) {
 			return fmt.Errorf("%s never says that it is complete: %w", record, err)
 		}
 		if _, err := unix.Read(watch, buf); err != nil {

@@ -54,7 +54,11 @@ func TestOtherUser(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer os.RemoveAll(dir)
+	defer func() {
+		if err := os.RemoveAll(dir); err != nil {
+			t.Error(err)
+		}
+	}()
 	for _, err := range []error{os.Chmod(dir, 0o755), os.Chmod(sockets[0], 0o666), os.Link(sockets[0], filepath.Join(dir, "s"))} {
 		if err != nil {
 			t.Fatal(err)

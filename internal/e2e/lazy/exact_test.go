@@ -96,7 +96,7 @@ func TestRecordExactKilled(t *testing.T) {
 	mounts := func() (dirs []string) {
 		all, err := os.ReadFile("/proc/self/mountinfo")
 		must(t, err)
-		for _, line := range strings.Split(string(all), "\n") {
+		for line := range strings.SplitSeq(string(all), "\n") {
 			if f := strings.Fields(line); len(f) > 4 && strings.HasPrefix(f[4], scratch) {
 				dirs = append(dirs, f[4])
 			}

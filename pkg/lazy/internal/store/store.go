@@ -339,7 +339,7 @@ func (s *Store) openBlob(name string, b rafs.Blob, recs []chunkRecord, patience 
 		return open, nil
 	}
 	blob, err := s.load(name, b, recs)
-	if errors.Is(err, errCorrupt) && !(patience && errors.Is(err, ErrInUse)) {
+	if errors.Is(err, errCorrupt) && (!patience || !errors.Is(err, ErrInUse)) {
 		s.log.Warn("start a blob's cache anew", zap.String("blob", name), zap.Error(err))
 		if err = s.putAside(name, true); err == nil {
 			blob, err = s.load(name, b, recs)

@@ -144,7 +144,7 @@ func (t *Table) slot(n int) []atomic.Uint64 {
 // put makes e pending in slot n.
 func (t *Table) put(n int, e event) {
 	s := t.slot(n)
-	for fd := uint64(max(0, e.fd)); ; { //nolint:gosec // not negative
+	for fd := uint64(max(0, e.fd)); ; {
 		most := t.words[wordMost].Load()
 		if fd <= most || t.words[wordMost].CompareAndSwap(most, fd) {
 			break
