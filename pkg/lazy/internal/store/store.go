@@ -146,28 +146,6 @@ func (s *Store) Has(id string) bool {
 // directory locked. It stays the Store's.
 func (s *Store) LockFile() *os.File { return s.lock }
 
-// Present returns an error when the state directory is not the one any more that was opened: somebody has removed it, or
-// its content. What is open goes on; nothing can be put there.
-func (s *Store) Present() error {
-	was, err := s.lock.Stat()
-	if err != nil {
-		return err
-	}
-	is, err := os.Stat(filepath.Join(s.path, "lock"))
-	for _, d := range directories {
-		if err == nil {
-			_, err = s.root.Stat(d)
-		}
-	}
-	if err == nil && !os.SameFile(was, is) {
-		err = errors.New("it is another one")
-	}
-	if err != nil {
-		return fmt.Errorf("state directory %s was removed: %w", s.path, err)
-	}
-	return nil
-}
-
 // Close makes all ready bits durable and closes every descriptor.
 func (s *Store) Close() error {
 	s.mu.Lock()
@@ -217,24 +195,6 @@ func (s *Store) OpenBlob(b rafs.Blob, chunks []rafs.Chunk) (*Blob, error) {
 		return blob, nil
 	}
 	return nil, fmt.Errorf("open blob %s: %d images with other chunks have it: %w", b.ID, maxVariants, ErrUnsupported)
-}
-
-// leaveLimit is how long OpenBlob waits for those who have a data file open although no mount of this daemon has it any more: the
-// kernel closes the files of a superblock after it is gone, and the holder closes its descriptor when it gets to it. Whoever keeps
-// it longer is a mount that nobody guards.
-const leaveLimit = 2 * time.Second
-
-// openPatiently is openBlob, again and again until nobody else has the file open, or the deadline: then it is put aside.
-func (s *Store) openPatiently(name string, b rafs.Blob, recs []chunkRecord, deadline time.Time) (*Blob, error) {
-	for wait := time.Millisecond; ; wait = min(2*wait, 50*time.Millisecond) {
-		s.mu.Lock()
-		blob, err := s.openBlob(name, b, recs, time.Now().Before(deadline))
-		s.mu.Unlock()
-		if !errors.Is(err, ErrInUse) {
-			return blob, err
-		}
-		<-time.After(wait)
-	}
 }
 
 // Adopt is [Store.OpenBlob] for the one data file called name, which a mount has that outlived its
