@@ -21,6 +21,8 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/headstart-oci/headstart/internal/endproc"
+	"github.com/headstart-oci/headstart/internal/nydusd"
+	"github.com/headstart-oci/headstart/internal/peakmem"
 	"github.com/headstart-oci/headstart/internal/workload"
 	"github.com/headstart-oci/headstart/pkg/lazy"
 )
@@ -34,19 +36,20 @@ const (
 
 // lazyRig is a state directory with a daemon and a holder of its own.
 type lazyRig struct {
-	b   *bench
-	dir string
+	b    *bench
+	dir  string
+	boot string // the image's bare bootstrap, once it was kept
 }
 
-// benchLazy reads a complete lazy mount against a plain EROFS mount of the same tree, both in the page cache, and
-// prints the memory of a daemon that serves many mounts.
+// benchLazy reads a complete lazy mount against a plain EROFS mount of the same tree and against nydusd, all in the page cache, whole
+// trees while they are fetched from a registry, and prints the memory of a daemon that serves many mounts.
 func benchLazy(ctx context.Context, b *bench) (err error) {
 	dir, err := os.MkdirTemp(b.dir, "lazy-")
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
-	r := &lazyRig{b, dir}
+	r := &lazyRig{b: b, dir: dir}
 	if err := errors.Join(os.Mkdir(filepath.Join(dir, "state"), 0o700), os.Mkdir(filepath.Join(dir, "run"), 0o700)); err != nil {
 		return err
 	}
@@ -54,19 +57,23 @@ func benchLazy(ctx context.Context, b *bench) (err error) {
 	if err != nil {
 		return err
 	}
-	ref := "oci:" + filepath.Join(dir, "layout") + ":bench"
+	layout := filepath.Join(dir, "layout")
+	ref := "oci:" + layout + ":bench"
 	if _, err := timed(ctx, []string{b.bin + "optimizer", "convert", "--quiet", "--temp-dir", dir, "oci:" + img.Dir, ref}); err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, r.end(context.WithoutCancel(ctx))) }()
-	if err := r.warmReads(ctx, img, ref); err != nil {
-		return err
+	if err := r.warmReads(ctx, img, layout); err != nil {
+		return fmt.Errorf("warm reads: %w", err)
+	}
+	if err := r.coldReads(ctx, "oci:"+img.Dir); err != nil {
+		return fmt.Errorf("cold reads: %w", err)
 	}
 	return r.memory(ctx, ref)
 }
 
 // warmReads prints the ratios of reads.
-func (r *lazyRig) warmReads(ctx context.Context, img *workload.Image, ref string) (err error) {
+func (r *lazyRig) warmReads(ctx context.Context, img *workload.Image, layout string) (err error) {
 	root, image, plain := filepath.Join(r.dir, "root"), filepath.Join(r.dir, "erofs"), filepath.Join(r.dir, "plain")
 	if err := errors.Join(unpackLayers(ctx, img, root), os.Mkdir(plain, 0o755)); err != nil {
 		return err
@@ -78,44 +85,61 @@ func (r *lazyRig) warmReads(ctx context.Context, img *workload.Image, ref string
 		return fmt.Errorf("mount %s: %w", image, err)
 	}
 	defer func() { err = errors.Join(err, unix.Unmount(plain, 0)) }()
-	ours, err := r.mount(ctx, "warm", "--background", "full", "--wait", ref)
+	ours, err := r.mount(ctx, "warm", "--background", "full", "--wait", "oci:"+layout+":bench")
 	if err != nil {
 		return err
 	}
+	defer func() { err = errors.Join(err, r.optimizer(context.WithoutCancel(ctx), nil, "umount", ours)) }()
+	if err := r.keepBootstrap(ctx); err != nil {
+		return err
+	}
+	peer, err := r.nydusd(ctx, nydusd.Files(filepath.Join(layout, "blobs", "sha256")))
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, peer.Close()) }()
 	names, err := largest(root, lazyBytes)
 	if err != nil {
 		return err
 	}
-	fmt.Fprintf(r.b.out, "\nreads of a complete lazy mount against a plain EROFS mount, in the page cache; %d interleaved pairs, ratio of times and its 95 %% interval\n", lazyPairs)
+	fmt.Fprintf(r.b.out, "\nreads of a complete lazy mount in the page cache; %d interleaved pairs, ratio of times and its 95 %% interval\n", lazyPairs)
 	for _, way := range []struct {
 		name string
 		read func(dir string, names []string) error
 	}{{"sequential, 128 KiB at a time", readWhole}, {"random, 4 KiB at a time", readRandom}} {
-		var ratios, same []float64
-		for i := range lazyPairs + 1 {
-			var took [3]time.Duration // plain, ours, plain again
-			for j := range took {
-				k := (i + j) % len(took) // who is first changes
-				began := time.Now()
-				if err := way.read([]string{plain, ours, plain}[k], names); err != nil {
-					return err
-				}
-				took[k] = time.Since(began)
-			}
-			if i > 0 { // the first run fills the page cache
-				ratios = append(ratios, math.Log(took[1].Seconds()/took[0].Seconds()))
-				same = append(same, math.Log(took[2].Seconds()/took[0].Seconds()))
-			}
-		}
-		for _, row := range []struct {
-			name string
-			logs []float64
-		}{{way.name, ratios}, {"  plain against itself", same}} {
-			mean, half := interval(row.logs)
-			fmt.Fprintf(r.b.out, "%-44s %10.3f  %.3f to %.3f\n", row.name, math.Exp(mean), math.Exp(mean-half), math.Exp(mean+half))
+		if err := r.warmPairs(way.name, []string{plain, ours, plain, peer.Mount}, names, way.read); err != nil {
+			return err
 		}
 	}
-	return r.optimizer(ctx, nil, "umount", ours)
+	return nil
+}
+
+// warmPairs prints the rows of one way to read: dirs are plain, ours, plain again, and nydusd's.
+func (r *lazyRig) warmPairs(name string, dirs, names []string, read func(dir string, names []string) error) error {
+	var plain, same, peer []float64
+	for i := range lazyPairs + 1 {
+		took := make([]float64, len(dirs))
+		for j := range dirs {
+			k := (i + j) % len(dirs) // who is first changes
+			began := time.Now()
+			if err := read(dirs[k], names); err != nil {
+				return err
+			}
+			took[k] = time.Since(began).Seconds()
+		}
+		if i > 0 { // the first run fills the page cache
+			plain, same = append(plain, math.Log(took[1]/took[0])), append(same, math.Log(took[2]/took[0]))
+			peer = append(peer, math.Log(took[1]/took[3]))
+		}
+	}
+	for _, row := range []struct {
+		name string
+		logs []float64
+	}{{name + ", of plain EROFS", plain}, {"  plain EROFS, of itself", same}, {name + ", of nydusd", peer}} {
+		mean, half := interval(row.logs)
+		fmt.Fprintf(r.b.out, "%-44s %10.3f  %.3f to %.3f\n", row.name, math.Exp(mean), math.Exp(mean-half), math.Exp(mean+half))
+	}
+	return nil
 }
 
 // largest returns the largest regular files of a tree, as many as have n bytes together, relative to it.
@@ -210,7 +234,7 @@ func (r *lazyRig) memory(ctx context.Context, ref string) error {
 		name string
 		pid  int
 	}{{"daemon", s.PID}, {"holder", s.Holder}} {
-		rss, err := peakRSS(p.pid)
+		rss, err := peakmem.RSS(p.pid)
 		if err != nil {
 			return err
 		}
@@ -222,21 +246,6 @@ func (r *lazyRig) memory(ctx context.Context, ref string) error {
 		}
 	}
 	return nil
-}
-
-// peakRSS returns the largest resident set of a process, in bytes.
-func peakRSS(pid int) (int64, error) {
-	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
-	if err != nil {
-		return 0, err
-	}
-	for line := range strings.Lines(string(text)) {
-		if value, ok := strings.CutPrefix(line, "VmHWM:"); ok {
-			kb, err := strconv.ParseInt(strings.TrimSpace(strings.TrimSuffix(strings.TrimSpace(value), "kB")), 10, 64)
-			return kb << 10, err
-		}
-	}
-	return 0, fmt.Errorf("process %d says no VmHWM", pid)
 }
 
 func (r *lazyRig) mount(ctx context.Context, name string, args ...string) (string, error) {
@@ -273,8 +282,17 @@ func (r *lazyRig) end(ctx context.Context) error {
 		return err
 	}
 	for _, m := range s.Mounts {
+		if !mounted(m.Dir) {
+			continue // a mount namespace that somebody made meanwhile has it too
+		}
 		err = errors.Join(err, r.optimizer(ctx, nil, "umount", "--lazy", m.Dir))
 	}
 	err = errors.Join(err, endproc.All(s.Holder, s.PID))
 	return err
+}
+
+// mounted reports whether something is mounted at dir.
+func mounted(dir string) bool {
+	var at, above unix.Stat_t
+	return unix.Stat(dir, &at) == nil && unix.Stat(filepath.Dir(dir), &above) == nil && at.Dev != above.Dev
 }

@@ -8,8 +8,6 @@ import (
 	"os"
 	"regexp"
 	"slices"
-	"strconv"
-	"strings"
 	"sync"
 	"time"
 
@@ -41,27 +39,6 @@ func (s *started) close() (err error) {
 	}
 	s.stops = nil
 	return err
-}
-
-// memory returns the largest resident set that the daemons have had, together, in bytes.
-func (s *started) memory() (int64, error) {
-	var sum int64
-	for _, pid := range s.pids {
-		text, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
-		if err != nil {
-			return 0, err
-		}
-		for line := range strings.Lines(string(text)) {
-			if value, ok := strings.CutPrefix(line, "VmHWM:"); ok {
-				kb, err := strconv.ParseInt(strings.TrimSpace(strings.TrimSuffix(strings.TrimSpace(value), "kB")), 10, 64)
-				if err != nil {
-					return 0, fmt.Errorf("peak memory of process %d: %w", pid, err)
-				}
-				sum += kb << 10
-			}
-		}
-	}
-	return sum, nil
 }
 
 // start is one start of a container.

@@ -25,6 +25,7 @@ import (
 	"time"
 
 	"github.com/headstart-oci/headstart/internal/linksim"
+	"github.com/headstart-oci/headstart/internal/peakmem"
 	"github.com/headstart-oci/headstart/internal/runroot"
 	"github.com/headstart-oci/headstart/internal/testcri"
 	"github.com/headstart-oci/headstart/internal/tools"
@@ -237,6 +238,6 @@ func (b *bench) once(ctx context.Context, img *image, p linksim.Profile, m mode)
 		return r, fmt.Errorf("again: %w", err)
 	}
 	r.Warm = again.ready.Sub(again.began)
-	r.Memory, err = s.memory()
+	r.Memory, err = peakmem.RSS(s.pids...)
 	return r, err
 }
