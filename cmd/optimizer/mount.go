@@ -81,7 +81,7 @@ It takes root.`,
 			}
 			return o.run(cmd.Context(), dir, lazy.Request{
 				Reference: ref, Bootstrap: o.bootstrap, BlobDir: o.blobDir, Platform: o.platform, Remote: o.remote.lazy(),
-				Background: o.background, Rate: int64(rate), NoPrefetch: o.noPrefetch, ReadAhead: o.kernelReadAhead(), Driver: lazy.Driver(o.driver), //nolint:gosec // parseSize bounds it
+				Background: o.background, Rate: int64(rate), NoPrefetch: o.noPrefetch, ReadAhead: o.kernelReadAhead(cmd.Flags().Changed("read-ahead")), Driver: lazy.Driver(o.driver), //nolint:gosec // parseSize bounds it
 			})
 		},
 	}
@@ -94,7 +94,7 @@ It takes root.`,
 	fl.StringVar(&o.blobDir, "blob-dir", "", "directory of the bootstrap's blobs, each named by its id")
 	fl.StringVar(&o.background, "background", "idle", "what happens to data that nobody reads: none, idle (fetched while nobody waits), full")
 	fl.StringVar(&o.rate, "rate", "0", "how many bytes a second --background may fetch; 0: no limit")
-	fl.IntVar(&o.readAhead, "read-ahead", lazy.DefaultReadAhead, "KiB that the kernel reads ahead until all is local")
+	fl.IntVar(&o.readAhead, "read-ahead", lazy.DefaultReadAhead, fmt.Sprintf("KiB that the kernel reads ahead until all is local; without a prefetch blob %d", lazy.NormalReadAhead))
 	fl.BoolVar(&o.noPrefetch, "no-prefetch", false, "leave the prefetch blob and table alone")
 	fl.StringVar(&o.proxy, "proxy", "", "URL of an HTTP proxy for all requests to registries, such as Dragonfly's (default: the daemon's environment)")
 	fl.StringVar(&o.driver, "driver", "auto", "what answers reads: auto, erofs or fuse")
@@ -127,7 +127,10 @@ func (o *mountOptions) arguments(cmd *cobra.Command, args []string) (ref, dir st
 	return args[0], args[1], nil
 }
 
-func (o *mountOptions) kernelReadAhead() int {
+func (o *mountOptions) kernelReadAhead(given bool) int {
+	if !given {
+		return 0
+	}
 	if o.readAhead == 0 {
 		return -1 // 0 means the default there
 	}

@@ -61,7 +61,7 @@ func (d *daemon) newFUSE(m *mount, tree *rafs.Image) (_ *fuse.Detached, err erro
 	}
 	d.answer(m, c)
 	if err = detached.Identify(); err == nil {
-		err = erofs.SetReadAhead(detached.BDI, m.rec.Request.readAhead())
+		err = erofs.SetReadAhead(detached.BDI, m.rec.readAhead())
 	}
 	if err != nil {
 		return nil, errors.Join(err, detached.Close())

@@ -113,7 +113,7 @@ func FuzzMessage(f *testing.F) {
 		if hear(t, p, with, &q) {
 			same(t, q, new(call))
 			if q.Request != nil && q.Request.check() == nil {
-				if _, err := q.Request.background(); err != nil || q.Request.readAhead() < 0 || q.Request.Rate < 0 {
+				if _, err := q.Request.background(); err != nil || q.Request.readAhead(true) < 0 || q.Request.Rate < 0 {
 					t.Errorf("request %+v passes: %v", q.Request, err)
 				}
 			}

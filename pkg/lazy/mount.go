@@ -184,7 +184,7 @@ func (d *daemon) superblock(ctx context.Context, m *mount, tree *rafs.Image, boo
 		m.rec.BDI, m.rec.BDIInode, m.rec.Device = f.BDI, f.BDIInode, f.Device
 		return f, nil
 	}
-	o := erofs.Options{Bootstrap: bootstrap, ReadAhead: m.rec.Request.readAhead()}
+	o := erofs.Options{Bootstrap: bootstrap, ReadAhead: m.rec.readAhead()}
 	for _, u := range m.uses {
 		o.Devices = append(o.Devices, u.b.st.Path())
 	}

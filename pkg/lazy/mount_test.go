@@ -43,6 +43,7 @@ func testMount(t *testing.T, driver lazy.Driver, r lazy.Request) {
 	t.Parallel()
 	b := newBoxOf(t, driver)
 	dir := b.mountpoint("mnt")
+	r.ReadAhead = lazy.DefaultReadAhead // they have no prefetch blob
 	m := b.mount(dir, r)
 	if driver == lazy.DriverAuto {
 		driver = lazy.DriverFUSE

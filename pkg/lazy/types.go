@@ -56,12 +56,13 @@ type Request struct {
 	// Driver says what answers reads; empty: [DriverAuto].
 	Driver Driver `json:"driver,omitempty"`
 	// ReadAhead is how many KiB the kernel reads ahead while the mount is not complete; 0:
-	// [DefaultReadAhead], negative: none.
+	// [DefaultReadAhead] while there is a prefetch blob to stream, else [NormalReadAhead]; negative: none.
 	ReadAhead int `json:"read_ahead,omitempty"`
 }
 
-// DefaultReadAhead is the read-ahead in KiB of a mount that is not complete: a fault drags in little
-// that nobody asked for. NormalReadAhead is the kernel's own, for complete ones (VM_READAHEAD_PAGES).
+// DefaultReadAhead is the read-ahead in KiB of a mount that is not complete and has a prefetch blob: a fault drags in little
+// that the list left out. NormalReadAhead is the kernel's own (VM_READAHEAD_PAGES), for complete ones, and for those of which
+// nobody knows what a start reads: what is fetched for a fault is more than that anyhow, and whoever reads all waits for fewer events.
 const (
 	DefaultReadAhead = 16
 	NormalReadAhead  = 128
@@ -191,9 +192,16 @@ func (r *Request) background() (fill.Background, error) {
 	return fill.ParseBackground(r.Background)
 }
 
-func (r *Request) readAhead() int {
-	if r.ReadAhead == 0 {
+// readAhead returns the KiB that the kernel reads ahead until the mount is complete.
+func (r *record) readAhead() int { return r.Request.readAhead(r.Origin.Prefetch >= 0) }
+
+// readAhead returns the KiB for a mount whose prefetch blob, if it has one, is streamed.
+func (r *Request) readAhead(prefetch bool) int {
+	switch {
+	case r.ReadAhead == 0 && prefetch && !r.NoPrefetch:
 		return DefaultReadAhead
+	case r.ReadAhead == 0:
+		return NormalReadAhead
 	}
 	return max(0, r.ReadAhead)
 }
