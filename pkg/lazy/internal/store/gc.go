@@ -10,6 +10,7 @@ import (
 	"path"
 	"slices"
 	"strings"
+	"syscall"
 	"time"
 
 	"go.uber.org/zap"
@@ -162,46 +163,53 @@ func (s *Store) take(name string, pinned bool) error {
 	if err := entryName(name); err != nil {
 		return err
 	}
-	aside, err := s.evict(name, pinned)
+	aside, full, err := s.evict(name, pinned)
 	if err != nil || aside == "" {
 		return err
 	}
-	_, err = s.sweepAside(aside)
+	if _, err = s.sweepAside(aside); full {
+		err = errors.Join(err, s.forget(name))
+	}
 	return err
 }
 
-// evict takes an unused blob out of use and returns the name of what is left to be deleted; empty when there was none.
-func (s *Store) evict(name string, pinned bool) (aside string, err error) {
+// evict takes an unused blob out of use and returns the name of what is left to be deleted; empty when there was none. full: the
+// index could not forget it, for want of room on the disk, of which there is more when it is deleted. Until then what the index says is
+// wrong, which costs who believes it a look.
+func (s *Store) evict(name string, pinned bool) (aside string, full bool, err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for s.leaving[name] {
 		s.left.Wait()
 	}
 	if _, err := s.root.Lstat(path.Join(pinsDir, name)); err == nil && !pinned {
-		return "", fmt.Errorf("remove blob %s: %w", name, ErrPinned)
+		return "", false, fmt.Errorf("remove blob %s: %w", name, ErrPinned)
 	} else if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return "", err
+		return "", false, err
 	}
 	if s.blobs[name] != nil || s.kept[name].Data != nil {
-		return "", fmt.Errorf("remove blob %s: %w", name, ErrInUse)
+		return "", false, fmt.Errorf("remove blob %s: %w", name, ErrInUse)
 	}
 	if _, err := s.root.Lstat(path.Join("blobs", name)); err != nil {
 		if errors.Is(err, fs.ErrNotExist) {
 			err = nil
 		}
-		return "", err
+		return "", false, err
 	}
 	used, err := s.used(name)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return "", fmt.Errorf("remove blob %s: %w", name, err)
+		return "", false, fmt.Errorf("remove blob %s: %w", name, err)
 	}
 	if used {
-		return "", fmt.Errorf("remove blob %s: %w", name, ErrInUse)
+		return "", false, fmt.Errorf("remove blob %s: %w", name, ErrInUse)
 	}
 	// The index may take a while: who wants this blob meanwhile waits, others do not.
 	s.leaving[name] = true
 	s.mu.Unlock()
 	err = s.forget(name)
+	if full = errors.Is(err, syscall.ENOSPC); full {
+		err = nil
+	}
 	s.mu.Lock()
 	delete(s.leaving, name)
 	s.left.Broadcast()
@@ -212,9 +220,9 @@ func (s *Store) evict(name string, pinned bool) (aside string, err error) {
 		err = atomicfile.SyncDir(s.root, "blobs")
 	}
 	if err != nil {
-		return "", fmt.Errorf("remove blob %s: %w", name, err)
+		return "", false, fmt.Errorf("remove blob %s: %w", name, err)
 	}
-	return aside, nil
+	return aside, full, nil
 }
 
 // forget has the index forget a data file.

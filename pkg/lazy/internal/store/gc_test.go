@@ -14,6 +14,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/headstart-oci/headstart/pkg/lazy/internal/store"
 	"github.com/headstart-oci/headstart/pkg/rafs"
 )
@@ -199,6 +201,32 @@ func TestIndexFirst(t *testing.T) {
 	if names := entries(t, s); !slices.Equal(names, []string{"one"}) {
 		t.Errorf("%v are there, want one: the index may still name it", names)
 	}
+}
+
+// An index that needs room on a full disk does not keep the collector from making some.
+func TestCollectOnAFullDisk(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	x := &order{t: t, dir: dir}
+	s := open(t, dir, store.Options{Index: &fullDisk{order: x}})
+	cached(t, s, "one", mib, time.Hour)
+	if got := collect(t, s, store.Policy{Age: 1}, store.Live{}); !slices.Equal(got.Removed, []string{"one"}) {
+		t.Errorf("%+v, want one removed", got)
+	}
+	if names := entries(t, s); len(names) != 0 || x.forgotten[0] != "one" {
+		t.Errorf("%v are left, %v forgotten", names, x.forgotten)
+	}
+}
+
+// fullDisk is an index that has no room until data are gone.
+type fullDisk struct{ *order }
+
+func (f *fullDisk) RemoveCache(name string) error {
+	if _, err := os.Stat(filepath.Join(f.dir, "blobs", name, "data")); err == nil {
+		return fmt.Errorf("write: %w", unix.ENOSPC)
+	}
+	f.forgotten = append(f.forgotten, name)
+	return nil
 }
 
 // What a process left that died between two steps goes with the next run, or the next start.
