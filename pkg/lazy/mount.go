@@ -97,9 +97,6 @@ func (d *daemon) mount(ctx context.Context, r *Request, dir string) (_ *mount, _
 	if err := r.check(); err != nil {
 		return nil, nil, err
 	}
-	if err := d.store.Present(); err != nil {
-		return nil, nil, fmt.Errorf("%w; unmount everything that this daemon (%d) serves, which ends it, and mount again", err, os.Getpid())
-	}
 	img, err := d.open(ctx, r)
 	if err != nil {
 		return nil, nil, err
@@ -120,6 +117,9 @@ func (d *daemon) mount(ctx context.Context, r *Request, dir string) (_ *mount, _
 	}
 	if err := store.Check(img.RAFS.Blobs); err != nil {
 		return nil, nil, fmt.Errorf("%s: %w", img.Reference, err)
+	}
+	if err := d.store.Present(); err != nil {
+		return nil, nil, fmt.Errorf("%w; unmount everything that this daemon (%d) serves, which ends it, and mount again", err, os.Getpid())
 	}
 	m := &mount{dir: dir, share: d.fill.Share(), over: make(chan struct{}), ended: make(chan struct{}), rec: record{
 		ID: rand.Text(), Boot: d.boot, Dir: dir, Since: time.Now().UTC(), Request: *r, Reference: img.Reference, Origin: img.Origin(),
