@@ -135,7 +135,7 @@ func TestPutAfterClose(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer unix.Close(dir) //nolint:errcheck // only a reference
+	defer unix.Close(dir)
 	p.Put(in)
 	if err := unix.Faccessat(dir, "tracing_on", unix.F_OK, 0); !errors.Is(err, unix.ENOENT) {
 		t.Errorf("a removed instance's files: %v, want ENOENT", err)
