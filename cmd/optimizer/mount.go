@@ -34,6 +34,7 @@ type mountOptions struct {
 	bootstrap  string
 	blobDir    string
 	background string
+	share      string
 	rate       string
 	readAhead  int
 	noPrefetch bool
@@ -81,7 +82,7 @@ It takes root.`,
 			}
 			return o.run(cmd.Context(), dir, lazy.Request{
 				Reference: ref, Bootstrap: o.bootstrap, BlobDir: o.blobDir, Platform: o.platform, Remote: o.remote.lazy(),
-				Background: o.background, Rate: int64(rate), NoPrefetch: o.noPrefetch, ReadAhead: o.kernelReadAhead(cmd.Flags().Changed("read-ahead")), Driver: lazy.Driver(o.driver), //nolint:gosec // parseSize bounds it
+				Background: o.background, Share: o.share, Rate: int64(rate), NoPrefetch: o.noPrefetch, ReadAhead: o.kernelReadAhead(cmd.Flags().Changed("read-ahead")), Driver: lazy.Driver(o.driver), //nolint:gosec // parseSize bounds it
 			})
 		},
 	}
@@ -93,6 +94,7 @@ It takes root.`,
 	fl.StringVar(&o.bootstrap, "bootstrap", "", "mount this bare bootstrap file instead of an image")
 	fl.StringVar(&o.blobDir, "blob-dir", "", "directory of the bootstrap's blobs, each named by its id")
 	fl.StringVar(&o.background, "background", "idle", "what happens to data that nobody reads: none, idle (fetched while nobody waits), full")
+	fl.StringVar(&o.share, "share", "", "whose chunks on this machine are used in place of fetching them: allowed (those that this image's source would give as well: default), all or none")
 	fl.StringVar(&o.rate, "rate", "0", "how many bytes a second --background may fetch; 0: no limit")
 	fl.IntVar(&o.readAhead, "read-ahead", lazy.DefaultReadAhead, fmt.Sprintf("KiB that the kernel reads ahead until all is local; without a prefetch blob %d", lazy.NormalReadAhead))
 	fl.BoolVar(&o.noPrefetch, "no-prefetch", false, "leave the prefetch blob and table alone")
@@ -111,6 +113,8 @@ func (o *mountOptions) arguments(cmd *cobra.Command, args []string) (ref, dir st
 		return "", "", usagef(cmd, "--background: got %q, want none, idle or full", o.background)
 	case o.driver != "auto" && o.driver != "erofs" && o.driver != "fuse":
 		return "", "", usagef(cmd, "--driver: got %q, want auto, erofs or fuse", o.driver)
+	case o.share != "" && o.share != lazy.ShareAllowed && o.share != lazy.ShareAll && o.share != lazy.ShareNone:
+		return "", "", usagef(cmd, "--share: got %q, want allowed, all or none", o.share)
 	case o.wait && o.background == "none":
 		return "", "", usagef(cmd, "--wait would wait for ever with --background none")
 	case o.readAhead < 0:

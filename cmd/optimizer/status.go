@@ -25,7 +25,8 @@ func newStatus(g *global) *cobra.Command {
 		Short: "Show what is mounted, and how much of it is local",
 		Long: `status shows the mounts of a daemon: lazy (some of it is fetched when it is read), complete (all is local, and
 with the driver erofs nothing is in the way of a read) or failed (it lost its daemon: what was not local cannot be read). Misses are chunks
-that somebody waited for although no list named them; waits are reads that found something missing.`,
+that somebody waited for although no list named them; waits are reads that found something missing. What was reused was
+copied from what other images have on this machine, not fetched.`,
 		Example: `  optimizer status
   optimizer status -o json`,
 		Args: atMost(0, "none"),
@@ -62,12 +63,12 @@ func (o *statusOptions) run(ctx context.Context) error {
 	}
 	o.note("daemon %d, holder %d, state in %s", s.PID, s.Holder, s.StateDir)
 	w := tabwriter.NewWriter(o.out, 0, 0, 2, ' ', 0)
-	fmt.Fprintln(w, "DIR\tIMAGE\tDRIVER\tSTATE\tLOCAL\tFETCHED\tREQUESTS\tMISSES\tWAITS\tWAITED")
+	fmt.Fprintln(w, "DIR\tIMAGE\tDRIVER\tSTATE\tLOCAL\tFETCHED\tREUSED\tREQUESTS\tMISSES\tWAITS\tWAITED")
 	for _, m := range s.Mounts {
 		requests := m.Stats.Demand.Requests + m.Stats.Prefetch.Requests + m.Stats.Background.Requests
 		fetched := m.Stats.Demand.Bytes + m.Stats.Prefetch.Bytes + m.Stats.Background.Bytes
-		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%.1f/%.1f MB\t%.1f MB\t%d\t%d\t%d\t%s\n", m.Dir, m.Reference, m.Driver, m.State,
-			mb(m.Local), mb(m.Total), mb(fetched), requests, m.Stats.Misses, m.Stats.Waits, m.Stats.Waited.Round(time.Millisecond))
+		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%.1f/%.1f MB\t%.1f MB\t%.1f MB\t%d\t%d\t%d\t%s\n", m.Dir, m.Reference, m.Driver, m.State,
+			mb(m.Local), mb(m.Total), mb(fetched), mb(m.Stats.ReusedBytes), requests, m.Stats.Misses, m.Stats.Waits, m.Stats.Waited.Round(time.Millisecond))
 	}
 	if err := w.Flush(); err != nil {
 		return err

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/headstart-oci/headstart/pkg/lazy/internal/fill"
+	"github.com/headstart-oci/headstart/pkg/lazy/internal/share"
 	"github.com/headstart-oci/headstart/pkg/lazy/internal/store"
 	"github.com/headstart-oci/headstart/pkg/rafs"
 )
@@ -22,6 +23,7 @@ type blob struct {
 	// fillings are what fills it: one for each set of chunks that images use of the blob, mostly one. The list is never
 	// changed, only replaced.
 	fillings []*filling
+	users    []*use // guarded by usedMu
 
 	syncMu  sync.Mutex // guards what follows, and st against the end while it is synced
 	closed  bool
@@ -52,6 +54,7 @@ type use struct {
 	src fill.Source
 
 	share   *fill.Share // of the mount
+	claim   share.Claim // of the mount
 	watched bool
 }
 
@@ -95,10 +98,13 @@ func (d *daemon) openBlob(m *mount, img *rafs.Image, n int, src fill.Source, nam
 	b.syncMu.Lock()
 	b.settled = false // this image may use more of it
 	b.syncMu.Unlock()
-	u := &use{b: b, src: src, share: m.share}
+	u := &use{b: b, src: src, share: m.share, claim: m.claim}
 	if err := d.attachSource(u, info, chunks); err != nil {
 		return nil, errors.Join(err, d.closeUse(u))
 	}
+	d.usedMu.Lock()
+	b.users = append(b.users, u)
+	d.usedMu.Unlock()
 	if err := d.guard(b); err != nil {
 		return nil, errors.Join(err, d.closeUse(u))
 	}
@@ -123,7 +129,7 @@ func (d *daemon) attachSource(u *use, info rafs.Blob, chunks []rafs.Chunk) error
 			return nil
 		}
 	}
-	fb, err := u.share.Open(u.b.st, u.src, info, chunks)
+	fb, err := u.share.Open(d.cacheOf(u.b, info.Digester), u.src, info, chunks)
 	if err != nil {
 		return err
 	}
@@ -228,6 +234,10 @@ func (d *daemon) fillingsOf(st *store.Blob) []*filling {
 // closeUse gives a mount's part in a blob back. The last one closes the blob; no mount has it then. The caller holds blobMu.
 func (d *daemon) closeUse(u *use) error {
 	var errs []error
+	d.noteScope(u, u.b.st)
+	d.usedMu.Lock()
+	u.b.users = slices.DeleteFunc(u.b.users, func(o *use) bool { return o == u })
+	d.usedMu.Unlock()
 	if u.f != nil {
 		u.f.refs--
 		if u.f.refs > 0 {

@@ -78,6 +78,7 @@ type daemon struct {
 	group    *fanotify.Group
 	table    *watch.Table
 	watch    *watch.Watcher // nil where there are no events: then there are no EROFS mounts
+	sharing  *sharing       // nil: mounts share no chunks
 	listener *net.UnixListener
 	boot     string // the id of this boot
 
@@ -178,7 +179,8 @@ func (d *daemon) start(ctx context.Context) (err error) {
 	if err != nil && !absent(err) {
 		return err
 	}
-	if d.store, err = store.Open(d.o.StateDir, store.Options{Lock: own.take(keptLock), Kept: own.blobs(), Log: d.log}); err != nil {
+	ci := &cacheIndex{}
+	if d.store, err = store.Open(d.o.StateDir, store.Options{Lock: own.take(keptLock), Kept: own.blobs(), Index: ci, Log: d.log}); err != nil {
 		return err
 	}
 	if err := d.link.Keep(keptLock, d.store.LockFile()); err != nil {
@@ -188,6 +190,7 @@ func (d *daemon) start(ctx context.Context) (err error) {
 		return err
 	}
 	d.keeper = d.keep()
+	d.startSharing(ci)
 	d.fill = fill.New(fill.Options{Limit: d.o.Limit - d.o.Limit/10, Log: d.log}) // a moment for its own error
 	d.recover(ctx, guarded, own)
 	return d.listen(own.take(keptListener))
@@ -345,6 +348,7 @@ func (d *daemon) run(ctx context.Context) error {
 	d.log.Info("lazy mounts are served", zap.String("state_dir", d.o.StateDir), zap.Int("pid", os.Getpid()), zap.Int("holder", d.link.Holder()))
 	d.calls.Go(func() { d.accept(ctx) })
 	d.calls.Go(func() { d.syncLoop(ctx) })
+	d.calls.Go(func() { d.shareLoop(ctx) })
 	d.calls.Go(func() { d.gcLoop(ctx) })
 	d.calls.Go(func() { d.confirmLoop(ctx) })
 	idle := d.janitor(ctx)
@@ -407,6 +411,7 @@ func (d *daemon) close(done bool) error {
 	if d.link != nil && !done {
 		errs = append(errs, d.link.Close())
 	}
+	errs = append(errs, d.stopSharing())
 	if d.store != nil {
 		errs = append(errs, d.store.Close())
 	}

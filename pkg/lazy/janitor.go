@@ -177,6 +177,8 @@ func (d *daemon) syncLoop(ctx context.Context) {
 		d.mu.Unlock()
 		for _, m := range mounts {
 			d.syncMount(m)
+			d.syncShared(m)
 		}
+		d.tidyShared()
 	}
 }

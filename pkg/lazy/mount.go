@@ -18,6 +18,7 @@ import (
 	"github.com/headstart-oci/headstart/pkg/lazy/internal/erofs"
 	"github.com/headstart-oci/headstart/pkg/lazy/internal/fill"
 	"github.com/headstart-oci/headstart/pkg/lazy/internal/fuse"
+	"github.com/headstart-oci/headstart/pkg/lazy/internal/share"
 	"github.com/headstart-oci/headstart/pkg/lazy/internal/store"
 	"github.com/headstart-oci/headstart/pkg/rafs"
 )
@@ -43,6 +44,8 @@ type record struct {
 	Driver   Driver `json:"driver,omitempty"`
 	Reason   string `json:"driver_reason,omitempty"`
 	BDIInode uint64 `json:"bdi_inode,omitempty"`
+	// Scope is that of the image: see backend.Blobs.Scope.
+	Scope string `json:"scope,omitempty"`
 }
 
 // driver is what answers the mount's reads.
@@ -57,6 +60,7 @@ type mount struct {
 	run  *fill.Run
 
 	share *fill.Share // of the memory for what is fetched
+	claim share.Claim // on chunks of other mounts
 	phase sync.Mutex  // held by who makes a mount complete, lazy again, or ends it; taken before daemon.blobMu
 
 	conn atomic.Pointer[connection] // of a FUSE mount, until it ends
@@ -125,11 +129,16 @@ func (d *daemon) mount(ctx context.Context, r *Request, dir string) (_ *mount, _
 		ID: rand.Text(), Boot: d.boot, Dir: dir, Since: time.Now().UTC(), Request: *r, Reference: img.Reference, Origin: img.Origin(),
 		Driver: driver, Reason: why,
 	}}
+	m.rec.Scope = img.Scope()
+	m.claim, err = r.claim(m.rec.Scope)
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, d.end(m))
 		}
 	}()
+	if err != nil {
+		return nil, nil, err
+	}
 	boot, size := img.Bootstrap()
 	path, sum, err := d.putBootstrap(m, boot, size)
 	if err != nil {
@@ -240,10 +249,13 @@ func (d *daemon) release(m *mount) error {
 	uses := m.uses
 	m.uses = nil
 	d.usedMu.Unlock()
+	var names []string
 	for _, u := range uses {
+		names = append(names, u.b.st.Name())
 		errs = append(errs, d.closeUse(u))
 	}
 	d.blobMu.Unlock()
+	d.feedSoon(names)
 	return errors.Join(append(errs, m.closeSource())...)
 }
 

@@ -144,6 +144,9 @@ func (d *daemon) adopt(ctx context.Context, m *mount) (*rafs.Image, error) {
 	if err != nil {
 		return nil, err
 	}
+	if m.claim, err = m.rec.Request.claim(m.rec.Scope); err != nil {
+		d.log.Warn("a mount shares nothing", zap.Error(err)) // a record of another version
+	}
 	tree, err := readBootstrap(path)
 	if err != nil {
 		return nil, fmt.Errorf("bootstrap %s: %w", path, err)

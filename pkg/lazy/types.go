@@ -47,6 +47,9 @@ type Request struct {
 	// Platform chooses from an index, "os/arch[/variant]"; empty: this machine's.
 	Platform string `json:"platform,omitempty"`
 	Remote   Remote `json:"remote,omitzero"`
+	// Share says which chunks of other mounts are used where they are on this node: [ShareAllowed], [ShareAll] or
+	// [ShareNone]; empty: ShareAllowed.
+	Share string `json:"share,omitempty"`
 	// Background is what happens to data that no list names: "none", "idle" (while nobody waits
 	// for anything) or "full"; empty: "idle". Rate bounds it in bytes a second; 0: no bound.
 	Background string `json:"background,omitempty"`
@@ -107,6 +110,9 @@ func (r *Request) check() error {
 		return fmt.Errorf("rate of %d bytes a second, want 0 for no bound, or more", r.Rate)
 	case r.ReadAhead > 1<<20:
 		return fmt.Errorf("read-ahead of %d KiB, want at most %d", r.ReadAhead, 1<<20)
+	}
+	if _, err := r.claim(""); err != nil {
+		return err
 	}
 	_, err := r.background()
 	if err == nil {

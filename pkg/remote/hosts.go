@@ -39,8 +39,8 @@ func quiet(ctx context.Context) context.Context {
 	return log.WithLogger(ctx, logrus.NewEntry(l))
 }
 
-// registryHosts returns the endpoints that serve host, mirrors first, as hosts.toml says.
-func registryHosts(ctx context.Context, host string, o settings) ([]docker.RegistryHost, error) {
+// registryHosts returns the endpoints that serve host, mirrors first, as hosts.toml says. told becomes true when a secret is handed out.
+func registryHosts(ctx context.Context, host string, o settings, told *atomic.Bool) ([]docker.RegistryHost, error) {
 	find := config.HostDirFromRoot(o.HostsDir)
 	dir, err := find(host)
 	switch {
@@ -60,7 +60,7 @@ func registryHosts(ctx context.Context, host string, o settings) ([]docker.Regis
 	clear.Store(o.PlainHTTP)
 	ho := config.HostOptions{
 		HostDir:      find,
-		Credentials:  credentialsFunc(ctx, o),
+		Credentials:  telltale(told, credentialsFunc(ctx, o)),
 		UpdateClient: clientUpdater(o, clear, proxy),
 	}
 	if o.PlainHTTP {

@@ -14,6 +14,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/containerd/containerd/v2/core/remotes/docker"
@@ -82,6 +83,8 @@ type repository struct {
 	mu    sync.Mutex // guards what follows
 	hosts []docker.RegistryHost
 	moved map[movedKey]movedTo // where blobs were last found
+
+	told atomic.Bool // a secret was handed out
 }
 
 func newRepository(ref Reference, o settings) *repository { return &repository{ref: ref, o: o} }
@@ -112,11 +115,14 @@ func (r *repository) configured(ctx context.Context) ([]docker.RegistryHost, err
 		return r.hosts, nil
 	}
 	// Not cancelled with the first caller: credentials are asked for later too.
-	hosts, err := registryHosts(context.WithoutCancel(ctx), r.ref.Host, r.o)
+	hosts, err := registryHosts(context.WithoutCancel(ctx), r.ref.Host, r.o, &r.told)
 	if err != nil {
 		return nil, err
 	}
 	for i := range hosts {
+		if tells(&hosts[i], r.o) {
+			r.told.Store(true)
+		}
 		r.settleScheme(ctx, &hosts[i])
 	}
 	r.hosts = hosts

@@ -45,7 +45,9 @@ func (o Options) settle() Options {
 type Blobs struct {
 	origin Origin
 	src    remote.Source // nil: loose files
-	early  *early        // nil: there is none
+
+	reopened bool
+	early    *early // nil: there is none
 }
 
 // Image is an image that was found by its reference, or by its files.
@@ -121,7 +123,7 @@ func Reopen(ctx context.Context, origin Origin, o Options) (*Blobs, error) {
 	if err := origin.check(loose); err != nil {
 		return nil, err
 	}
-	b := &Blobs{origin: origin}
+	b := &Blobs{origin: origin, reopened: true}
 	if loose {
 		return b, nil
 	}

@@ -24,14 +24,15 @@ const (
 
 // Blob is one blob that is being filled. Safe for concurrent use.
 type Blob struct {
-	s      *Scheduler
-	share  *Share
-	info   rafs.Blob
-	cache  Cache
-	opened time.Time
-	ctx    context.Context //nolint:containedctx // its life: what it fetches belongs to several waiters
-	cancel context.CancelCauseFunc
-	work   sync.WaitGroup // requests that are on the way
+	s        *Scheduler
+	share    *Share
+	info     rafs.Blob
+	cache    Cache
+	borrower Borrower // the cache, if it is one
+	opened   time.Time
+	ctx      context.Context //nolint:containedctx // its life: what it fetches belongs to several waiters
+	cancel   context.CancelCauseFunc
+	work     sync.WaitGroup // requests that are on the way
 
 	preparing chan struct{} // holds one while somebody reads the table
 	streaming chan struct{} // holds one while a run streams the blob
@@ -51,6 +52,7 @@ type Blob struct {
 	over    bool              // what was to be prefetched of this blob's image is there, or failed
 	stats   Stats
 	misses  []Miss
+	lent    lent
 }
 
 // Open adds a blob: its chunks that the image uses, in any order, go from src to cache. The caller closes it before it closes
@@ -74,6 +76,7 @@ func (s *Scheduler) open(h *Share, cache Cache, src Source, info rafs.Blob, chun
 		v.reader = reader
 	}
 	b.view.Store(v)
+	b.borrower, _ = cache.(Borrower)
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.closed {

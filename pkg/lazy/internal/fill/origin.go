@@ -17,6 +17,7 @@ type origin struct {
 	ctx    context.Context //nolint:containedctx // until the source is removed
 	cancel context.CancelFunc
 	use    sync.WaitGroup
+	proven atomic.Bool // it brought a chunk that was right
 }
 
 func newOrigin(src Source) *origin {
@@ -197,4 +198,18 @@ func (c *counted) Close() error {
 	c.end()
 	c.o.use.Done()
 	return err
+}
+
+// proved notes that a chunk was right that came through rc.
+func proved(rc io.Reader) {
+	if c, ok := rc.(*counted); ok {
+		c.o.proven.Store(true)
+	}
+}
+
+// Proven reports whether src, one of the blob's sources, brought at least one chunk that was right: it does have the blob.
+func (b *Blob) Proven(src Source) bool {
+	b.s.mu.Lock()
+	defer b.s.mu.Unlock()
+	return slices.ContainsFunc(b.sources, func(o *origin) bool { return o.src == src && o.proven.Load() })
 }

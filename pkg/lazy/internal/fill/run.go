@@ -278,6 +278,7 @@ type wanted struct {
 
 // fetchUnits fetches units that lie near each other, those that nobody else has.
 func (b *Blob) fetchUnits(ctx context.Context, units []unit, class Class) error {
+	var failed []error
 	w := &window{class: class}
 	for _, u := range units {
 		if f := b.begin(u, class); f != nil {
@@ -287,15 +288,16 @@ func (b *Blob) fetchUnits(ctx context.Context, units []unit, class Class) error 
 	if len(w.flights) == 0 {
 		return nil
 	}
-	flights := slices.Clone(w.flights)
-	w.off, w.end = extent(w.flights)
-	b.fetch(ctx, w)
-	for _, f := range flights {
-		if err := f.err; err != nil && !isCorrupt(err) {
-			return err
+	for _, w := range b.split(b.borrow(ctx, w.flights), class) {
+		flights := slices.Clone(w.flights)
+		b.fetch(ctx, w)
+		for _, f := range flights {
+			if err := f.err; err != nil && !isCorrupt(err) {
+				failed = append(failed, err)
+			}
 		}
 	}
-	return nil
+	return errors.Join(failed...)
 }
 
 // rest fetches what is missing of b, window by window, while nobody waits for anything.

@@ -144,6 +144,9 @@ func (b *Blob) Ensure(ctx context.Context, off, n int64) error {
 
 func (b *Blob) ensure(ctx context.Context, chunks []rafs.Chunk, until time.Time) error {
 	reread := !b.info.PlacedByMeta()
+	if b.borrowNow(ctx, chunks); !b.missing(chunks) {
+		return nil
+	}
 	for attempt := 0; ; attempt++ {
 		v, err := b.prepare(ctx, until, Demand)
 		if err != nil {
@@ -284,7 +287,7 @@ func (b *Blob) worker() {
 		if w == nil {
 			return
 		}
-		b.fetch(b.ctx, w)
+		b.serve(b.ctx, w)
 	}
 }
 
@@ -357,6 +360,9 @@ func (b *Blob) take(w *window, u unit, behind bool) bool {
 	}
 	f := b.flights[u.key()]
 	cheap := b.stream == nil && (behind && length <= w.ahead || length <= b.s.o.Ahead) // what lies before a demand makes it wait
+	if f == nil && b.lent.has(b.view.Load(), u.n) {
+		return false // a request would read through it
+	}
 	if f != nil && f.started || f == nil && (!cheap || !b.missing(u.chunks)) {
 		return true // there may be wanted ones beyond it
 	}

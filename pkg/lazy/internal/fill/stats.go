@@ -16,16 +16,19 @@ type Traffic struct {
 
 // Stats is what happened to a blob since it was opened.
 type Stats struct {
-	Demand     Traffic       `json:"demand"`
-	Prefetch   Traffic       `json:"prefetch"`
-	Background Traffic       `json:"background"`
-	Waits      int64         `json:"waits"`     // reads that found something missing
-	Waited     time.Duration `json:"waited_ns"` // all of them together
-	Misses     int64         `json:"misses"`    // see Miss
-	Overtakes  int64         `json:"overtakes"` // units that a list names, wanted long before their turn
-	Retries    int64         `json:"retries"`   // requests that were repeated here; sources repeat some by themselves
-	Corrupt    int64         `json:"corrupt"`   // units that were not what they should be
-	Failed     int64         `json:"failed"`    // reads that got an error
+	Demand     Traffic `json:"demand"`
+	Prefetch   Traffic `json:"prefetch"`
+	Background Traffic `json:"background"`
+	// Reused were copied from other caches of this node, not fetched: uncompressed bytes.
+	ReusedChunks int64         `json:"reused_chunks"`
+	ReusedBytes  int64         `json:"reused_bytes"`
+	Waits        int64         `json:"waits"`     // reads that found something missing
+	Waited       time.Duration `json:"waited_ns"` // all of them together
+	Misses       int64         `json:"misses"`    // see Miss
+	Overtakes    int64         `json:"overtakes"` // units that a list names, wanted long before their turn
+	Retries      int64         `json:"retries"`   // requests that were repeated here; sources repeat some by themselves
+	Corrupt      int64         `json:"corrupt"`   // units that were not what they should be
+	Failed       int64         `json:"failed"`    // reads that got an error
 }
 
 // of returns the traffic of a class.
@@ -46,6 +49,7 @@ func (s *Stats) Add(o Stats) {
 		t, u := s.of(c), o.of(c)
 		t.Requests, t.Bytes, t.Chunks = t.Requests+u.Requests, t.Bytes+u.Bytes, t.Chunks+u.Chunks
 	}
+	s.ReusedChunks, s.ReusedBytes = s.ReusedChunks+o.ReusedChunks, s.ReusedBytes+o.ReusedBytes
 	s.Waits, s.Waited = s.Waits+o.Waits, s.Waited+o.Waited
 	s.Misses, s.Overtakes = s.Misses+o.Misses, s.Overtakes+o.Overtakes
 	s.Retries, s.Corrupt, s.Failed = s.Retries+o.Retries, s.Corrupt+o.Corrupt, s.Failed+o.Failed

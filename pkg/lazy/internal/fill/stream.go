@@ -111,7 +111,7 @@ func (b *Blob) streamAll(ctx context.Context, promised *stream) error {
 		v, err := b.prepare(ctx, time.Now().Add(forever), Prefetch)
 		progress := false
 		if err == nil {
-			progress, err = b.streamOnce(ctx, v)
+			progress, err = b.streamOnce(ctx, v, promised)
 		}
 		if err == nil {
 			return nil
@@ -128,8 +128,13 @@ func (b *Blob) streamAll(ctx context.Context, promised *stream) error {
 }
 
 // streamOnce makes one request. Without an error everything was seen.
-func (b *Blob) streamOnce(ctx context.Context, v *view) (progress bool, err error) {
-	units := b.unfilled(v)
+func (b *Blob) streamOnce(ctx context.Context, v *view, promised *stream) (progress bool, err error) {
+	units, local := b.divide(v, b.unfilled(v))
+	if len(local) > 0 || b.broken(v, units) {
+		b.detach(promised)
+		slices.Sort(local)
+		return false, b.streamAround(ctx, v, units, local)
+	}
 	if len(units) == 0 {
 		return false, nil
 	}
@@ -220,6 +225,9 @@ func (b *Blob) streamUnit(ctx context.Context, g *errgroup.Group, r *watched, u 
 	g.Go(func() error {
 		err := b.decode(ctx, u, mem, Prefetch)
 		drop()
+		if err == nil {
+			proved(r.r)
+		}
 		if isCorrupt(err) {
 			f.corrupt++
 			w := &window{class: Prefetch, flights: []*flight{f}}

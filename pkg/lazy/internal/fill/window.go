@@ -103,6 +103,9 @@ func (b *Blob) attempt(ctx context.Context, w *window) error {
 			again = append(again, f)
 			continue
 		}
+		if err == nil {
+			proved(rc)
+		}
 		b.s.mu.Lock()
 		b.s.finish(f, err)
 		b.s.mu.Unlock()

@@ -208,7 +208,7 @@ func (x *Index) Caches() []string {
 	return names
 }
 
-// Remove forgets chunks of a cache: they are not there, or not right. What [Index.Known] returns becomes 0.
+// Remove forgets chunks of a cache: they are not there, or not right.
 func (x *Index) Remove(name string, keys []Key) error {
 	for len(keys) > 0 {
 		n := min(step, len(keys))
@@ -229,24 +229,15 @@ func (x *Index) remove(name string, keys []Key) error {
 	if c == nil {
 		return nil
 	}
-	next := *c
-	next.known = 0
-	err := x.update(func(tx *bolt.Tx) error {
+	return x.update(func(tx *bolt.Tx) error {
 		chunks := tx.Bucket(bucketChunks)
 		for i := range keys {
 			if err := drop(chunks, keys[i].append(make([]byte, 0, sizeKey)), c.id); err != nil {
 				return err
 			}
 		}
-		return tx.Bucket(bucketCaches).Put(binary.BigEndian.AppendUint32(nil, c.id), next.value())
+		return nil
 	})
-	if err != nil {
-		return err
-	}
-	x.namesMu.Lock()
-	defer x.namesMu.Unlock()
-	x.caches[c.id], x.names[name] = &next, &next
-	return nil
 }
 
 // RemoveCache forgets a cache. From the first moment on no [Index.Lookup] finds it, also after a crash; then its entries are removed, in
@@ -261,6 +252,14 @@ func (x *Index) RemoveCache(ctx context.Context, name string) error {
 		return nil
 	}
 	return x.empty(ctx, id)
+}
+
+// Condemn is the first step of [Index.RemoveCache], which takes as long as one entry; [Index.Sweep] does the rest.
+func (x *Index) Condemn(name string) error {
+	if _, _, err := x.condemn(name); err != nil {
+		return fmt.Errorf("index: remove %s: %w", name, err)
+	}
+	return nil
 }
 
 // condemn makes a cache one whose entries count no more.

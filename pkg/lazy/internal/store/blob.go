@@ -43,8 +43,14 @@ type Blob struct {
 	old  []*table // tables that a reader of an older view may be using
 
 	syncMu  sync.Mutex
-	durable []uint64 // the bits in the file "ready"; guarded by syncMu
+	durable []uint64 // the bits in the file "ready"; guarded by syncMu, never changed, only replaced
 	stamped int64    // its stamp; guarded by syncMu
+
+	feedMu sync.Mutex // guards fed, and is held while it is fed
+	fed    []uint64   // see Feed; nil: nobody knows
+
+	scopeMu sync.Mutex // guards scopes
+	scopes  []string   // never changed, only replaced; nil: not read
 }
 
 // view is what the blob's users need of it. It does not change.

@@ -1,0 +1,33 @@
+package backend
+
+import (
+	"strings"
+
+	"github.com/headstart-oci/headstart/pkg/remote"
+)
+
+// Scopes of what is no registry's secret.
+const (
+	ScopePublic = "public" // share.ScopePublic
+	ScopeLocal  = "local"
+)
+
+// Scope names who can read what the blobs have: everybody who reaches the registry ([ScopePublic]), whoever may read this machine's files ([ScopeLocal]), or
+// who has credentials for a repository, "registry.example/app". It is what opening the image took: after [Reopen] nobody knows yet, and it is empty.
+func (b *Blobs) Scope() string {
+	if b.src == nil {
+		return ScopeLocal
+	}
+	a, ok := b.src.(remote.Accessor)
+	if !ok || b.reopened {
+		return ""
+	}
+	switch access := a.Access(); {
+	case access.Repository == "":
+		return ScopeLocal
+	case access.Anonymous:
+		return ScopePublic
+	default:
+		return strings.ToValidUTF8(access.Repository, "?")
+	}
+}

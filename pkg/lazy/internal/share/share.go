@@ -1,0 +1,283 @@
+package share
+
+import (
+	"context"
+	"errors"
+	"io/fs"
+	"slices"
+	"sync"
+	"time"
+
+	"go.uber.org/zap"
+
+	"github.com/headstart-oci/headstart/pkg/lazy/internal/index"
+	"github.com/headstart-oci/headstart/pkg/lazy/internal/store"
+	"github.com/headstart-oci/headstart/pkg/rafs"
+)
+
+// ScopePublic is the scope of what a registry gave to somebody it did not know: everybody could have fetched it.
+const ScopePublic = "public"
+
+// Policy is whose chunks a mount uses.
+type Policy string
+
+// The policies.
+const (
+	// Allowed: those that the mount could have fetched itself: public ones, and those of its own scope.
+	Allowed Policy = "allowed"
+	// All: those of every cache whose scope is known.
+	All Policy = "all"
+	// None: no others, and no other mount uses its.
+	None Policy = "none"
+)
+
+// Claim is what one mount brings: its scope, and whose chunks it uses.
+type Claim struct {
+	Scope  string
+	Policy Policy
+}
+
+// may reports whether all of claims may use a cache of scopes.
+func may(claims []Claim, scopes []string) bool {
+	if len(scopes) == 0 {
+		return false // nobody knows where it came from
+	}
+	for _, c := range claims {
+		switch {
+		case c.Policy == All || slices.Contains(scopes, ScopePublic):
+		case c.Policy == Allowed && c.Scope != "" && slices.Contains(scopes, c.Scope):
+		default:
+			return false
+		}
+		if c.Policy == None {
+			return false
+		}
+	}
+	return len(claims) > 0
+}
+
+// Options configures [New]. Store and Index are required.
+type Options struct {
+	Store *store.Store
+	Index *index.Index
+	// Scopes returns the scopes of a cache that mounts have, of what they fetched so far; nil: only what is noted in the store counts.
+	Scopes func(name string) []string
+	// Bad is told of a chunk of a cache that is not what it should be; nil: nobody. It must not wait for the Share.
+	Bad func(name string, c rafs.Chunk)
+	// OpenOnly leaves alone what no mount has: it may have a mark of a process that is gone.
+	OpenOnly bool
+	Log      *zap.Logger // nil: nothing is logged
+}
+
+// Share lends chunks. Safe for concurrent use.
+type Share struct {
+	o     Options
+	slots chan []byte // buffers of those who copy
+
+	mu     sync.Mutex // guards what follows
+	open   map[string]*lender
+	recent map[index.Key]index.Place // what is in caches and not in the index yet
+	closed bool
+}
+
+// lender is a cache that is kept open for a while after it was used.
+type lender struct {
+	b    *store.Blob
+	refs int // calls that use it
+	used time.Time
+}
+
+const (
+	copies = 2 // at once: they take a processor each
+	// keepBuffer is the most that an idle buffer keeps: chunks are rarely larger.
+	keepBuffer = 2 << 20
+	// maxRecent bounds the chunks that are known before the index has them: what a fast link brings between two syncs.
+	maxRecent = 1 << 16
+	// maxLenders bounds the caches that are kept open for lending alone.
+	maxLenders = 16
+	// keepOpen is how long: a collector waits for it.
+	keepOpen = 10 * time.Second
+)
+
+// New returns a Share. The caller closes it, after all that fills caches, before the store.
+func New(o Options) *Share {
+	if o.Log == nil {
+		o.Log = zap.NewNop()
+	}
+	s := &Share{o: o, slots: make(chan []byte, copies), open: map[string]*lender{}, recent: map[index.Key]index.Place{}}
+	for range copies {
+		s.slots <- nil
+	}
+	return s
+}
+
+// Close gives everything back.
+func (s *Share) Close() error {
+	s.mu.Lock()
+	s.closed = true
+	s.mu.Unlock()
+	return s.tidy(0)
+}
+
+// Tidy closes caches that nothing was borrowed from for a while.
+func (s *Share) Tidy() error { return s.tidy(keepOpen) }
+
+func (s *Share) tidy(idle time.Duration) error {
+	s.mu.Lock()
+	var gone []*store.Blob
+	for name, l := range s.open {
+		if l.refs == 0 && time.Since(l.used) >= idle {
+			gone = append(gone, l.b)
+			delete(s.open, name)
+		}
+	}
+	s.mu.Unlock()
+	var errs []error
+	for _, b := range gone {
+		errs = append(errs, b.Close())
+	}
+	return errors.Join(errs...)
+}
+
+// lender opens the cache called name; nil: it cannot be used now.
+func (s *Share) lender(name string) *store.Blob {
+	s.mu.Lock()
+	if l := s.open[name]; l != nil {
+		l.refs++
+		s.mu.Unlock()
+		return l.b
+	}
+	full := len(s.open) >= maxLenders || s.closed
+	s.mu.Unlock()
+	if full {
+		if err := s.tidy(time.Second); err != nil {
+			s.o.Log.Warn("close a cache", zap.Error(err))
+		}
+	}
+	if s.o.OpenOnly && !s.o.Store.IsOpen(name) {
+		return nil
+	}
+	b, err := s.o.Store.Reopen(name)
+	if err != nil {
+		if errors.Is(err, fs.ErrNotExist) {
+			s.o.Log.Debug("the index names a cache that is not there", zap.String("cache", name))
+		} else {
+			s.o.Log.Debug("a cache cannot be borrowed from", zap.String("cache", name), zap.Error(err))
+		}
+		return nil
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if l := s.open[name]; l != nil { // somebody was quicker
+		l.refs++
+		_ = b.Close() // not the last one
+		return l.b
+	}
+	s.open[name] = &lender{b: b, refs: 1}
+	return b
+}
+
+// giveBack ends lender.
+func (s *Share) giveBack(name string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if l := s.open[name]; l != nil {
+		l.refs--
+		l.used = time.Now()
+	}
+}
+
+// scopes returns where the bytes of a cache came from.
+func (s *Share) scopes(name string, b *store.Blob) []string {
+	noted, err := b.Scopes()
+	if err != nil {
+		s.o.Log.Warn("scopes of a cache", zap.Error(err))
+	}
+	if s.o.Scopes != nil {
+		noted = slices.Concat(noted, s.o.Scopes(name))
+	}
+	return noted
+}
+
+// stored notes that a chunk is in a cache and not in the index yet.
+func (s *Share) stored(k index.Key, p index.Place) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if len(s.recent) < maxRecent {
+		s.recent[k] = p
+	}
+}
+
+// indexed forgets what the index has by now.
+func (s *Share) indexed(entries []index.Entry) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for i := range entries {
+		delete(s.recent, entries[i].Key)
+	}
+}
+
+// Feed has the index know what is durable of a blob that the caller has open. scopes are those of who fetched it; each is noted before.
+func (s *Share) Feed(b *store.Blob, scopes []string) error {
+	for _, scope := range scopes {
+		if err := b.AddScope(scope); err != nil {
+			return err
+		}
+	}
+	have, _ := s.o.Index.Known(b.Name())
+	var entries []index.Entry
+	return b.Feed(have, func(chunks []rafs.Chunk, known uint64) error {
+		entries = entries[:0]
+		for i := range chunks {
+			entries = append(entries, index.Entry{Key: index.KeyOf(b.Digester(), &chunks[i]), Offset: int64(chunks[i].UncompressedOffset)}) //nolint:gosec // below the blob's size
+		}
+		err := s.o.Index.Add(b.Name(), entries, known)
+		if err == nil {
+			s.indexed(entries)
+		}
+		return err
+	})
+}
+
+// FeedNamed is Feed for a cache that may be closed, where the index does not know all of it.
+func (s *Share) FeedNamed(name string) error {
+	if have, _ := s.o.Index.Known(name); have == s.o.Store.DurableBlocks(name) && !s.o.Store.IsOpen(name) {
+		return nil
+	}
+	b, err := s.o.Store.Reopen(name)
+	switch {
+	case errors.Is(err, fs.ErrNotExist), errors.Is(err, store.ErrInUse), errors.Is(err, store.ErrUnknownDigest):
+		return nil // it is not for us
+	case err != nil:
+		return err
+	}
+	return errors.Join(s.Feed(b, nil), b.Close())
+}
+
+// Rebuild feeds the index with every cache of the store that it does not know all of, one after the other, and has it forget
+// those that are not there. It goes on until ctx ends.
+func (s *Share) Rebuild(ctx context.Context) error {
+	caches := s.o.Index.Caches() // before those that there are: nobody must forget a new one
+	names, err := s.o.Store.Names()
+	if err != nil {
+		return err
+	}
+	errs := []error{s.o.Index.Sweep(ctx)}
+	for _, name := range caches {
+		if ctx.Err() == nil && !slices.Contains(names, name) {
+			// It was put aside, or removed by hand.
+			errs = append(errs, s.o.Index.RemoveCache(ctx, name))
+		}
+	}
+	for _, name := range names {
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
+		errs = append(errs, s.FeedNamed(name))
+	}
+	err = errors.Join(errs...)
+	if !errors.Is(err, index.ErrBroken) {
+		s.o.Index.Filled()
+	}
+	return err
+}
