@@ -24,6 +24,8 @@ type keeper struct {
 	policy CachePolicy
 	// mounts returns what mounts have: the directories where they are, by name of blob, and the bootstraps.
 	mounts func() (blobs map[string][]string, bootstraps map[string]bool)
+	// release closes caches that were only lent from; nil: there are none.
+	release func()
 	// bootstraps removes those that no mount has.
 	bootstraps func() error
 	// drop makes bad chunks of b not ready, and returns how many of them could be fetched again for mounts that have them.
@@ -106,6 +108,9 @@ func (k *keeper) collect(ctx context.Context, p CachePolicy) (Collected, error) 
 	}
 	k.collecting.Lock()
 	defer k.collecting.Unlock()
+	if k.release != nil {
+		k.release()
+	}
 	c, err := k.store.Collect(ctx, p.store(), k.live())
 	return c, errors.Join(err, k.bootstraps())
 }
@@ -163,7 +168,7 @@ func (k *keeper) verifyOpen(ctx context.Context, b *store.Blob, offset int64, a 
 
 // keep makes the keeper of a daemon.
 func (d *daemon) keep() *keeper {
-	return &keeper{store: d.store, policy: d.o.Cache, mounts: d.cacheMounts, bootstraps: d.collectBootstraps, drop: d.dropBad}
+	return &keeper{store: d.store, policy: d.o.Cache, mounts: d.cacheMounts, bootstraps: d.collectBootstraps, drop: d.dropBad, release: d.releaseShared}
 }
 
 // cacheMounts returns what mounts have.

@@ -130,7 +130,7 @@ func TestCollect(t *testing.T) {
 func TestCollectByItself(t *testing.T) {
 	t.Parallel()
 	b := newBox(t)
-	const limit = 100 << 10
+	const limit = 1 << 20 // more than the index of chunks
 	c, err := lazy.NewClient(lazy.ClientOptions{
 		StateDir: b.state, RunDir: b.run,
 		Command: []string{b.binary, "lazyd", "--state-dir", b.state, "--run-dir", b.run, "--idle", "10s", "--cache-limit", fmt.Sprint(limit), "--cache-low", "1k"},

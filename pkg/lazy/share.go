@@ -52,6 +52,13 @@ type sharing struct {
 	index *index.Index
 	feeds chan string   // caches that were closed, to be fed
 	sweep chan struct{} // something was condemned
+	bad   chan badPlace // chunks that are not what they should be
+}
+
+// badPlace is where a chunk is that is not what it should be.
+type badPlace struct {
+	name  string
+	chunk rafs.Chunk
 }
 
 // cacheIndex has the index forget caches that go. It is there before the index, which is opened when the directory is locked.
@@ -104,8 +111,8 @@ func (d *daemon) startSharing(ci *cacheIndex) {
 		d.log.Error("mounts do not share chunks", zap.Error(err))
 		return
 	}
-	s := &sharing{index: x, feeds: make(chan string, 1024), sweep: make(chan struct{}, 1)}
-	s.Share = share.New(share.Options{Store: d.store, Index: x, Scopes: d.scopesOf, OpenOnly: d.lost, Log: d.log})
+	s := &sharing{index: x, feeds: make(chan string, 1024), sweep: make(chan struct{}, 1), bad: make(chan badPlace, 1024)}
+	s.Share = share.New(share.Options{Store: d.store, Index: x, Scopes: d.scopesOf, Bad: s.tellBad, OpenOnly: d.lost, Log: d.log})
 	if err := ci.use(s); err != nil {
 		d.log.Error("mounts do not share chunks", zap.Error(errors.Join(err, s.Close(), x.Close())))
 		return
@@ -200,6 +207,32 @@ func (d *daemon) feedSoon(names []string) {
 	}
 }
 
+// tellBad has a chunk dropped, soon.
+func (s *sharing) tellBad(name string, c rafs.Chunk) {
+	select {
+	case s.bad <- badPlace{name, c}:
+	default: // it is lent no more, and verifying finds it
+	}
+}
+
+// dropShared drops a chunk of a cache that turned out wrong when it was to be lent.
+func (d *daemon) dropShared(ctx context.Context, p badPlace) {
+	b, err := d.store.Reopen(p.name)
+	if err != nil {
+		return // it is gone, or nobody can say what it should be
+	}
+	chunks, err := b.Chunks(int64(p.chunk.UncompressedOffset), int64(p.chunk.UncompressedSize)) //nolint:gosec // below the blob's size
+	chunks = slices.DeleteFunc(chunks, func(c rafs.Chunk) bool {
+		return c.UncompressedOffset != p.chunk.UncompressedOffset || c.Digest != p.chunk.Digest
+	})
+	if err == nil && len(chunks) > 0 {
+		_, err = d.dropBad(ctx, b, chunks)
+	}
+	if err = errors.Join(err, b.Close()); err != nil {
+		d.log.Warn("drop a chunk that is wrong", zap.String("cache", p.name), zap.Error(err))
+	}
+}
+
 // sharePause is how long is waited before the index is filled again when that failed.
 const sharePause = 10 * time.Second
 
@@ -232,8 +265,15 @@ func (d *daemon) shareEvents(ctx context.Context) bool {
 			return false
 		case name := <-s.feeds:
 			d.fed(name, s.FeedNamed(name))
+			d.collectSoon() // it may have found the cache open here
+		case p := <-s.bad:
+			d.dropShared(ctx, p)
 		case <-s.sweep:
-			if err := s.index.Sweep(ctx); err != nil && ctx.Err() == nil {
+			err := s.index.Sweep(ctx)
+			if err == nil {
+				err = s.index.Shrink()
+			}
+			if ctx.Err() == nil {
 				d.fed("", err)
 			}
 		}
@@ -256,7 +296,21 @@ func (d *daemon) tidyShared() {
 	if d.sharing == nil {
 		return
 	}
-	if err := d.sharing.Tidy(); err != nil {
+	closed, err := d.sharing.Tidy()
+	if err != nil {
+		d.log.Warn("close a cache", zap.Error(err))
+	}
+	if closed > 0 {
+		d.collectSoon()
+	}
+}
+
+// releaseShared closes caches that nobody borrows from at this moment: they may have to go.
+func (d *daemon) releaseShared() {
+	if d.sharing == nil {
+		return
+	}
+	if err := d.sharing.Release(); err != nil {
 		d.log.Warn("close a cache", zap.Error(err))
 	}
 }

@@ -10,6 +10,7 @@ import (
 	"runtime/debug"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	bolt "go.etcd.io/bbolt"
@@ -101,6 +102,9 @@ func (x *Index) open() (err error) {
 	if err := shield(func() error { return db.Update(x.load) }); err != nil {
 		return errors.Join(fmt.Errorf("index %s: %w", x.path, err), shield(db.Close))
 	}
+	if wasted(db) {
+		return errors.Join(fmt.Errorf("index %s: %w: most of it is free", x.path, ErrBroken), shield(db.Close))
+	}
 	x.db = db
 	x.broken.Store(false)
 	return nil
@@ -167,6 +171,33 @@ func (x *Index) Reset() error {
 	return x.open()
 }
 
+// small is a file that is not worth being made smaller, in bytes.
+const small = 1 << 20
+
+// Shrink begins anew when the index has nothing and its file is large: the file never gets smaller by itself.
+func (x *Index) Shrink() error {
+	x.changes.Lock()
+	defer x.changes.Unlock()
+	x.namesMu.RLock()
+	empty := len(x.caches) == 0
+	x.namesMu.RUnlock()
+	if !empty || x.Size() <= small || x.Fresh() {
+		return nil
+	}
+	if err := x.Reset(); err != nil {
+		return err
+	}
+	x.Filled() // there was nothing
+	return nil
+}
+
+// wasted reports whether most of a file that is not small is free: to fill it anew costs less than to keep it.
+func wasted(db *bolt.DB) bool {
+	size, free := int64(0), int64(db.Stats().FreePageN)*int64(db.Info().PageSize)
+	_ = db.View(func(tx *bolt.Tx) error { size = tx.Size(); return nil })
+	return size > 64*small && free > size/4*3
+}
+
 // Close closes the file. It waits for calls that are running; later ones return [ErrClosed].
 func (x *Index) Close() error {
 	x.mu.Lock()
@@ -183,13 +214,17 @@ func (x *Index) drop() error {
 	return shield(db.Close)
 }
 
-// Size returns the length of the file in bytes.
+// Size returns what the file takes on disk, in bytes: it is longer.
 func (x *Index) Size() int64 {
 	info, err := os.Stat(x.path)
 	if err != nil {
 		return 0
 	}
-	return info.Size()
+	st, ok := info.Sys().(*syscall.Stat_t)
+	if !ok {
+		return info.Size()
+	}
+	return st.Blocks * 512 // st_blocks in inode(7)
 }
 
 // shield runs f and makes an error of what a damaged file does to who reads it through a mapping: a page that is not what another one

@@ -434,3 +434,25 @@ func TestKill(t *testing.T) {
 		raw(t, path)
 	}
 }
+
+func TestShrink(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "index")
+	x := open(t, path)
+	x.Filled()
+	if err := errors.Join(x.Add("one", entries(0, 20_000), 1), x.Shrink()); err != nil {
+		t.Fatal(err)
+	}
+	if got := places(t, x, 7); len(got) != 1 {
+		t.Errorf("Shrink of an index that has something lost %v", got)
+	}
+	before := x.Size()
+	if err := errors.Join(x.RemoveCache(t.Context(), "one"), x.Shrink()); err != nil {
+		t.Fatal(err)
+	}
+	if after := x.Size(); after >= before/4 || x.Fresh() {
+		t.Errorf("an index that has nothing takes %d bytes, it took %d with something", after, before)
+	}
+	if err := x.Add("two", entries(0, 10), 1); err != nil || len(places(t, x, 7)) != 1 {
+		t.Errorf("Add after Shrink: %v", err)
+	}
+}

@@ -116,13 +116,19 @@ func (s *Share) Close() error {
 	s.mu.Lock()
 	s.closed = true
 	s.mu.Unlock()
-	return s.tidy(0)
+	return s.Release()
 }
 
-// Tidy closes caches that nothing was borrowed from for a while.
-func (s *Share) Tidy() error { return s.tidy(keepOpen) }
+// Tidy closes caches that nothing was borrowed from for a while, and returns how many.
+func (s *Share) Tidy() (closed int, err error) { return s.tidy(keepOpen) }
 
-func (s *Share) tidy(idle time.Duration) error {
+// Release closes caches that nobody borrows from at this moment.
+func (s *Share) Release() error {
+	_, err := s.tidy(0)
+	return err
+}
+
+func (s *Share) tidy(idle time.Duration) (int, error) {
 	s.mu.Lock()
 	var gone []*store.Blob
 	for name, l := range s.open {
@@ -136,7 +142,7 @@ func (s *Share) tidy(idle time.Duration) error {
 	for _, b := range gone {
 		errs = append(errs, b.Close())
 	}
-	return errors.Join(errs...)
+	return len(gone), errors.Join(errs...)
 }
 
 // lender opens the cache called name; nil: it cannot be used now.
@@ -150,7 +156,7 @@ func (s *Share) lender(name string) *store.Blob {
 	full := len(s.open) >= maxLenders || s.closed
 	s.mu.Unlock()
 	if full {
-		if err := s.tidy(time.Second); err != nil {
+		if _, err := s.tidy(time.Second); err != nil {
 			s.o.Log.Warn("close a cache", zap.Error(err))
 		}
 	}
