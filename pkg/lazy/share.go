@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"path/filepath"
 	"slices"
 	"sync"
 	"time"
@@ -42,9 +41,6 @@ func (r *Request) claim(scope string) (share.Claim, error) {
 	}
 	return share.Claim{Policy: share.None}, fmt.Errorf("share %q: want %s, %s or %s", r.Share, ShareAllowed, ShareAll, ShareNone)
 }
-
-// indexName is the file of the index in the state directory.
-const indexName = "index"
 
 // sharing is what a daemon has to share chunks between its mounts. Without an index nothing is shared, and everything else works.
 type sharing struct {
@@ -106,7 +102,7 @@ func (s *sharing) condemn(name string) error {
 
 // startSharing opens the index. A daemon without one shares nothing.
 func (d *daemon) startSharing(ci *cacheIndex) {
-	x, err := index.Open(filepath.Join(d.o.StateDir, indexName), index.Options{Log: d.log})
+	x, err := index.Open(indexPath(d.o.StateDir), index.Options{Log: d.log})
 	if err != nil {
 		d.log.Error("mounts do not share chunks", zap.Error(err))
 		return
