@@ -17,7 +17,7 @@ func TestLimit(t *testing.T) {
 	t.Parallel()
 	u := newSetup(t, 8, 0)
 	hang := make(chan struct{})
-	w, err := New(Config{Group: u.group, Table: u.table, Limit: 300 * time.Millisecond, Ensure: func(ctx context.Context, b *store.Blob, offset, n int64) error {
+	w, err := New(Config{Group: u.group, Table: u.table, Limit: 3 * time.Second, Ensure: func(ctx context.Context, b *store.Blob, offset, n int64) error {
 		select {
 		case <-hang:
 		default:
