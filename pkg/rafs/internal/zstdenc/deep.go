@@ -83,7 +83,7 @@ func (f *deepFinder) best(src []byte, i int, reps *reps) (c candidate) {
 			continue
 		}
 		n := 4 + matchLen(src, at+4, i+4)
-		if s := score(n, uint32(k+1)); s > c.score { //nolint:gosec // 1 to 3
+		if s := score(n, uint32(k+1)); s > c.score {
 			c = candidate{n, int(r), s}
 		}
 	}
