@@ -1,9 +1,9 @@
 // Command bench measures Headstart against its peers in one run and prints tables:
 // conversion against the real nydus-image, memory against image size, the tracer's
 // cost and completeness on a burst of files, the latency that the plugin adds to a
-// container's start, and what is recorded of a start against what it needs.
+// container's start, what is recorded of a start against what it needs, and what lazy mounts share.
 //
-//	go run ./internal/bench [-rows convert,optimize,check,memory,burst,start,ready,ranges,lazy] [-runs 7]
+//	go run ./internal/bench [-rows convert,optimize,check,memory,burst,start,ready,ranges,lazy,cas] [-runs 7]
 //
 // Walls are medians of interleaved runs, so that a slow minute of the machine falls on
 // both sides; ratios, not times, are what the tables are for.
@@ -72,6 +72,7 @@ func rows() []row {
 		{"ready", benchReady},
 		{"ranges", benchRanges},
 		{"lazy", benchLazy},
+		{"cas", benchCAS},
 	}
 }
 

@@ -38,7 +38,7 @@ type Key struct {
 func KeyOf(d rafs.Digester, c *rafs.Chunk) Key { return Key{d, c.UncompressedSize, c.Digest} }
 
 func (k *Key) append(p []byte) []byte {
-	p = append(p, byte(k.Digester)) // two are known
+	p = append(p, byte(k.Digester)) //nolint:gosec // two are known
 	p = binary.BigEndian.AppendUint32(p, k.Size)
 	return append(p, k.Digest[:]...)
 }
