@@ -96,7 +96,7 @@ It takes root.`,
 	fl.StringVar(&o.background, "background", "idle", "what happens to data that nobody reads: none, idle (fetched while nobody waits), full")
 	fl.StringVar(&o.share, "share", "", "whose chunks on this machine are used in place of fetching them: allowed (those that this image's source would give as well: default), all or none")
 	fl.StringVar(&o.rate, "rate", "0", "how many bytes a second --background may fetch; 0: no limit")
-	fl.IntVar(&o.readAhead, "read-ahead", lazy.DefaultReadAhead, fmt.Sprintf("KiB that the kernel reads ahead until all is local; without a prefetch blob %d", lazy.NormalReadAhead))
+	fl.IntVar(&o.readAhead, "read-ahead", lazy.DefaultReadAhead, fmt.Sprintf("KiB that the kernel reads ahead until all is local; without a prefetch blob, and with FUSE, %d", lazy.NormalReadAhead))
 	fl.BoolVar(&o.noPrefetch, "no-prefetch", false, "leave the prefetch blob and table alone")
 	fl.StringVar(&o.proxy, "proxy", "", "URL of an HTTP proxy for all requests to registries, such as Dragonfly's (default: the daemon's environment)")
 	fl.StringVar(&o.driver, "driver", "auto", "what answers reads: auto, erofs or fuse")

@@ -112,6 +112,7 @@ func (r *exactRoot) mount(ctx context.Context, o *recordOptions, ref, mnt string
 	}
 	_, err = r.client.Mount(ctx, mnt, lazy.Request{
 		Reference: ref, Platform: o.platform, Remote: o.remote.lazy(), Background: "none", NoPrefetch: true, ReadAhead: -1,
+		Driver: lazy.DriverEROFS, // whose pages are what is recorded
 	})
 	if err != nil {
 		return err

@@ -73,6 +73,7 @@ func rows() []row {
 		{"ranges", benchRanges},
 		{"lazy", benchLazy},
 		{"cas", benchCAS},
+		{"fuse", benchFUSE},
 	}
 }
 

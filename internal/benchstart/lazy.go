@@ -17,11 +17,19 @@ import (
 )
 
 func startLazy(ctx context.Context, b *bench, img *image, link *linksim.Link, dir string) (*started, error) {
-	return b.lazy(ctx, img.lazy, img, link, dir)
+	return b.lazy(ctx, "erofs", img.lazy, img, link, dir)
 }
 
 func startPrefetch(ctx context.Context, b *bench, img *image, link *linksim.Link, dir string) (*started, error) {
-	return b.lazy(ctx, img.fast, img, link, dir)
+	return b.lazy(ctx, "erofs", img.fast, img, link, dir)
+}
+
+func startFUSE(ctx context.Context, b *bench, img *image, link *linksim.Link, dir string) (*started, error) {
+	return b.lazy(ctx, "fuse", img.lazy, img, link, dir)
+}
+
+func startFUSEPrefetch(ctx context.Context, b *bench, img *image, link *linksim.Link, dir string) (*started, error) {
+	return b.lazy(ctx, "fuse", img.fast, img, link, dir)
 }
 
 // lazyMount is a lazy mount with directories, a daemon and a holder of its own.
@@ -31,16 +39,16 @@ type lazyMount struct {
 	dir           string
 }
 
-// lazy mounts a tag of the image lazily. The daemon is not there before and starts within the time. Nothing is fetched
+// lazy mounts a tag of the image lazily with a driver. The daemon is not there before and starts within the time. Nothing is fetched
 // in the background, so that what passes the link is the start's.
-func (b *bench) lazy(ctx context.Context, tag string, img *image, link *linksim.Link, dir string) (_ *started, err error) {
+func (b *bench) lazy(ctx context.Context, driver, tag string, img *image, link *linksim.Link, dir string) (_ *started, err error) {
 	m := &lazyMount{b: b, state: filepath.Join(dir, "state"), runDir: filepath.Join(dir, "run"), dir: filepath.Join(dir, "mnt")}
 	s := &started{layers: []string{m.dir}, report: func(r *result) error { return m.report(ctx, r) }}
 	if err := errors.Join(os.Mkdir(m.state, 0o700), os.Mkdir(m.runDir, 0o700), os.Mkdir(m.dir, 0o755)); err != nil {
 		return nil, err
 	}
 	s.began = time.Now()
-	if _, err := m.optimizer(ctx, "mount", "--plain-http", "--background", "none", link.Host()+"/"+img.name+":"+tag, m.dir); err != nil {
+	if _, err := m.optimizer(ctx, "mount", "--driver", driver, "--plain-http", "--background", "none", link.Host()+"/"+img.name+":"+tag, m.dir); err != nil {
 		return nil, err
 	}
 	s.onClose(func() error { return m.close(context.WithoutCancel(ctx)) })

@@ -2,7 +2,7 @@
 // machine to the line that says ready: with the whole image pulled and unpacked by containerd, with our
 // lazy mount, and with the real nydusd, each from the same real registry behind the same link.
 //
-//	go run ./internal/benchstart [-workloads python,nginx] [-links fast,middle,slow] [-modes pull,lazy,prefetch,nydusd,nydusd-prefetch] [-runs 3]
+//	go run ./internal/benchstart [-workloads python,nginx] [-links fast,middle,slow] [-modes pull,lazy,prefetch,fuse,fuse-prefetch,nydusd,nydusd-prefetch] [-runs 3]
 //	go run ./internal/benchstart -json start.json -svg docs/start.svg
 //
 // Every run begins with nothing: a containerd, a state directory or a nydusd cache of its own. The daemons of
@@ -72,6 +72,8 @@ var modes = []mode{
 	{"pull", "containerd: pull and unpack", startPull},
 	{"lazy", "lazy mount, no prefetch blob", startLazy},
 	{"prefetch", "lazy mount, our prefetch blob", startPrefetch},
+	{"fuse", "FUSE driver, no prefetch blob", startFUSE},
+	{"fuse-prefetch", "FUSE driver, our prefetch blob", startFUSEPrefetch},
 	{"nydusd", "nydusd 2.2.0, no prefetch", startNydusd},
 	{"nydusd-prefetch", "nydusd 2.2.0, list in its table", startNydusdPrefetch},
 }
@@ -121,7 +123,7 @@ func parse(args []string, stderr io.Writer) (o options, err error) {
 	}
 	for _, name := range o.modes {
 		if !slices.ContainsFunc(modes, func(m mode) bool { return m.name == name }) {
-			fmt.Fprintf(stderr, "got the mode %q, want pull, lazy, prefetch, nydusd or nydusd-prefetch\n", name)
+			fmt.Fprintf(stderr, "got the mode %q, want pull, lazy, prefetch, fuse, fuse-prefetch, nydusd or nydusd-prefetch\n", name)
 			return o, flag.ErrHelp
 		}
 	}

@@ -21,7 +21,7 @@ const (
 )
 
 // colours of the modes, in their order; they differ in lightness too.
-var colours = map[string]string{"pull": "#9aa0a6", "lazy": "#7fb3d5", "prefetch": "#1a5fb4", "nydusd": "#f0c48a", "nydusd-prefetch": "#c64600"}
+var colours = map[string]string{"pull": "#9aa0a6", "lazy": "#7fb3d5", "fuse": "#a3d9a5", "fuse-prefetch": "#26a269", "prefetch": "#1a5fb4", "nydusd": "#f0c48a", "nydusd-prefetch": "#c64600"}
 
 // plot returns an SVG with one panel for each workload and link: a bar of the time to ready for each mode.
 func plot(all []result) []byte {

@@ -1,4 +1,4 @@
-// Package lazy mounts Nydus images (RAFS v6) in the kernel before their data is there.
+// Package lazy mounts Nydus images before their data is there: RAFS v6 in the kernel, v5 behind FUSE.
 //
 // An image's bootstrap is mounted as EROFS over cache files, one for each blob, that are filled
 // when somebody reads what they do not have yet: the kernel tells of every such read before it takes
@@ -21,7 +21,10 @@
 // the daemon is there again. Credentials are never stored: the daemon reads the files that a
 // [Request] names, whenever it needs them.
 //
-// Limits: Linux 6.14 with CONFIG_EROFS_FS_BACKED_BY_FILE and CONFIG_FANOTIFY_ACCESS_PERMISSIONS, CAP_SYS_ADMIN, a state
+// Where that is not possible, and for RAFS v5, a mount is served behind FUSE, from the same cache files: see [Driver].
+//
+// Limits: EROFS takes Linux 6.14 with CONFIG_EROFS_FS_BACKED_BY_FILE and CONFIG_FANOTIFY_ACCESS_PERMISSIONS, CAP_SYS_ADMIN, a state
 // directory on a file system with pre-content events (ext4, XFS, btrfs). O_DIRECT is EINVAL on the mount. When daemon
 // and holder die in the same moment, what is not local yet reads as zeros until the next daemon starts, from then on as EIO.
+// FUSE takes Linux 5.4 and CAP_SYS_ADMIN; when both die, reads are ENOTCONN.
 package lazy

@@ -59,7 +59,7 @@ type Request struct {
 	// Driver says what answers reads; empty: [DriverAuto].
 	Driver Driver `json:"driver,omitempty"`
 	// ReadAhead is how many KiB the kernel reads ahead while the mount is not complete; 0:
-	// [DefaultReadAhead] while there is a prefetch blob to stream, else [NormalReadAhead]; negative: none.
+	// [DefaultReadAhead] while there is a prefetch blob to stream and the driver is EROFS, else [NormalReadAhead]; negative: none.
 	ReadAhead int `json:"read_ahead,omitempty"`
 }
 
@@ -199,7 +199,10 @@ func (r *Request) background() (fill.Background, error) {
 }
 
 // readAhead returns the KiB that the kernel reads ahead until the mount is complete.
-func (r *record) readAhead() int { return r.Request.readAhead(r.Origin.Prefetch >= 0) }
+func (r *record) readAhead() int {
+	// Behind FUSE each read-ahead is a request of its own to the daemon, and small ones cost more than they spare.
+	return r.Request.readAhead(r.Origin.Prefetch >= 0 && r.driver() == DriverEROFS)
+}
 
 // readAhead returns the KiB for a mount whose prefetch blob, if it has one, is streamed.
 func (r *Request) readAhead(prefetch bool) int {
@@ -209,7 +212,7 @@ func (r *Request) readAhead(prefetch bool) int {
 	case r.ReadAhead == 0:
 		return NormalReadAhead
 	}
-	return max(0, r.ReadAhead)
+	return DefaultReadAhead
 }
 
 // State says how far a mount is.

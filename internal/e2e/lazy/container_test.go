@@ -65,10 +65,16 @@ func TestOverlay(t *testing.T) {
 
 // TestRunc runs the image's own command in a container of runc whose root is an overlay on a cold lazy mount.
 func TestRunc(t *testing.T) {
+	for _, driver := range []string{"erofs", "fuse"} {
+		t.Run(driver, func(t *testing.T) { testRunc(t, driver) })
+	}
+}
+
+func testRunc(t *testing.T, driver string) {
 	runc := testenv.Tool(t, "runc")
 	img := newImages(t)
 	r := newRig(t)
-	dir := r.mount(t, "--background", "none", img.ours(t, "plain"))
+	dir := r.mount(t, "--driver", driver, "--background", "none", img.ours(t, "plain"))
 	t.Run("container", func(t *testing.T) {
 		merged, _ := overlay(t, dir)
 		bundle, state := t.TempDir(), t.TempDir()
