@@ -100,9 +100,7 @@ type rig struct {
 	table *fuse.Table
 	dir   string
 
-	asking sync.WaitGroup // see stop
-	asked  int
-	runs   sync.WaitGroup
+	runs sync.WaitGroup
 }
 
 func openImage(t testing.TB, variant string) *rig {
@@ -199,7 +197,6 @@ func (r *rig) mount() *fuse.Server {
 		if err := errors.Join(r.dev.Close(), r.table.Close()); err != nil {
 			r.t.Error(err)
 		}
-		r.asking.Wait()
 		splice.ClearSplicePool()
 	})
 	return s

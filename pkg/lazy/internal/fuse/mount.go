@@ -88,8 +88,12 @@ func New(dev *os.File, o Options) (*Detached, error) {
 	}
 	defer func() { _ = unix.Close(fs) }()
 	for _, kv := range [][2]string{
-		{"source", o.Source[:min(len(o.Source), 255)]}, {"subtype", subtype},
-		{"fd", strconv.Itoa(int(dev.Fd()))}, {"rootmode", "40000"}, {"user_id", "0"}, {"group_id", "0"},
+		{"source", o.Source[:min(len(o.Source), 255)]},
+		{"subtype", subtype},
+		{"fd", strconv.Itoa(int(dev.Fd()))},
+		{"rootmode", "40000"},
+		{"user_id", "0"},
+		{"group_id", "0"},
 	} {
 		if kv[1] == "" {
 			continue

@@ -13,7 +13,7 @@ import (
 )
 
 // read answers a READ at once when its data is there; else it gets a slot, and a goroutine that waits. false: it stays pending where it is.
-func (s *Server) read(in *fuse.ReadIn, h *fuse.InHeader) bool {
+func (s *Server) read(r *reader, in *fuse.ReadIn, h *fuse.InHeader) bool {
 	if in == nil {
 		s.fail(h.Unique, unix.EINVAL)
 		return true
@@ -23,11 +23,12 @@ func (s *Server) read(in *fuse.ReadIn, h *fuse.InHeader) bool {
 	switch {
 	case errno != 0 || n == 0:
 		s.fail(in.Unique, errno)
-	case s.ready(where):
-		s.data(in, where, n)
+	case s.has(where):
+		s.data(r, in, where, n)
 	default:
 		slot, ok := s.takeSlot()
 		if !ok { // thousands wait: this reader does, too
+			r.yield()
 			return s.wait(in, where, n)
 		}
 		s.c.Table.put(slot, raw(in))
@@ -47,7 +48,7 @@ func (s *Server) find(in *fuse.ReadIn, into []extent) (where []extent, n int64, 
 	case !node.ino.IsRegular() || in.Offset > 1<<62:
 		return nil, 0, unix.EINVAL
 	}
-	where, n, ok := s.c.Tree.extents(node.ino, int64(in.Offset), int64(min(in.Size, maxRead)), into) //nolint:gosec // bounded above
+	where, n, ok := s.c.Tree.extents(node.ino, int64(in.Offset), int64(min(in.Size, maxRead)), into)
 	if !ok {
 		return nil, 0, unix.EIO
 	}
@@ -59,7 +60,7 @@ func (s *Server) find(in *fuse.ReadIn, into []extent) (where []extent, n int64, 
 	return where, n, 0
 }
 
-func (s *Server) ready(where []extent) bool {
+func (s *Server) has(where []extent) bool {
 	for _, e := range where {
 		if !s.c.Blobs[e.blob].ReadyRange(e.off, e.n) {
 			return false
@@ -92,7 +93,7 @@ func (s *Server) wait(in *fuse.ReadIn, where []extent, n int64) bool {
 	if s.ctx.Err() != nil {
 		return false
 	}
-	if err == nil && !s.ready(where) {
+	if err == nil && !s.has(where) {
 		err = errors.New("not ready after all")
 	}
 	if err != nil {
@@ -101,15 +102,18 @@ func (s *Server) wait(in *fuse.ReadIn, where []extent, n int64) bool {
 		s.fail(in.Unique, unix.EIO)
 		return true
 	}
-	s.data(in, where, n)
+	s.data(nil, in, where, n)
 	return true
 }
 
-// data answers with what the cache files have.
-func (s *Server) data(in *fuse.ReadIn, where []extent, n int64) {
-	var err error
+// data answers with what the cache files have. What is large, or has to come from the disk, is no work for a reader that leads.
+func (s *Server) data(r *reader, in *fuse.ReadIn, where []extent, n int64) {
+	if n > cheapLimit {
+		r.yield()
+	}
 	if n > copyLimit {
-		if err = s.splice(in.Unique, where, int(n)); err == nil {
+		err := s.splice(in.Unique, where, int(n))
+		if err == nil {
 			return
 		}
 		s.c.Log.Debug("a pipe is not to be had", zap.Error(err))
@@ -124,7 +128,7 @@ func (s *Server) data(in *fuse.ReadIn, where []extent, n int64) {
 	}
 	at := p[sizeOutHeader:]
 	for _, e := range where {
-		if err := readFull(int(s.c.Blobs[e.blob].File().Fd()), at[:e.n], e.off); err != nil {
+		if err := readFull(r, int(s.c.Blobs[e.blob].File().Fd()), at[:e.n], e.off); err != nil {
 			s.failed.Add(1)
 			s.c.Log.Error("a cache file cannot be read", zap.Int("blob", e.blob), zap.Int64("offset", e.off), zap.Error(err))
 			s.fail(in.Unique, unix.EIO)
@@ -136,7 +140,19 @@ func (s *Server) data(in *fuse.ReadIn, where []extent, n int64) {
 	s.send(p)
 }
 
-func readFull(fd int, p []byte, off int64) error {
+// cheapLimit is the most that a reader that leads answers by itself, from the page cache.
+const cheapLimit = 16 << 10
+
+func readFull(r *reader, fd int, p []byte, off int64) error {
+	if r != nil && r.leads {
+		n, err := unix.Preadv2(fd, [][]byte{p}, off, unix.RWF_NOWAIT)
+		if err == nil && n > 0 {
+			p, off = p[n:], off+int64(n)
+		}
+		if len(p) > 0 {
+			r.yield()
+		}
+	}
 	for len(p) > 0 {
 		n, err := unix.Pread(fd, p, off)
 		switch {

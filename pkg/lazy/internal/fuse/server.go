@@ -42,6 +42,9 @@ type Server struct {
 	ctx    context.Context //nolint:containedctx // its life: requests come from the kernel
 	cancel context.CancelFunc
 
+	ready   *readiness // of Run
+	leading sync.Mutex // held by the reader that leads
+
 	gate     sync.RWMutex // held for reading while a request is handled
 	stopping atomic.Bool
 	gone     atomic.Bool
@@ -75,10 +78,17 @@ func NewServer(c Config) *Server {
 func (s *Server) Run() error {
 	defer close(s.ended)
 	defer s.fetches.Wait()
+	var err error
+	if s.ready, err = newReadiness(s.fd); err != nil {
+		return err
+	}
+	defer func() { _ = s.ready.close() }() // nothing is written to it
+	stop := context.AfterFunc(s.ctx, s.ready.wake)
+	defer stop()
 	s.takeOver()
 	errs := make(chan error, inboxes)
 	for n := range inboxes {
-		s.readers.Go(func() { errs <- s.serve(n) })
+		s.readers.Go(func() { errs <- (&reader{s: s, n: n}).serve() })
 	}
 	s.readers.Wait()
 	if s.gone.Load() {
@@ -102,8 +112,7 @@ func (s *Server) Ended() <-chan struct{} { return s.ended }
 func (s *Server) Failed() int64 { return s.failed.Load() }
 
 // Close makes the server stop: when it returns nothing is handled any more, and nothing of the blobs is used. Requests that wait
-// stay pending. Goroutines that wait for the kernel's next requests end with the connection, with the process, or with one request
-// each, which stays pending as well: until [Server.Ended] is closed the table must stay mapped, and nobody else may go on
+// stay pending. Until [Server.Ended] is closed, which takes a moment, the table must stay mapped, and nobody else may go on
 // with the connection.
 func (s *Server) Close() {
 	s.stopping.Store(true)
@@ -113,14 +122,46 @@ func (s *Server) Close() {
 	s.fetches.Wait()
 }
 
-// serve reads requests into inbox n.
-func (s *Server) serve(n int) error {
-	in := s.c.Table.inbox(n)
-	for !s.stopping.Load() {
+// reader reads requests into an inbox of its own. One of them leads: it waits for requests, answers what costs little, and goes on waiting; before
+// anything that may take time it lets another lead.
+type reader struct {
+	s     *Server
+	n     int // inbox
+	leads bool
+}
+
+// lead makes r the one that waits.
+func (r *reader) lead() {
+	if !r.leads {
+		r.s.leading.Lock()
+		r.leads = true
+	}
+}
+
+// yield lets another lead. A nil reader never does.
+func (r *reader) yield() {
+	if r != nil && r.leads {
+		r.leads = false
+		r.s.leading.Unlock()
+	}
+}
+
+// serve reads and answers requests until the connection ends or the server stops.
+func (r *reader) serve() error {
+	defer r.yield()
+	s, in := r.s, r.s.c.Table.inbox(r.n)
+	for {
+		r.lead()
+		if err := s.ready.wait(); err != nil || s.stopping.Load() || s.gone.Load() {
+			if errors.Is(err, os.ErrDeadlineExceeded) {
+				err = nil // Close was called
+			}
+			return err
+		}
 		size, err := unix.Read(s.fd, in)
 		switch {
 		case err == nil:
-			if !s.handle(n, in[:size]) {
+			if !r.handle(in[:size]) {
 				return nil
 			}
 		case errors.Is(err, unix.ENODEV), errors.Is(err, unix.ECONNABORTED):
@@ -131,11 +172,11 @@ func (s *Server) serve(n int) error {
 			return fmt.Errorf("read from /dev/fuse: %w", err)
 		}
 	}
-	return nil
 }
 
-// handle answers the request in inbox n, or gives it a slot. false: the server stops, and the request stays pending.
-func (s *Server) handle(n int, in []byte) bool {
+// handle answers the request in the inbox, or gives it a slot. false: the server stops, and the request stays pending.
+func (r *reader) handle(in []byte) bool {
+	s := r.s
 	s.gate.RLock()
 	defer s.gate.RUnlock()
 	if s.stopping.Load() {
@@ -148,10 +189,10 @@ func (s *Server) handle(n int, in []byte) bool {
 	}
 	if h.Opcode != opRead {
 		s.simple(h, in)
-	} else if !s.read(view[fuse.ReadIn](in), h) {
+	} else if !s.read(r, view[fuse.ReadIn](in), h) {
 		return false
 	}
-	s.c.Table.clearInbox(n)
+	s.c.Table.clearInbox(r.n)
 	return true
 }
 
@@ -177,7 +218,7 @@ func (s *Server) takeOver() {
 			s.c.Log.Error("a request that another process read is broken", zap.Uint32("bytes", h.Length))
 		} else if h.Opcode != opRead {
 			s.simple(h, in[:size])
-		} else if !s.read(view[fuse.ReadIn](in[:size]), h) {
+		} else if !s.read(nil, view[fuse.ReadIn](in[:size]), h) {
 			return
 		}
 		s.c.Table.clearInbox(n)

@@ -95,7 +95,7 @@ func (s *Server) init(in, out []byte) (int, unix.Errno) {
 	a := view[fuse.InitOut](out)
 	*a = fuse.InitOut{
 		Major: major, Minor: min(q.Minor, ourMinor), MaxReadAhead: q.MaxReadAhead, MaxBackground: background, CongestionThreshold: background * 3 / 4,
-		MaxWrite: maxWrite, TimeGran: 1, MaxPages: maxRead / blockSize, Flags: uint32(flags), Flags2: uint32(flags >> 32), //nolint:gosec // the halves
+		MaxWrite: maxWrite, TimeGran: 1, MaxPages: maxRead / blockSize, Flags: uint32(flags), Flags2: uint32(flags >> 32),
 	}
 	s.c.Table.agree(flags) // before the kernel acts on it
 	return len(raw(a)), 0
@@ -180,7 +180,7 @@ func xattrs(h *fuse.InHeader, ino *rafs.Inode, in, out []byte) (int, unix.Errno)
 		return 0, unix.ENODATA
 	case q.Size == 0:
 		a := view[fuse.GetXAttrOut](out)
-		*a = fuse.GetXAttrOut{Size: uint32(n)} //nolint:gosec // of at most one inode's xattrs
+		*a = fuse.GetXAttrOut{Size: uint32(n)}
 		return len(raw(a)), 0
 	case n > int(q.Size):
 		return 0, unix.ERANGE

@@ -58,7 +58,7 @@ func NewTree(img *rafs.Image) *Tree {
 			}
 			kids[k] = id
 			if child := &t.nodes[id-1]; c.Inode.IsDir() {
-				child.parent, child.links = uint64(i)+1, 2 //nolint:gosec // an index
+				child.parent, child.links = uint64(i)+1, 2
 				t.nodes[i].links++
 			} else {
 				child.links++
@@ -98,7 +98,7 @@ func (t *Tree) child(id uint64, name string) uint64 {
 	}
 	lo, hi := 0, len(n.kids)
 	for lo < hi {
-		mid := int(uint(lo+hi) / 2) //nolint:gosec // indices
+		mid := int(uint(lo+hi) / 2)
 		if n.ino.Children[mid].Name < name {
 			lo = mid + 1
 		} else {
@@ -176,7 +176,7 @@ type extent struct {
 
 // extents appends where the n bytes at off of a regular file are, at most what it has; false when they are nowhere.
 func (t *Tree) extents(ino *rafs.Inode, off, n int64, into []extent) (_ []extent, length int64, ok bool) {
-	size := int64(min(ino.Size, math.MaxInt64)) //nolint:gosec // bounded
+	size := int64(min(ino.Size, math.MaxInt64))
 	if off < 0 || n < 0 || off >= size {
 		return into, 0, true
 	}
