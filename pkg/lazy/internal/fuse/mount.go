@@ -117,14 +117,16 @@ func New(dev *os.File, o Options) (*Detached, error) {
 	return &Detached{file: os.NewFile(uintptr(mnt), "fuse mount")}, nil
 }
 
-// Identify fills in Device and BDI. It asks the [Server].
+// Identify fills in Device and BDI. It asks nobody: a process that is killed while it waits for an answer of its own does not end, since the
+// wait for a request that was read cannot be interrupted (fs/fuse/dev.c request_wait_answer), and whoever keeps the connection keeps it waiting.
 func (d *Detached) Identify() error {
-	var st, bdi unix.Stat_t
-	if err := unix.Fstat(int(d.file.Fd()), &st); err != nil {
+	var st unix.Statx_t
+	var bdi unix.Stat_t
+	if err := unix.Statx(int(d.file.Fd()), "", unix.AT_EMPTY_PATH|unix.AT_STATX_DONT_SYNC, 0, &st); err != nil {
 		return fmt.Errorf("stat FUSE mount: %w", err)
 	}
-	d.Device = st.Dev
-	d.BDI = fmt.Sprintf("%d:%d", unix.Major(st.Dev), unix.Minor(st.Dev)) // fs/fuse/inode.c fuse_bdi_init
+	d.Device = unix.Mkdev(st.Dev_major, st.Dev_minor)
+	d.BDI = fmt.Sprintf("%d:%d", st.Dev_major, st.Dev_minor) // fs/fuse/inode.c fuse_bdi_init
 	if err := unix.Lstat(filepath.Join(bdiDir, d.BDI), &bdi); err != nil {
 		return fmt.Errorf("backing device of the FUSE mount: %w", &os.PathError{Op: "stat", Path: filepath.Join(bdiDir, d.BDI), Err: err})
 	}
