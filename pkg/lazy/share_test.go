@@ -126,16 +126,21 @@ func fetched(s lazy.Stats) int64 { return s.Demand.Bytes + s.Prefetch.Bytes + s.
 
 // Two images share 80 % of their chunks: the second one fetches what it has for itself, however it is read.
 func TestShare(t *testing.T) {
-	const files, shared = 300, 240
+	files, shared := 300, 240
+	if testing.Short() {
+		files, shared = 100, 80
+	}
 	for name, how := range map[string]struct {
 		flags      []string
 		background string
 		restart    bool
+		driver     lazy.Driver
 	}{
 		"demand":     {background: "none"},
 		"background": {background: "full"},
 		"sha256":     {background: "none", flags: []string{"--digester", "sha256"}},
 		"closed":     {background: "none", restart: true},
+		"fuse":       {background: "none", driver: lazy.DriverFUSE},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -144,6 +149,7 @@ func TestShare(t *testing.T) {
 			first := b.image("one", one, how.flags...)
 			second := b.image("two", two, how.flags...)
 			first.Background, second.Background = "full", how.background
+			first.Driver, second.Driver = how.driver, how.driver
 			m := b.mount(b.mountpoint("a"), first)
 			if _, err := b.client.Wait(t.Context(), m.Device); err != nil {
 				t.Fatal(err)
