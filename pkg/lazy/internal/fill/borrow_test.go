@@ -118,6 +118,9 @@ func TestBorrowAllKinds(t *testing.T) {
 	for name, open := range kinds {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
+			if testing.Short() && !slices.Contains([]string{"nydus zstd", "nydus batch", "prefetch", "ref with prefetch"}, name) {
+				t.Skip("one kind of each sort is enough for the short form")
+			}
 			img := open(t)
 			shares, truths := []float64{0, 0.8, 1}, []bool{false, true}
 			if testing.Short() {
