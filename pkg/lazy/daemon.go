@@ -180,7 +180,7 @@ func (d *daemon) start(ctx context.Context) (err error) {
 		return err
 	}
 	ci := &cacheIndex{}
-	if d.store, err = store.Open(d.o.StateDir, store.Options{Lock: own.take(keptLock), Kept: own.blobs(), Index: ci, Log: d.log}); err != nil {
+	if d.store, err = store.Open(d.o.StateDir, store.Options{Lock: own.take(keptLock), Kept: own.blobs(), Index: ci, Unmark: d.unmarkOld, Log: d.log}); err != nil {
 		return err
 	}
 	if err := d.link.Keep(keptLock, d.store.LockFile()); err != nil {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"slices"
 
 	"go.uber.org/zap"
@@ -11,6 +12,14 @@ import (
 	"github.com/headstart-oci/headstart/pkg/lazy/internal/store"
 	"github.com/headstart-oci/headstart/pkg/rafs"
 )
+
+// unmarkOld takes a mark of an earlier daemon off a data file that nobody of this one has, and reports whether there was one.
+func (d *daemon) unmarkOld(data *os.File) (bool, error) {
+	if d.watch == nil {
+		return false, nil
+	}
+	return d.watch.UnmarkOld(data)
+}
 
 // dropBad makes bad chunks of b not ready. Of mounts that have it, complete ones become lazy again, so that their readers
 // wait for what is fetched anew; what cannot be fetched is an error for them. It returns how many are there again.

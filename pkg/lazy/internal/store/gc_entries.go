@@ -313,3 +313,22 @@ func (s *Store) openNamed(name string) (*Blob, error) {
 	b.refs = 1
 	return b, nil
 }
+
+// openUnmarked opens the data file anew when it was opened with a mark on it, of a process whose descriptors were lost: all that is written through such a
+// descriptor is an event. Nobody else has the file open, or all of it is there.
+func (b *Blob) openUnmarked(dir *os.Root) error {
+	if b.store.unmark == nil {
+		return nil
+	}
+	had, err := b.store.unmark(b.data)
+	if err != nil || !had {
+		return err
+	}
+	f, _, err := openData(dir)
+	if err != nil {
+		return err
+	}
+	old := b.data
+	b.data = f
+	return old.Close()
+}

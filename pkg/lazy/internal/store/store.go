@@ -47,6 +47,8 @@ type Options struct {
 	Kept map[string]Kept
 	// Index is told which data files go; nil: there is none. It stays the caller's.
 	Index Index
+	// Unmark takes a mark of an earlier process off a data file, and reports whether there was one; nil: there are no marks.
+	Unmark func(data *os.File) (bool, error)
 	// Log is told what was put aside; nil: nobody.
 	Log *zap.Logger
 }
@@ -59,6 +61,8 @@ type Store struct {
 	lock  *os.File
 	log   *zap.Logger
 	index Index
+
+	unmark func(data *os.File) (bool, error) // nil: there are no marks
 
 	mu      sync.Mutex // guards what follows
 	kept    map[string]Kept
@@ -89,7 +93,7 @@ func Open(path string, o Options) (_ *Store, err error) {
 	if err != nil {
 		return nil, fmt.Errorf("state directory: %w", err)
 	}
-	s := &Store{path: path, root: root, lock: o.Lock, log: o.Log, index: o.Index, kept: map[string]Kept{}, blobs: map[string]*Blob{}, leaving: map[string]bool{}}
+	s := &Store{path: path, root: root, lock: o.Lock, log: o.Log, index: o.Index, unmark: o.Unmark, kept: map[string]Kept{}, blobs: map[string]*Blob{}, leaving: map[string]bool{}}
 	s.left = sync.NewCond(&s.mu)
 	if s.log == nil {
 		s.log = zap.NewNop()
@@ -389,6 +393,11 @@ func (s *Store) load(name string, of rafs.Blob, recs []chunkRecord) (_ *Blob, er
 	}
 	if used && !covered(b.durable, old) {
 		return nil, fmt.Errorf("%w: %w: incomplete, and open in a mount that nobody guards", errCorrupt, ErrInUse)
+	}
+	if !fresh && !adopted {
+		if err := b.openUnmarked(dir); err != nil {
+			return nil, err
+		}
 	}
 	v := newView(b.view.Load().table, all, len(b.ready.Words()))
 	b.view.Store(v)

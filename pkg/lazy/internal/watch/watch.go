@@ -191,6 +191,15 @@ func (w *Watcher) unmarked(b *store.Blob) error {
 	return fmt.Errorf("watch blob %s: %w", b.Name(), err)
 }
 
+// UnmarkOld is Unmark, and reports whether there was a mark.
+func (w *Watcher) UnmarkOld(f *os.File) (bool, error) {
+	err := w.group.Unmark(mark(f))
+	if errors.Is(err, unix.ENOENT) {
+		return false, nil
+	}
+	return err == nil, err
+}
+
 func mark(f *os.File) fanotify.Mark {
 	return fanotify.Mark{Kind: fanotify.Inode, Mask: fanotify.PreAccess, Dir: int(f.Fd())}
 }
