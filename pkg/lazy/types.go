@@ -212,7 +212,7 @@ func (r *Request) readAhead(prefetch bool) int {
 	case r.ReadAhead == 0:
 		return NormalReadAhead
 	}
-	return DefaultReadAhead
+	return max(0, r.ReadAhead)
 }
 
 // State says how far a mount is.
