@@ -5,7 +5,7 @@ SOAK       ?= 10m
 PKG        ?= ./...
 RACE_PKG    = $(shell go list ./pkg/... ./internal/... | grep -vE "/(bench|demo|e2e|pins|test[a-z]+|tools|workload)(/|$$)")
 # These start containers and tracers and look at latencies: one package at a time, after the others.
-ALONE       = /(cmd/optimizer-nri-plugin|internal/(demo|e2e|tracer)|pkg/trace/tracefs)$$
+ALONE       = /(cmd/optimizer-nri-plugin|internal/(demo|e2e(/lazy)?|tracer)|pkg/trace/tracefs)$$
 TOOLS      := go run ./internal/tools/cmd/tools
 SUDO       ?= $(if $(DESTDIR),,$(shell [ "$$(id -u)" = 0 ] || command -v sudo))
 PLUGIN      = $(DESTDIR)/opt/nri/plugins/02-optimizer-nri-plugin
