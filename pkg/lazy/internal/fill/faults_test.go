@@ -2,6 +2,7 @@ package fill_test
 
 import (
 	"bytes"
+	"cmp"
 	"errors"
 	"io"
 	"slices"
@@ -281,6 +282,30 @@ func TestLittleMemory(t *testing.T) {
 	m.ensureAll()
 	m.check()
 	<-run.Done()
+	m.once()
+}
+
+// The last unit of a stream is corrupt, and its second request takes a while: the stream waits for it.
+func TestCorruptAtTheEnd(t *testing.T) {
+	t.Parallel()
+	m := mounted(t, kinds["prefetch"](t), quick())
+	n := m.prefetchBlob()
+	chunks := m.BlobChunks(n)
+	last := slices.MaxFunc(chunks, func(x, y rafs.Chunk) int { return cmp.Compare(x.CompressedOffset, y.CompressedOffset) })
+	m.sources[n].set(func(i int, r fill.Request, right []byte) (io.Reader, error) {
+		if i > 1 {
+			time.Sleep(50 * time.Millisecond)
+			return nil, nil
+		}
+		right = bytes.Clone(right)
+		right[int64(last.CompressedOffset)-r.Offset+int64(last.CompressedSize)/2] ^= 4
+		return bytes.NewReader(right), nil
+	})
+	run := m.s.Start(fill.Plan{Blobs: m.blobs, Stream: n, Background: fill.BackgroundNone})
+	<-run.Listed()
+	if s := m.blobs[n].Stats(); !m.blobs[n].Complete() || s.Corrupt != 1 || s.Prefetch.Requests != 2 {
+		t.Errorf("complete: %v, Stats = %+v, want all of it by the stream and a second request for what was corrupt", m.blobs[n].Complete(), s)
+	}
 	m.once()
 }
 

@@ -164,6 +164,7 @@ func (b *Blob) streamOnce(ctx context.Context, v *view, promised *stream) (progr
 	g, gctx := errgroup.WithContext(ctx)
 	g.SetLimit(decoders)
 	r := &watched{r: rc, b: b, st: st}
+	r.refetch = func(w *window) { r.again.Go(func() { b.fetch(ctx, w) }) } // not gctx, which ends with g
 	pos := off
 	for _, n := range units {
 		if gctx.Err() != nil {
@@ -180,10 +181,11 @@ func (b *Blob) streamOnce(ctx context.Context, v *view, promised *stream) (progr
 
 // watched tells a stream's position and rate to those who wait for it.
 type watched struct {
-	r     io.Reader
-	b     *Blob
-	st    *stream
-	again sync.WaitGroup // what was corrupt and is fetched a second time
+	r       io.Reader
+	b       *Blob
+	st      *stream
+	again   sync.WaitGroup  // what was corrupt and is fetched a second time
+	refetch func(w *window) // begins that
 }
 
 func (w *watched) Read(p []byte) (int, error) {
@@ -233,7 +235,7 @@ func (b *Blob) streamUnit(ctx context.Context, g *errgroup.Group, r *watched, u 
 			w := &window{class: Prefetch, flights: []*flight{f}}
 			w.off, w.end = extent(w.flights)
 			// Not here: it takes memory, which who reads the stream may hold while it waits for us.
-			r.again.Go(func() { b.fetch(ctx, w) })
+			r.refetch(w)
 			return nil
 		}
 		b.s.mu.Lock()
