@@ -33,8 +33,8 @@ var errRemoved = errors.New("the source was removed")
 // waited for this one is not to meet it again.
 var errSlow = errors.New("the source sends next to nothing")
 
-// slowest is the least that a request has to bring, in bytes a second over half of [Options].Limit: what is slower than this keeps a chunk
-// of 128 KiB for longer than readers wait by default.
+// slowest is the least that a request has to bring, in bytes for each second that it is waited for, seen over a quarter of [Options].Limit or more: what is
+// slower than this keeps a chunk of 128 KiB for longer than readers wait by default.
 const slowest = 1 << 10
 
 // RemoveSource forgets src, added by [Blob.AddSource] or [Scheduler.Open], and returns when no request of it is on the way any
@@ -98,7 +98,7 @@ func (b *Blob) open(ctx context.Context, class Class, r Request) (io.ReadCloser,
 }
 
 // request makes a request that ends with ctx, when the source is removed, and when it is too slow: no answer within limit, or less
-// than slowest afterwards. Less than two seconds say nothing about a source.
+// than slowest afterwards. Time in which nobody reads what came does not count. Less than two seconds say nothing about a source.
 func (o *origin) request(ctx context.Context, r Request, limit time.Duration) (*counted, error) {
 	limit = max(limit, 2*time.Second)
 	c := &counted{o: o, period: limit / 2}
@@ -119,17 +119,32 @@ func (o *origin) request(ctx context.Context, r Request, limit time.Duration) (*
 	return c, nil
 }
 
-// check ends a request that brought too little since the last check.
+// check ends a request that brought too little while it was read. Who waits for memory or for a disk does not read: then there is
+// little to judge by, and what there is counts at a later check.
 func (c *counted) check() {
-	if float64(c.came.Swap(0)) < slowest*c.period.Seconds() {
-		c.cancel(errSlow)
-		return
-	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.pulse != nil {
-		c.pulse.Reset(c.period)
+	if c.pulse == nil {
+		return
 	}
+	c.clock(c.reading)
+	if c.spent >= c.period/2 {
+		if float64(c.came) < slowest*c.spent.Seconds() {
+			c.cancel(errSlow)
+			return
+		}
+		c.spent, c.came = 0, 0
+	}
+	c.pulse.Reset(c.period)
+}
+
+// clock counts the time of the read that is running, if one is, and says whether one is from now on. The caller holds mu.
+func (c *counted) clock(reading bool) {
+	now := time.Now()
+	if c.reading {
+		c.spent += now.Sub(c.since)
+	}
+	c.reading, c.since = reading, now
 }
 
 // end gives back what makes the request end.
@@ -168,16 +183,25 @@ type counted struct {
 	cancel context.CancelCauseFunc
 	unlink func() bool
 	period time.Duration // between two looks at what came
-	came   atomic.Int64  // bytes since the last one
 
-	mu    sync.Mutex  // guards pulse
-	pulse *time.Timer // nil before the answer, and at the end
+	mu      sync.Mutex    // guards what follows
+	pulse   *time.Timer   // nil before the answer, and at the end
+	came    int64         // bytes since a look last judged
+	spent   time.Duration // in reads of rc since then, up to since
+	reading bool          // one is running
+	since   time.Time     // when it began, or was looked at
 }
 
 // Read implements io.Reader.
 func (c *counted) Read(p []byte) (int, error) {
+	c.mu.Lock()
+	c.clock(true)
+	c.mu.Unlock()
 	n, err := c.rc.Read(p)
-	c.came.Add(int64(n))
+	c.mu.Lock()
+	c.clock(false)
+	c.came += int64(n)
+	c.mu.Unlock()
 	c.b.s.mu.Lock()
 	c.b.stats.of(c.class).Bytes += int64(n)
 	c.b.s.mu.Unlock()
