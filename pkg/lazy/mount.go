@@ -234,15 +234,21 @@ func (d *daemon) prefetch(m *mount, tree *rafs.Image) {
 		p.Stream = m.rec.Origin.Prefetch
 		p.Table = fill.TableChunks(tree)
 	}
-	m.run = d.fill.Start(p)
+	run := d.fill.Start(p)
+	d.mu.Lock()
+	m.run = run // others may see the mount already
+	d.mu.Unlock()
 }
 
 // release gives back what fills a mount: it is complete, or nobody has it any more. What a complete mount
 // reads from stays, with nobody in between.
 func (d *daemon) release(m *mount) error {
 	errs := []error{d.disconnect(m)}
-	if m.run != nil {
-		m.run.Close()
+	d.mu.Lock()
+	run := m.run
+	d.mu.Unlock()
+	if run != nil {
+		run.Close()
 	}
 	d.blobMu.Lock()
 	d.usedMu.Lock()
