@@ -7,10 +7,13 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/headstart-oci/headstart/pkg/lazy"
 )
 
 // biggest returns the path of the largest file below dir.
@@ -118,4 +121,27 @@ func TestRecordIsLost(t *testing.T) {
 	if err := unix.Unmount(m.Dir, 0); err != nil {
 		t.Error(err)
 	}
+}
+
+// What a mount is to read from may not lie on a mount of the same daemon, by whatever name: the next daemon would wait for itself.
+func TestSourceOnMount(t *testing.T) { eachDriver(t, testSourceOnMount) }
+
+func testSourceOnMount(t *testing.T, b *box) {
+	m := b.mount(b.mountpoint("mnt"), loose(t, "v6-zstd"))
+	link := filepath.Join(b.dir, "link")
+	if err := os.Symlink(filepath.Join(m.Dir, "etc"), link); err != nil {
+		t.Fatal(err)
+	}
+	blobs, hosts, docker, image := loose(t, "v6-lz4_block"), loose(t, "v6-lz4_block"), loose(t, "v6-lz4_block"), layout(t)
+	blobs.BlobDir = m.Dir
+	hosts.Remote.HostsDir = link
+	docker.Remote.DockerConfig = filepath.Join(m.Dir, "etc")
+	image.Reference = "oci:" + filepath.Join(m.Dir, "app")
+	for name, r := range map[string]lazy.Request{"blob directory": blobs, "hosts, by a link": hosts, "credentials": docker, "layout": image} {
+		_, err := b.client.Mount(t.Context(), b.mountpoint("other"), b.of(r))
+		if !errors.Is(err, lazy.ErrUnsupported) || !strings.Contains(err.Error(), "lies on the lazy mount at "+m.Dir) {
+			t.Errorf("%s: Mount() = %v, want that it lies on %s", name, err, m.Dir)
+		}
+	}
+	b.unmount(m.Dir)
 }

@@ -14,7 +14,11 @@ import (
 
 // serveRestart ends the daemon so that its holder starts another from program, which takes over.
 func (d *daemon) serveRestart(c *net.UnixConn, program string) {
-	if err := executable(program); err != nil {
+	err := executable(program)
+	if err == nil {
+		err = d.elsewhere(program)
+	}
+	if err != nil {
 		d.say(c, failure(fmt.Errorf("restart: %w", err)), nil)
 		return
 	}

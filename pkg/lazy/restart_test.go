@@ -68,6 +68,10 @@ func TestRestart(t *testing.T) {
 			t.Errorf("Restart(%q) = nil, want an error", path)
 		}
 	}
+	onMount := filepath.Join(m.Dir, "bin", "tool")
+	if _, _, err := b.client.Restart(t.Context(), onMount); !errors.Is(err, lazy.ErrUnsupported) || !strings.Contains(err.Error(), m.Dir) {
+		t.Errorf("Restart(%s) = %v, want that it lies on a mount", onMount, err)
+	}
 	if s := b.status(); s.PID != before.PID {
 		t.Errorf("daemon %d, want %d still", s.PID, before.PID)
 	}

@@ -170,7 +170,7 @@ func (d *daemon) serveMount(ctx context.Context, cancel context.CancelFunc, c *n
 		d.say(c, failure(fmt.Errorf("%w: nothing to mount", ErrVersion)), nil)
 		return
 	}
-	if err := sameFiles(q.Files); err != nil {
+	if err := d.sameFiles(q.Files); err != nil {
 		d.say(c, failure(err), nil)
 		return
 	}
@@ -291,15 +291,41 @@ func (d *daemon) status(detail bool) *Status {
 	return s
 }
 
-// sameFiles compares the files that a client named with what this process sees.
-func sameFiles(files []fileID) error {
+// sameFiles compares the files that a client named with what this process sees. They may not lie on mounts of this daemon.
+func (d *daemon) sameFiles(files []fileID) error {
 	for _, want := range files {
+		if err := d.elsewhere(want.Path); err != nil {
+			return err
+		}
 		got, err := identify(want.Path)
 		if err == nil && got != want {
 			err = fmt.Errorf("%s is another file", want.Path)
 		}
 		if err != nil {
 			return fmt.Errorf("%w for the daemon: it lives in another mount namespace", err)
+		}
+	}
+	return nil
+}
+
+// elsewhere refuses a file that lies on a mount of this daemon: the next daemon would read it before it answers, and wait for itself. A
+// file that is not there, or cannot be reached, is left to who opens it.
+func (d *daemon) elsewhere(path string) error {
+	fd, err := unix.Open(path, unix.O_PATH|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil //nolint:nilerr // who opens it says why
+	}
+	var st unix.Statx_t
+	err = unix.Statx(fd, "", unix.AT_EMPTY_PATH|unix.AT_STATX_DONT_SYNC, 0, &st) // asks nobody
+	if err = errors.Join(err, unix.Close(fd)); err != nil {
+		return &os.PathError{Op: "look at", Path: path, Err: err}
+	}
+	device := unix.Mkdev(st.Dev_major, st.Dev_minor)
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for _, m := range d.mounts {
+		if m.rec.Device == device && !m.gone {
+			return fmt.Errorf("%w: %s lies on the lazy mount at %s, which this daemon serves: it could not start again; want a file that lies elsewhere", ErrUnsupported, path, m.dir)
 		}
 	}
 	return nil
