@@ -139,6 +139,7 @@ func Start(ctx context.Context, o Options) (*Session, error) {
 	stdout, err := s.spawn()
 	if err != nil {
 		s.giveBack()
+		s.returning.Wait()
 		return nil, fmt.Errorf("start tracer %s: %w", o.Server, err)
 	}
 	go s.run(ctx, stdout)
