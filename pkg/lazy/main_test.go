@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"testing"
 	"time"
 
@@ -153,11 +154,27 @@ func (b *box) status() lazy.Status {
 	return s
 }
 
+// unmount unmounts dir and waits until the daemon has seen the mount's end: a mount namespace that another test made meanwhile
+// has it too, for a while.
 func (b *box) unmount(dir string) {
 	b.t.Helper()
-	if err := b.client.Unmount(b.t.Context(), dir, false); err != nil {
+	m, err := b.client.Find(b.t.Context(), dir)
+	if err == nil {
+		err = b.client.Unmount(b.t.Context(), dir, false)
+	}
+	if err != nil {
 		b.t.Fatal(err)
 	}
+	eventually(b.t, func() string {
+		s, err := b.client.Status(b.t.Context(), false)
+		if errors.Is(err, lazy.ErrNoDaemon) {
+			return ""
+		}
+		if err != nil || slices.ContainsFunc(s.Mounts, func(left lazy.Mount) bool { return left.ID == m.ID }) {
+			return fmt.Sprintf("unmounted %s: %+v, %v, want the mount gone", dir, s.Mounts, err)
+		}
+		return ""
+	})
 }
 
 // layout is the zoo of the shared fixtures, as the real nydusify converted it.
