@@ -153,7 +153,7 @@ func (d *drill) mountAgain(dir string, r lazy.Request) (err error) {
 		ctx, cancel := context.WithTimeout(d.t.Context(), time.Minute)
 		_, err = d.client.Mount(ctx, dir, r)
 		cancel()
-		if err == nil || !strings.Contains(err.Error(), "ended the conversation") && !strings.Contains(err.Error(), "with a mark on it") && !errors.Is(err, context.Canceled) {
+		if err == nil || !strings.Contains(err.Error(), "ended the conversation") && !errors.Is(err, context.Canceled) {
 			return err
 		}
 		d.again.Add(1)
