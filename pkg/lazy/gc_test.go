@@ -198,16 +198,18 @@ func TestVerifyMounted(t *testing.T) { mostlyEROFS(t, testVerifyMounted) }
 
 func testVerifyMounted(t *testing.T, b *box) {
 	m := b.whole("mnt", loose(t, "v6-zstd"))
-	if v := b.verify(); v.Chunks == 0 || v.Blobs == 0 || v.Bytes == 0 || len(v.Bad) != 0 || len(v.Failed) != 0 {
-		t.Errorf("%+v, want good chunks alone", v)
+	whole := b.verify()
+	if whole.Chunks == 0 || whole.Blobs == 0 || whole.Bytes == 0 || len(whole.Bad) != 0 || len(whole.Failed) != 0 {
+		t.Errorf("%+v, want good chunks alone", whole)
 	}
 	spoiled := b.spoil()
 	v := b.verify()
 	if len(v.Bad) == 0 || len(v.Bad) > spoiled || v.Refetched != len(v.Bad) || len(v.Failed) != 0 || len(v.Removed) != 0 {
 		t.Errorf("%d places spoiled: %+v, want as many chunks, all fetched again", spoiled, v)
 	}
-	if again := b.verify(); len(again.Bad) != 0 || again.Chunks != v.Chunks {
-		t.Errorf("verified again: %+v, want %d good chunks", again, v.Chunks)
+	// Some may have been dropped before they were looked at, by who was to borrow them for the others.
+	if again := b.verify(); len(again.Bad) != 0 || again.Chunks < v.Chunks {
+		t.Errorf("verified again: %+v, want %d good chunks or more", again, v.Chunks)
 	}
 	// Nothing of it was read before, so nothing wrong is in the page cache.
 	compare(t, m.Dir)
@@ -219,6 +221,9 @@ func testVerifyMounted(t *testing.T, b *box) {
 	})
 	if _, err := b.client.Wait(t.Context(), m.Device); err != nil {
 		t.Error(err)
+	}
+	if again := b.verify(); len(again.Bad) != 0 || again.Chunks != whole.Chunks {
+		t.Errorf("complete again: %+v, want %d good chunks", again, whole.Chunks)
 	}
 	if b.driver == lazy.DriverEROFS {
 		if marks := marksOf(t, b.status().PID); marks != 0 {
