@@ -55,6 +55,7 @@ type use struct {
 
 	share   *fill.Share // of the mount
 	claim   share.Claim // of the mount
+	narrow  func(scope string) string
 	watched bool
 }
 
@@ -98,7 +99,7 @@ func (d *daemon) openBlob(m *mount, img *rafs.Image, n int, src fill.Source, nam
 	b.syncMu.Lock()
 	b.settled = false // this image may use more of it
 	b.syncMu.Unlock()
-	u := &use{b: b, src: src, share: m.share, claim: m.claim}
+	u := &use{b: b, src: src, share: m.share, claim: m.claim, narrow: m.narrow}
 	if err := d.attachSource(u, info, chunks); err != nil {
 		return nil, errors.Join(err, d.closeUse(u))
 	}

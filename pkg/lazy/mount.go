@@ -61,7 +61,9 @@ type mount struct {
 
 	share *fill.Share // of the memory for what is fetched
 	claim share.Claim // on chunks of other mounts
-	phase sync.Mutex  // held by who makes a mount complete, lazy again, or ends it; taken before daemon.blobMu
+	// narrow returns what has become of a scope since: see backend.Blobs.Narrow. nil: nobody knows, and nothing is lent as public.
+	narrow func(scope string) string
+	phase  sync.Mutex // held by who makes a mount complete, lazy again, or ends it; taken before daemon.blobMu
 
 	conn atomic.Pointer[connection] // of a FUSE mount, until it ends
 
@@ -130,6 +132,7 @@ func (d *daemon) mount(ctx context.Context, r *Request, dir string) (_ *mount, _
 		Driver: driver, Reason: why,
 	}}
 	m.rec.Scope = img.Scope()
+	m.narrow = img.Narrow
 	m.claim, err = r.claim(m.rec.Scope)
 	defer func() {
 		if err != nil {

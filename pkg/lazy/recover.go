@@ -165,6 +165,8 @@ func (d *daemon) adopt(ctx context.Context, m *mount) (*rafs.Image, error) {
 		d.log.Error("reopen an image", zap.String("reference", m.rec.Reference), zap.Error(err))
 		broken := brokenSource{err}
 		source = func(int) fill.Source { return broken }
+	} else {
+		m.narrow = m.src.Narrow
 	}
 	for n := range tree.Blobs {
 		u, err := d.openBlob(m, tree, n, source(n), m.rec.Blobs[n])

@@ -25,7 +25,8 @@ const (
 	ShareAllowed = "allowed"
 	// ShareAll uses whatever is on the node: whoever knows a digest gets its bytes.
 	ShareAll = "all"
-	// ShareNone neither uses what others fetched nor lets them use what this mount fetches.
+	// ShareNone neither uses what others fetched nor lets them use what this mount fetches. A cache file that it has in common with mounts that share
+	// lends nothing while it is there; of two images that name a blob by the same digest, what was fetched for either is lent once it is gone.
 	ShareNone = "none"
 )
 
@@ -108,7 +109,7 @@ func (d *daemon) startSharing(ci *cacheIndex) {
 		return
 	}
 	s := &sharing{index: x, feeds: make(chan string, 1024), sweep: make(chan struct{}, 1), bad: make(chan badPlace, 1024)}
-	s.Share = share.New(share.Options{Store: d.store, Index: x, Scopes: d.scopesOf, Bad: s.tellBad, OpenOnly: d.lost, Log: d.log})
+	s.Share = share.New(share.Options{Store: d.store, Index: x, Scopes: d.scopesOf, Closed: d.keptBack, Bad: s.tellBad, OpenOnly: d.lost, Log: d.log})
 	if err := ci.use(s); err != nil {
 		d.log.Error("mounts do not share chunks", zap.Error(errors.Join(err, s.Close(), x.Close())))
 		return
@@ -156,12 +157,27 @@ func (d *daemon) scopesOf(name string) (scopes []string) {
 	return scopes
 }
 
-// scope is where the bytes of u's blob came from, as far as u's mount brought some; empty: it did not, or does not lend.
+// keptBack reports whether a cache lends nothing now, whatever its scopes are: one of the mounts that fill it shares nothing.
+func (d *daemon) keptBack(name string) bool {
+	d.usedMu.Lock()
+	defer d.usedMu.Unlock()
+	b := d.blobs[name]
+	return b != nil && slices.ContainsFunc(b.users, func(u *use) bool { return u.claim.Policy == share.None })
+}
+
+// scope is where the bytes of u's blob came from, as far as u's mount brought some; empty: it did not, or does not lend. It is asked after fetches
+// that succeeded: what was public when the image was opened is public as long as no secret was handed out.
 func (u *use) scope() string {
 	if u.f == nil || u.claim.Policy == share.None || !u.f.fb.Proven(u.src) {
 		return ""
 	}
-	return u.claim.Scope
+	if u.claim.Scope != share.ScopePublic {
+		return u.claim.Scope
+	}
+	if u.narrow == nil {
+		return ""
+	}
+	return u.narrow(u.claim.Scope)
 }
 
 // feed has the index know what became durable of a cache that mounts have.

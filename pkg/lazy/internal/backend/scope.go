@@ -23,11 +23,30 @@ func (b *Blobs) Scope() string {
 		return ""
 	}
 	switch access := a.Access(); {
-	case access.Repository == "":
+	case access.Repository == "" && access.Anonymous:
 		return ScopeLocal
+	case access.Repository == "":
+		return "" // nobody knows
 	case access.Anonymous:
 		return ScopePublic
 	default:
 		return strings.ToValidUTF8(access.Repository, "?")
 	}
+}
+
+// Narrow returns scope, which [Blobs.Scope] returned, here or before [Reopen], or where that is [ScopePublic] and a secret was handed out since, the repository's:
+// an endpoint may give everybody the manifest, and another one the blobs to those that it knows. It never widens.
+func (b *Blobs) Narrow(scope string) string {
+	if scope != ScopePublic {
+		return scope
+	}
+	a, ok := b.src.(remote.Accessor)
+	if !ok {
+		return ""
+	}
+	access := a.Access()
+	if access.Anonymous && access.Repository != "" {
+		return scope
+	}
+	return strings.ToValidUTF8(access.Repository, "?")
 }

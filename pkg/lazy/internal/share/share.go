@@ -62,6 +62,8 @@ type Options struct {
 	Index *index.Index
 	// Scopes returns the scopes of a cache that mounts have, of what they fetched so far; nil: only what is noted in the store counts.
 	Scopes func(name string) []string
+	// Closed reports whether a cache lends nothing now, whatever its scopes; nil: none does.
+	Closed func(name string) bool
 	// Bad is told of a chunk of a cache that is not what it should be; nil: nobody. It must not wait for the Share.
 	Bad func(name string, c rafs.Chunk)
 	// OpenOnly leaves alone what no mount has: it may have a mark of a process that is gone.
@@ -193,8 +195,11 @@ func (s *Share) giveBack(name string) {
 	}
 }
 
-// scopes returns where the bytes of a cache came from.
+// scopes returns where the bytes of a cache came from; nil: it lends nothing.
 func (s *Share) scopes(name string, b *store.Blob) []string {
+	if s.o.Closed != nil && s.o.Closed(name) {
+		return nil
+	}
 	noted, err := b.Scopes()
 	if err != nil {
 		s.o.Log.Warn("scopes of a cache", zap.Error(err))
@@ -229,6 +234,9 @@ func (s *Share) Feed(b *store.Blob, scopes []string) error {
 		if err := b.AddScope(scope); err != nil {
 			return err
 		}
+	}
+	if len(s.scopes(b.Name(), b)) == 0 {
+		return nil // it can lend nothing, and would take the places of those that can
 	}
 	have, _ := s.o.Index.Known(b.Name())
 	var entries []index.Entry

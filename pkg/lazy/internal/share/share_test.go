@@ -293,3 +293,41 @@ func TestBorrowWhileRemoved(t *testing.T) {
 		}))
 	}
 }
+
+// A cache lends nothing, and is not in the index, while it is kept back, whatever it lent before.
+func TestClosed(t *testing.T) {
+	r := newRig(t)
+	name := r.fill(1, share.ScopePublic, 1, 2)
+	closed := true
+	r.o.Closed = func(n string) bool { return closed && n == name }
+	r.share = share.New(r.o)
+	if got := r.borrow(2, public, 1, 2); got != 0 {
+		t.Errorf("%d chunks were borrowed of a cache that is kept back", got)
+	}
+	must(t, r.index.RemoveCache(t.Context(), name))
+	must(t, r.share.FeedNamed(name))
+	if names := r.index.Caches(); len(names) != 0 {
+		t.Errorf("Caches() = %v, want none: it is kept back", names)
+	}
+	closed = false
+	must(t, r.share.FeedNamed(name))
+	if got := r.borrow(3, public, 1, 2); got != 2 {
+		t.Errorf("%d chunks were borrowed of a cache that is kept back no more, want 2", got)
+	}
+}
+
+// A cache that does not say where it is from takes nobody's place in the index.
+func TestFeedWithoutScope(t *testing.T) {
+	r := newRig(t)
+	info, chunks, data := blob(1, 1)
+	b, err := r.store.OpenBlob(info, chunks)
+	must(t, err)
+	must(t, errors.Join(b.Put(chunks[0], data[0]), b.Sync(), r.share.Feed(b, nil)))
+	if names := r.index.Caches(); len(names) != 0 {
+		t.Errorf("Caches() = %v, want none", names)
+	}
+	must(t, errors.Join(r.share.Feed(b, []string{"local"}), b.Close()))
+	if names := r.index.Caches(); len(names) != 1 {
+		t.Errorf("Caches() = %v, want the one that says it by now", names)
+	}
+}
