@@ -2,6 +2,7 @@ package remote
 
 import (
 	"net/http"
+	"net/url"
 	"strings"
 	"sync/atomic"
 
@@ -33,12 +34,14 @@ func (s *layoutSource) Access() Access { return Access{Anonymous: true} }
 // Access implements [Accessor].
 func (s containerdSource) Access() Access { return Access{Anonymous: true} }
 
-// Access implements [Accessor]: what came from where is not known, so it is the registry's.
+// Access implements [Accessor]: what came from where is not known, so it is the registry's. It is not anonymous, even if the registry was
+// never told a secret: what first has may have taken one when somebody pulled it.
 func (s *fallbackSource) Access() Access {
-	if a, ok := s.second.(Accessor); ok {
-		return a.Access()
+	a, ok := s.second.(Accessor)
+	if !ok {
+		return Access{}
 	}
-	return Access{}
+	return Access{Repository: a.Access().Repository}
 }
 
 // telltale notes in told when a secret is handed out.
@@ -68,5 +71,20 @@ func tells(h *docker.RegistryHost, o settings) bool {
 		return false
 	}
 	base, ok := t.base.(*http.Transport)
-	return ok && base.TLSClientConfig != nil && (len(base.TLSClientConfig.Certificates) > 0 || base.TLSClientConfig.GetClientCertificate != nil)
+	if !ok {
+		return false
+	}
+	if base.TLSClientConfig != nil && (len(base.TLSClientConfig.Certificates) > 0 || base.TLSClientConfig.GetClientCertificate != nil) {
+		return true
+	}
+	return proxied(base, h)
+}
+
+// proxied reports whether the proxy of the environment, if requests to h go through one, is told a user's name.
+func proxied(base *http.Transport, h *docker.RegistryHost) bool {
+	if base.Proxy == nil {
+		return false
+	}
+	proxy, err := base.Proxy(&http.Request{URL: &url.URL{Scheme: h.Scheme, Host: h.Host}})
+	return err != nil || proxy != nil && proxy.User != nil
 }
