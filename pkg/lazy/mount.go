@@ -56,7 +56,7 @@ func (r *record) driver() Driver { return cmp.Or(r.Driver, DriverEROFS) }
 type mount struct {
 	rec  record
 	uses []*use
-	src  *backend.Blobs
+	src  imageSource // nil when it is closed
 	run  *fill.Run
 
 	share *fill.Share // of the memory for what is fetched

@@ -5,16 +5,15 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"os"
 	"slices"
 	"strings"
+	"time"
 
 	"go.uber.org/zap"
 
 	"github.com/headstart-oci/headstart/pkg/lazy/internal/backend"
 	"github.com/headstart-oci/headstart/pkg/lazy/internal/erofs"
-	"github.com/headstart-oci/headstart/pkg/lazy/internal/fill"
 	"github.com/headstart-oci/headstart/pkg/lazy/internal/fuse"
 	"github.com/headstart-oci/headstart/pkg/rafs"
 )
@@ -159,17 +158,10 @@ func (d *daemon) adopt(ctx context.Context, m *mount) (*rafs.Image, error) {
 	if n := len(tree.Blobs); n != len(m.rec.Blobs) || n != len(m.rec.Origin.Blobs) {
 		return nil, fmt.Errorf("bootstrap %s has %d blobs, its mount %d, their origin %d", path, n, len(m.rec.Blobs), len(m.rec.Origin.Blobs))
 	}
-	source := func(n int) fill.Source { return m.src.Blob(n) }
-	if m.src, err = backend.Reopen(ctx, m.rec.Origin, d.backendOptions(&m.rec.Request)); err != nil {
-		// What is local stays readable; what is not gets this error.
-		d.log.Error("reopen an image", zap.String("reference", m.rec.Reference), zap.Error(err))
-		broken := brokenSource{err}
-		source = func(int) fill.Source { return broken }
-	} else {
-		m.narrow = m.src.Narrow
-	}
+	m.src = d.reopenImage(ctx, m)
+	m.narrow = m.src.Narrow
 	for n := range tree.Blobs {
-		u, err := d.openBlob(m, tree, n, source(n), m.rec.Blobs[n])
+		u, err := d.openBlob(m, tree, n, m.src.Blob(n), m.rec.Blobs[n])
 		if err != nil {
 			return nil, err
 		}
@@ -181,14 +173,19 @@ func (d *daemon) adopt(ctx context.Context, m *mount) (*rafs.Image, error) {
 	return tree, nil
 }
 
-// brokenSource is a place that cannot be reached and says why.
-type brokenSource struct{ err error }
-
-// Range implements fill.Source.
-func (s brokenSource) Range(context.Context, fill.Request) (io.ReadCloser, error) { return nil, s.err }
-
-// Retry implements fill.Source.
-func (s brokenSource) Retry(error) fill.Retry { return fill.Retry{} }
+// reopenImage finds the blobs of a mount that outlived its daemon. When they cannot be reached, what is local stays readable, and what
+// is not is an error until they can.
+func (d *daemon) reopenImage(ctx context.Context, m *mount) imageSource {
+	reopen := func(ctx context.Context) (*backend.Blobs, error) {
+		return backend.Reopen(ctx, m.rec.Origin, d.backendOptions(&m.rec.Request))
+	}
+	blobs, err := reopen(ctx)
+	if err == nil {
+		return blobs
+	}
+	d.log.Error("reopen an image", zap.String("reference", m.rec.Reference), zap.Error(err))
+	return &lateImage{reopen: reopen, err: err, tried: time.Now()}
+}
 
 // unmark takes the mark off a data file that nobody has.
 func (d *daemon) unmark(data *os.File) error {

@@ -149,7 +149,12 @@ func (b *Blobs) Close() error {
 }
 
 // DropEarly ends the stream that [Options].Early wanted, if nobody has asked for it yet. It may be called at any time before Close returns.
-func (b *Blobs) DropEarly() error { return b.early.drop() }
+func (b *Blobs) DropEarly() error {
+	if b == nil {
+		return nil
+	}
+	return b.early.drop()
+}
 
 // Blob returns the n-th blob.
 func (b *Blobs) Blob(n int) fill.Source {
