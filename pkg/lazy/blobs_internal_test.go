@@ -31,10 +31,12 @@ type place struct {
 	down  error
 	again bool // what is down may come back
 	asked atomic.Int64
+	last  atomic.Int64 // offset of the last request
 }
 
 func (p *place) Range(_ context.Context, r fill.Request) (io.ReadCloser, error) {
 	p.asked.Add(1)
+	p.last.Store(r.Offset)
 	if p.down != nil {
 		return nil, p.down
 	}

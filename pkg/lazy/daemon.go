@@ -92,6 +92,7 @@ type daemon struct {
 	busy   int       // calls being answered
 	last   time.Time // when something was mounted last, or began to be
 
+	dropMu sync.Mutex // held by who makes chunks not ready that are wrong, until they are; taken before mount.phase
 	blobMu sync.Mutex // held by who opens or closes blobs, which takes time: no reader waits for it. Taken before usedMu and mu
 
 	usedMu sync.Mutex // guards blobs, blob.fillings and mount.uses, for a moment each; to change them takes blobMu too

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"slices"
+	"time"
 
 	"go.uber.org/zap"
 
@@ -26,49 +27,111 @@ func (d *daemon) unmarkOld(data *os.File) (bool, error) {
 //
 // What a mount has read before is in the kernel's page cache and cannot be taken back.
 func (d *daemon) dropBad(ctx context.Context, b *store.Blob, bad []rafs.Chunk) (refetched int, err error) {
-	if err := d.reviveAll(ctx, b.Name()); err != nil {
-		return 0, fmt.Errorf("they stay, for the sake of a mount: %w", err)
-	}
-	d.blobMu.Lock()
-	filled := d.blobs[b.Name()]
-	if filled != nil {
-		filled.syncMu.Lock()
-		filled.settled = false
-		if d.watch != nil {
-			err = d.watch.Again(b)
-		}
-		filled.syncMu.Unlock()
-	}
-	if err == nil {
-		err = b.Drop(bad)
-	}
-	d.blobMu.Unlock()
+	mounted, err := d.forgetBad(ctx, b, bad)
 	d.log.Error("chunks were wrong on disk", zap.String("blob", b.Name()), zap.Int("chunks", len(bad)), zap.Error(err))
-	if filled == nil || err != nil {
+	if !mounted || err != nil {
 		return 0, err
 	}
-	for _, c := range bad {
-		if err := d.ensure(ctx, b, int64(c.UncompressedOffset), int64(c.UncompressedSize)); err != nil { //nolint:gosec // below the blob's size
-			d.log.Warn("fetch a dropped chunk", zap.String("blob", b.Name()), zap.Error(err)) // its readers try again
-		} else {
-			refetched++
-		}
-	}
-	return refetched, nil
+	return d.refetch(ctx, b, bad), nil
 }
 
-// reviveAll makes complete mounts that have the blob called name lazy again.
-func (d *daemon) reviveAll(ctx context.Context, name string) error {
+// forgetBad is dropBad without fetching anything. mounted: mounts have the blob.
+//
+// Until the chunks are not ready, nobody may take a mount or the blob for complete: it would lose its mark, and readers of what is
+// dropped then would get what is on the disk.
+func (d *daemon) forgetBad(ctx context.Context, b *store.Blob, bad []rafs.Chunk) (mounted bool, err error) {
+	d.dropMu.Lock()
+	defer d.dropMu.Unlock()
+	r := revived{}
+	defer r.unlock()
+	for {
+		if err := d.reviveAll(ctx, b.Name(), r); err != nil {
+			return false, fmt.Errorf("they stay, for the sake of a mount: %w", err)
+		}
+		again, mounted, err := d.forgetLocked(b, bad, r)
+		if !again {
+			return mounted, err
+		}
+	}
+}
+
+// forgetLocked makes chunks not ready, unless there are mounts with the blob that are not in r: again.
+func (d *daemon) forgetLocked(b *store.Blob, bad []rafs.Chunk, r revived) (again, mounted bool, err error) {
+	d.blobMu.Lock()
+	defer d.blobMu.Unlock()
+	filled := d.blobs[b.Name()]
+	if filled != nil {
+		filled.syncMu.Lock() // as settle does
+		defer filled.syncMu.Unlock()
+	}
+	if len(d.having(b.Name(), r)) > 0 {
+		return true, false, nil
+	}
+	if filled != nil {
+		filled.settled = false
+		if d.watch != nil {
+			if err := d.watch.Again(b); err != nil {
+				return false, true, err
+			}
+		}
+	}
+	return false, filled != nil, b.Drop(bad)
+}
+
+// refetchLimit is how long one dropped chunk is waited for: readers that want it do it again.
+const refetchLimit = 10 * time.Second
+
+// refetch fetches dropped chunks of b, and returns how many. A source that is dead or away may cost a second in all, beside what
+// the last chunk takes.
+func (d *daemon) refetch(ctx context.Context, b *store.Blob, chunks []rafs.Chunk) (fetched int) {
+	lost := time.Duration(0)
+	for i, c := range chunks {
+		began := time.Now()
+		one, cancel := context.WithTimeout(ctx, refetchLimit)
+		err := d.ensure(one, b, int64(c.UncompressedOffset), int64(c.UncompressedSize)) //nolint:gosec // below the blob's size
+		cancel()
+		if err == nil {
+			fetched++
+			continue
+		}
+		d.log.Warn("fetch a dropped chunk", zap.String("blob", b.Name()), zap.Error(err))
+		if lost += time.Since(began); lost > cacheStep || ctx.Err() != nil {
+			d.log.Warn("the rest is fetched when somebody reads it", zap.String("blob", b.Name()), zap.Int("chunks", len(chunks)-i-1))
+			break
+		}
+	}
+	return fetched
+}
+
+// revived are mounts whose phase is held, so that they stay lazy.
+type revived map[*mount]bool
+
+// unlock lets them go on.
+func (r revived) unlock() {
+	for m := range r {
+		m.phase.Unlock()
+	}
+}
+
+// having returns the mounts with the blob called name that can be filled and are not in r.
+func (d *daemon) having(name string, r revived) (mounts []*mount) {
 	d.mu.Lock()
-	var mounts []*mount
+	defer d.mu.Unlock()
 	for _, m := range d.mounts {
-		if m.failed == "" && slices.Contains(m.rec.Blobs, name) {
+		if !r[m] && m.failed == "" && slices.Contains(m.rec.Blobs, name) {
 			mounts = append(mounts, m)
 		}
 	}
-	d.mu.Unlock()
+	return mounts
+}
+
+// reviveAll makes complete mounts that have the blob called name lazy again, and puts all that have it into r. The caller
+// holds dropMu: nobody else holds the phases of two mounts.
+func (d *daemon) reviveAll(ctx context.Context, name string, r revived) error {
 	var errs []error
-	for _, m := range mounts {
+	for _, m := range d.having(name, r) {
+		m.phase.Lock()
+		r[m] = true
 		if err := d.revive(ctx, m); err != nil {
 			errs = append(errs, fmt.Errorf("%s: %w", m.rec.Dir, err))
 		}
@@ -76,10 +139,9 @@ func (d *daemon) reviveAll(ctx context.Context, name string) error {
 	return errors.Join(errs...)
 }
 
-// revive makes a complete mount lazy again, with everything that it had. Nothing happens to one that is lazy, or gone.
+// revive makes a complete mount lazy again, with everything that it had. Nothing happens to one that is lazy, or gone. The caller
+// holds its phase.
 func (d *daemon) revive(ctx context.Context, m *mount) (err error) {
-	m.phase.Lock()
-	defer m.phase.Unlock()
 	d.mu.Lock()
 	complete := m.final != nil && !m.gone
 	d.mu.Unlock()

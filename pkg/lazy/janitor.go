@@ -92,6 +92,8 @@ func (d *daemon) isComplete(m *mount) bool {
 		} else if err := d.settle(b); err != nil {
 			d.log.Error("take a complete blob's mark away", zap.Error(err))
 			complete = false
+		} else if !b.st.Complete() {
+			complete = false // while settle waited, something of it was dropped
 		}
 	}
 	return complete
@@ -155,6 +157,7 @@ func (d *daemon) syncMount(m *mount) bool {
 			d.log.Error("make a blob durable", zap.Error(err))
 			ok = false
 		}
+		ok = ok && b.st.Complete()
 	}
 	return ok
 }
