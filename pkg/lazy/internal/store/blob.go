@@ -31,6 +31,7 @@ type Blob struct {
 	claims   []atomic.Uint64 // bits of blocks, see Confirm; nil: there never were any
 	claimed  atomic.Int64    // how many are set
 	refs     int             // guarded by store.mu
+	used     bool            // by a mount: its end is the last use; guarded by store.mu
 
 	view    atomic.Pointer[view]
 	missing atomic.Int64 // needed blocks that are not ready
@@ -328,10 +329,17 @@ func (b *Blob) Close() error {
 		return err
 	}
 	delete(s.blobs, b.name)
-	if terr := s.touch(b.name); terr != nil {
-		s.log.Warn("note the use of a blob", zap.String("blob", b.name), zap.Error(terr))
+	if b.used { // who only looks at it or lends of it does not
+		b.touch()
 	}
 	return errors.Join(err, b.Sync(), b.release())
+}
+
+// touch notes that a mount uses the blob now. The caller holds store.mu.
+func (b *Blob) touch() {
+	if err := b.store.touch(b.name); err != nil {
+		b.store.log.Warn("note the use of a blob", zap.String("blob", b.name), zap.Error(err))
+	}
 }
 
 func (b *Blob) release() error {

@@ -300,6 +300,10 @@ func (s *Store) openBlob(name string, b rafs.Blob, recs []chunkRecord, patience 
 			return nil, err
 		}
 		open.refs++
+		if !open.used {
+			open.used = true
+			open.touch()
+		}
 		return open, nil
 	}
 	blob, err := s.load(name, b, recs)
@@ -314,10 +318,8 @@ func (s *Store) openBlob(name string, b rafs.Blob, recs []chunkRecord, patience 
 	}
 	delete(s.kept, name)
 	s.blobs[name] = blob
-	blob.refs = 1
-	if err := s.touch(name); err != nil {
-		s.log.Warn("note the use of a blob", zap.String("blob", name), zap.Error(err))
-	}
+	blob.refs, blob.used = 1, true
+	blob.touch()
 	return blob, nil
 }
 
