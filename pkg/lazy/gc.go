@@ -15,7 +15,7 @@ import (
 	"github.com/headstart-oci/headstart/pkg/rafs"
 )
 
-// cacheStep bounds how long one call about the cache works.
+// cacheStep is how long one call about the cache works, about.
 const cacheStep = time.Second
 
 // keeper works on what a state directory has: in the daemon, beside its mounts, or alone.
@@ -49,8 +49,6 @@ func (k *keeper) do(ctx context.Context, op string, q *cacheCall) (*cacheAnswer,
 		if q.Policy != nil {
 			p = *q.Policy
 		}
-		ctx, cancel := context.WithTimeout(ctx, cacheStep)
-		defer cancel()
 		c, err := k.collect(ctx, p)
 		return &cacheAnswer{Collected: &c}, err
 	case opCacheVerify:
@@ -101,7 +99,8 @@ func (k *keeper) list(detail bool) (*Cache, error) {
 	return c, nil
 }
 
-// collect removes what p says until ctx ends.
+// collect removes what p says, for a while; Collected.More when there is more to do. It goes on until it removed something or there is
+// nothing to remove, so that whoever calls it again and again comes to an end: on a slow disk to look alone may take longer.
 func (k *keeper) collect(ctx context.Context, p CachePolicy) (Collected, error) {
 	if err := p.check(); err != nil {
 		return Collected{}, err
@@ -111,8 +110,14 @@ func (k *keeper) collect(ctx context.Context, p CachePolicy) (Collected, error) 
 	if k.release != nil {
 		k.release()
 	}
-	c, err := k.store.Collect(ctx, p.store(), k.live())
-	return c, errors.Join(err, k.bootstraps())
+	for step := cacheStep; ; step *= 2 {
+		limited, cancel := context.WithTimeout(ctx, step)
+		c, err := k.store.Collect(limited, p.store(), k.live())
+		cancel()
+		if err != nil || !c.More || len(c.Removed) > 0 || c.Freed > 0 || ctx.Err() != nil {
+			return c, errors.Join(err, k.bootstraps())
+		}
+	}
 }
 
 // verify compares one blob with its digests, from offset on, for a while, and drops what is wrong.
@@ -222,9 +227,7 @@ func (d *daemon) gcRun(ctx context.Context, short *bool) error {
 	p := d.o.Cache
 	removed, freed := 0, int64(0)
 	for {
-		step, cancel := context.WithTimeout(ctx, cacheStep)
-		c, err := d.keeper.collect(step, p)
-		cancel()
+		c, err := d.keeper.collect(ctx, p)
 		removed, freed = removed+len(c.Removed), freed+c.Freed
 		if p.Limit > 0 && c.Before > p.Limit {
 			p.Limit, p.Low = p.store().Mark(), 0 // go on to the mark that the first step had

@@ -84,7 +84,11 @@ func (s *Store) Collect(ctx context.Context, p Policy, live Live) (Collected, er
 	c.After = c.Before
 	free := func(n int64) { c.Freed += n; c.After -= n }
 	for _, e := range entries {
-		if e.Aside && ctx.Err() == nil {
+		if e.Aside && ctx.Err() != nil {
+			c.More = true
+			break
+		}
+		if e.Aside {
 			gone, err := s.sweepAside(e.Name)
 			errs = append(errs, err)
 			if gone {
