@@ -33,7 +33,7 @@ type lateImage struct {
 	blobs atomic.Pointer[backend.Blobs] // nil: it is not reopened
 
 	mu     sync.Mutex // guards what follows, and is held while it is reopened
-	err    error // of the last try
+	err    error      // of the last try
 	tried  time.Time
 	closed bool
 }
