@@ -137,6 +137,9 @@ func (b *Blob) Drop(chunks []rafs.Chunk) error {
 	if len(chunks) == 0 {
 		return nil
 	}
+	b.feedMu.Lock() // who feeds the index does it before, or without the chunks
+	defer b.feedMu.Unlock()
+	b.fed = nil
 	err := b.store.forget(b.name)
 	b.syncMu.Lock()
 	defer b.syncMu.Unlock()

@@ -25,8 +25,9 @@ func (b *Blob) Feed(have uint64, f func(chunks []rafs.Chunk, known uint64) error
 	b.feedMu.Lock()
 	defer b.feedMu.Unlock()
 	b.syncMu.Lock()
-	durable := b.durable // never changed, only replaced
+	durable := slices.Clone(b.durable)
 	b.syncMu.Unlock()
+	b.lasting(durable)
 	known := population(durable)
 	if have == 0 {
 		b.fed = nil // whoever knew has forgotten all
@@ -69,6 +70,19 @@ func (b *Blob) Feed(have uint64, f func(chunks []rafs.Chunk, known uint64) error
 	}
 	b.fed = slices.Clone(durable)
 	return nil
+}
+
+// lasting leaves of durable bits those that are ready or claimed: what turned out wrong is in the file "ready" until the next Sync.
+func (b *Blob) lasting(durable []uint64) {
+	words := b.ready.Words()
+	for w := range durable {
+		keep := uint64(0)
+		if w < len(words) {
+			keep = b.claimOf(uint64(w)) // before what is ready: what is confirmed is that first
+			keep |= words[w].Load()
+		}
+		durable[w] &= keep
+	}
 }
 
 func population(words []uint64) (n uint64) {
