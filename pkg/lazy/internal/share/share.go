@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"io/fs"
+	"maps"
 	"slices"
 	"sync"
 	"time"
@@ -79,6 +80,7 @@ type Share struct {
 	mu     sync.Mutex // guards what follows
 	open   map[string]*lender
 	recent map[index.Key]index.Place // what is in caches and not in the index yet
+	later  map[string]time.Time      // caches that could not be opened, and until when nobody tries
 	closed bool
 }
 
@@ -99,6 +101,8 @@ const (
 	maxLenders = 16
 	// keepOpen is how long: a collector waits for it.
 	keepOpen = 10 * time.Second
+	// notAgain is for how long nobody tries to open a cache that could not be: it is waited for by a mount that comes back, or damaged.
+	notAgain = 2 * time.Second
 )
 
 // New returns a Share. The caller closes it, after all that fills caches, before the store.
@@ -106,7 +110,7 @@ func New(o Options) *Share {
 	if o.Log == nil {
 		o.Log = zap.NewNop()
 	}
-	s := &Share{o: o, slots: make(chan []byte, copies), open: map[string]*lender{}, recent: map[index.Key]index.Place{}}
+	s := &Share{o: o, slots: make(chan []byte, copies), open: map[string]*lender{}, recent: map[index.Key]index.Place{}, later: map[string]time.Time{}}
 	for range copies {
 		s.slots <- nil
 	}
@@ -147,42 +151,73 @@ func (s *Share) tidy(idle time.Duration) (int, error) {
 	return len(gone), errors.Join(errs...)
 }
 
-// lender opens the cache called name; nil: it cannot be used now.
+// lender opens the cache called name; nil: it cannot be used now. It waits for nobody.
 func (s *Share) lender(name string) *store.Blob {
 	s.mu.Lock()
-	if l := s.open[name]; l != nil {
+	if l := s.open[name]; l != nil && !s.closed {
 		l.refs++
 		s.mu.Unlock()
 		return l.b
 	}
-	full := len(s.open) >= maxLenders || s.closed
+	full := len(s.open) >= maxLenders
+	never := s.closed || time.Now().Before(s.later[name])
 	s.mu.Unlock()
-	if full {
-		if _, err := s.tidy(time.Second); err != nil {
+	shared := s.o.Store.IsOpen(name) // it stays open, whoever lends it
+	if never || s.o.OpenOnly && !shared || full && !shared && !s.room() {
+		return nil
+	}
+	b, err := s.o.Store.ReopenNow(name)
+	if err != nil {
+		s.refused(name, err)
+		return nil
+	}
+	lent, spare := s.keep(name, b)
+	if spare {
+		if err := b.Close(); err != nil {
 			s.o.Log.Warn("close a cache", zap.Error(err))
 		}
 	}
-	if s.o.OpenOnly && !s.o.Store.IsOpen(name) {
-		return nil
-	}
-	b, err := s.o.Store.Reopen(name)
-	if err != nil {
-		if errors.Is(err, fs.ErrNotExist) {
-			s.o.Log.Debug("the index names a cache that is not there", zap.String("cache", name))
-		} else {
-			s.o.Log.Debug("a cache cannot be borrowed from", zap.String("cache", name), zap.Error(err))
-		}
-		return nil
+	return lent
+}
+
+// room closes caches that nobody borrows from at this moment, and reports whether one more may be opened.
+func (s *Share) room() bool {
+	if _, err := s.tidy(0); err != nil {
+		s.o.Log.Warn("close a cache", zap.Error(err))
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	return len(s.open) < maxLenders
+}
+
+// keep notes an open cache as a lender, and returns what is to be used; spare: b is to be closed.
+func (s *Share) keep(name string, b *store.Blob) (lent *store.Blob, spare bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.closed {
+		return nil, true
+	}
+	delete(s.later, name)
 	if l := s.open[name]; l != nil { // somebody was quicker
 		l.refs++
-		_ = b.Close() // not the last one
-		return l.b
+		return l.b, true
 	}
 	s.open[name] = &lender{b: b, refs: 1}
-	return b
+	return b, false
+}
+
+// refused notes that a cache could not be opened.
+func (s *Share) refused(name string, err error) {
+	if errors.Is(err, fs.ErrNotExist) {
+		s.o.Log.Debug("the index names a cache that is not there", zap.String("cache", name))
+		return
+	}
+	s.o.Log.Debug("a cache cannot be borrowed from", zap.String("cache", name), zap.Error(err))
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	now := time.Now()
+	maps.DeleteFunc(s.later, func(_ string, until time.Time) bool { return now.After(until) })
+	s.later[name] = now.Add(notAgain)
 }
 
 // giveBack ends lender.

@@ -274,7 +274,7 @@ func TestBorrowWhileRemoved(t *testing.T) {
 		var wg sync.WaitGroup
 		wg.Go(func() {
 			for range 3 {
-				_ = r.share.Close() // so that nothing is kept open
+				_ = r.share.Release() // so that nothing is kept open
 				if err := r.store.Remove(name); err != nil && !errors.Is(err, store.ErrInUse) {
 					t.Error(err)
 				}
@@ -282,7 +282,7 @@ func TestBorrowWhileRemoved(t *testing.T) {
 		})
 		wg.Go(func() { r.borrow(100+round, public, of...) })
 		wg.Wait()
-		must(t, errors.Join(r.share.Close(), r.store.Remove(name)))
+		must(t, errors.Join(r.share.Release(), r.store.Remove(name)))
 		must(t, r.index.Walk(func(k index.Key, at []index.Place) error {
 			for _, p := range at {
 				if p.Cache == name {
@@ -329,5 +329,37 @@ func TestFeedWithoutScope(t *testing.T) {
 	must(t, errors.Join(r.share.Feed(b, []string{"local"}), b.Close()))
 	if names := r.index.Caches(); len(names) != 1 {
 		t.Errorf("Caches() = %v, want the one that says it by now", names)
+	}
+}
+
+// Of caches that no mount has few are open at once, and none once the Share is closed.
+func TestLendersAreFew(t *testing.T) {
+	r := newRig(t)
+	const many = 40
+	var of []int
+	for n := range many {
+		r.fill(n+1, share.ScopePublic, n+1)
+		of = append(of, n+1)
+	}
+	if got := r.borrow(100, public, of...); got == 0 || got == many {
+		t.Errorf("one call borrowed %d chunks, want some of %d: it keeps what it uses open", got, many)
+	}
+	open := 0
+	for n := range many {
+		if r.store.IsOpen(fmt.Sprintf("%064x", n+1)) {
+			open++
+		}
+	}
+	if open == 0 || open > 16 {
+		t.Errorf("%d caches are open for lending, want at most 16", open)
+	}
+	must(t, r.share.Close())
+	if got := r.borrow(101, public, of...); got != 0 {
+		t.Errorf("%d chunks were borrowed of a Share that is closed", got)
+	}
+	for n := range many {
+		if r.store.IsOpen(fmt.Sprintf("%064x", n+1)) {
+			t.Errorf("cache %d is open, and the Share is closed", n+1)
+		}
 	}
 }

@@ -218,6 +218,18 @@ func (b *Blob) allReady(offset, length int64) bool {
 	})
 }
 
+// ReopenNow is [Store.Reopen] without patience: [ErrInUse] comes at once.
+func (s *Store) ReopenNow(name string) (*Blob, error) {
+	if err := entryName(name); err != nil {
+		return nil, err
+	}
+	b, err := s.openNamed(name)
+	if err != nil {
+		return nil, fmt.Errorf("open blob %s: %w", name, err)
+	}
+	return b, nil
+}
+
 // IsOpen reports whether somebody of this process has the blob called name open.
 func (s *Store) IsOpen(name string) bool {
 	s.mu.Lock()
