@@ -155,12 +155,11 @@ func (c *Client) alone(ctx context.Context, op string, q *cacheCall) (_ *cacheAn
 		return nil, fmt.Errorf("state directory %s: nothing was ever mounted: %w", c.o.StateDir, fs.ErrNotExist)
 	}
 	x := &lateIndex{path: indexPath(c.o.StateDir)}
-	defer func() { err = errors.Join(err, x.Close()) }()
 	s, err := store.Open(c.o.StateDir, store.Options{Index: x})
 	if err != nil {
 		return nil, err
 	}
-	defer func() { err = errors.Join(err, s.Close()) }() // before the index
+	defer func() { err = errors.Join(err, x.Close(), s.Close()) }() // the index first: whoever gets the directory's lock opens it
 	mounts, err := recorded(s)
 	if err != nil {
 		return nil, err

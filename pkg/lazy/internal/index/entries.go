@@ -100,7 +100,7 @@ func (x *Index) add(name string, entries []Entry, known uint64, last bool) error
 			e := &entries[i]
 			at := len(keys)
 			keys = e.append(keys)
-			added, err := put(chunks, keys[at:], place{c.id, uint32(e.Offset / blockSize)}) //nolint:gosec // below maxOffset
+			added, err := put(chunks, keys[at:], place{c.id, uint32(e.Offset / blockSize)}, x.lives) //nolint:gosec // below maxOffset
 			if err != nil {
 				return err
 			}
@@ -146,17 +146,36 @@ func (x *Index) cacheOf(tx *bolt.Tx, name string) (cache, error) {
 	return cache{id: id, name: name}, tx.Bucket(bucketMeta).Put(keyLast, binary.BigEndian.AppendUint32(nil, id))
 }
 
-// put adds a place of a chunk and reports whether it was not there; one place of each cache is kept. The key is kept.
-func put(chunks *bolt.Bucket, key []byte, p place) (bool, error) {
+// lives reports whether the entries of a cache count.
+func (x *Index) lives(id uint32) bool {
+	x.namesMu.RLock()
+	defer x.namesMu.RUnlock()
+	c := x.caches[id]
+	return c != nil && !c.dying
+}
+
+// put adds a place of a chunk and reports whether it was not there; one place of each cache is kept, and none of caches that do not live where
+// there is no room. The key is kept.
+func put(chunks *bolt.Bucket, key []byte, p place, lives func(id uint32) bool) (bool, error) {
 	v := chunks.Get(key)
 	at, err := parsePlaces(v)
 	if err != nil {
 		return false, err
 	}
-	if len(at) >= maxPlaces || slices.ContainsFunc(at, func(o place) bool { return o.cache == p.cache }) {
+	if slices.ContainsFunc(at, func(o place) bool { return o.cache == p.cache }) {
 		return false, nil
 	}
-	return true, chunks.Put(key, p.append(slices.Clone(v)))
+	if len(at) >= maxPlaces {
+		at = slices.DeleteFunc(at, func(o place) bool { return !lives(o.cache) })
+	}
+	if len(at) >= maxPlaces {
+		return false, nil
+	}
+	out := make([]byte, 0, maxPlaces*sizePlace)
+	for _, o := range append(at, p) {
+		out = o.append(out)
+	}
+	return true, chunks.Put(key, out)
 }
 
 // drop removes the place of a chunk in a cache.

@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"runtime/debug"
@@ -14,6 +15,7 @@ import (
 	"time"
 
 	bolt "go.etcd.io/bbolt"
+	berrors "go.etcd.io/bbolt/errors"
 	"go.uber.org/zap"
 )
 
@@ -46,9 +48,7 @@ type Index struct {
 	changes sync.Mutex // held by who changes the index, for a step
 
 	namesMu sync.RWMutex // guards what follows
-	caches  map[uint32]*cache
-	names   map[string]*cache // those that are not dying
-	last    uint32            // id that was given last; none is given twice
+	contents
 }
 
 // buckets of the file.
@@ -62,20 +62,21 @@ var (
 )
 
 // Open opens the index in the file at path, of which this process must be the only user, and makes it where it is missing.
-// One that is damaged or of another version is thrown away: [Index.Fresh]. The caller closes it.
+// One that is damaged or of another version is thrown away: [Index.Fresh]. One that cannot be opened now, such as by somebody else's lock or
+// a full disk, stays as it is. The caller closes it.
 func Open(path string, o Options) (*Index, error) {
 	x := &Index{path: path, log: o.Log}
 	if x.log == nil {
 		x.log = zap.NewNop()
 	}
-	_, err := os.Lstat(path)
+	info, err := os.Lstat(path)
 	if errors.Is(err, fs.ErrNotExist) {
 		x.fresh.Store(true)
 	} else if err != nil {
 		return nil, fmt.Errorf("index: %w", err)
 	}
 	err = x.open()
-	if err != nil && !x.fresh.Load() {
+	if err != nil && !x.fresh.Load() && (damaged(err) || info.IsDir() || info.Size() < least()) {
 		x.log.Warn("begin the index of chunks anew", zap.String("path", path), zap.Error(err))
 		err = x.Reset()
 	}
@@ -85,12 +86,32 @@ func Open(path string, o Options) (*Index, error) {
 	return x, nil
 }
 
+// least is the size of the smallest file that can be one of bbolt's, in bytes: it refuses less than two pages with an error of no kind.
+func least() int64 { return 2 * int64(os.Getpagesize()) }
+
+// damaged reports whether an error of opening the file is one of what it has, which time does not heal.
+func damaged(err error) bool {
+	for _, sign := range []error{ErrBroken, berrors.ErrInvalid, berrors.ErrVersionMismatch, berrors.ErrChecksum, io.ErrUnexpectedEOF, io.EOF} {
+		if errors.Is(err, sign) {
+			return true
+		}
+	}
+	return false
+}
+
 // mapped is how much address space is taken for the file at once: beyond it, readers and the writer wait for each other when it grows.
 const mapped = 1 << 30
 
+// contents is what is kept in memory of a file.
+type contents struct {
+	caches map[uint32]*cache
+	names  map[string]*cache // those that are not dying
+	last   uint32            // id that was given last; none is given twice
+}
+
 // open opens the file. The caller is alone, or holds mu.
 func (x *Index) open() (err error) {
-	x.caches, x.names, x.last = map[uint32]*cache{}, map[string]*cache{}, 0
+	got := contents{caches: map[uint32]*cache{}, names: map[string]*cache{}}
 	var db *bolt.DB
 	err = shield(func() (err error) {
 		db, err = bolt.Open(x.path, 0o600, &bolt.Options{Timeout: time.Second, InitialMmapSize: mapped, FreelistType: bolt.FreelistMapType})
@@ -99,28 +120,32 @@ func (x *Index) open() (err error) {
 	if err != nil {
 		return fmt.Errorf("index %s: %w", x.path, err)
 	}
-	if err := shield(func() error { return db.Update(x.load) }); err != nil {
+	if err := shield(func() error { return db.Update(func(tx *bolt.Tx) error { return x.load(tx, &got) }) }); err != nil {
 		return errors.Join(fmt.Errorf("index %s: %w", x.path, err), shield(db.Close))
 	}
 	if wasted(db) {
 		return errors.Join(fmt.Errorf("index %s: %w: most of it is free", x.path, ErrBroken), shield(db.Close))
 	}
+	x.namesMu.Lock()
+	got.last = max(got.last, x.last) // who works on a cache of the file before must not meet another one of its number
+	x.contents = got
+	x.namesMu.Unlock()
 	x.db = db
 	x.broken.Store(false)
 	return nil
 }
 
 // load reads what is kept in memory, and makes the buckets of a new file.
-func (x *Index) load(tx *bolt.Tx) error {
+func (x *Index) load(tx *bolt.Tx, got *contents) error {
 	meta, err := tx.CreateBucketIfNotExists(bucketMeta)
 	if err != nil {
 		return err
 	}
-	got := meta.Get(keyVersion)
-	if want := []byte{version}; got == nil && x.fresh.Load() {
+	v := meta.Get(keyVersion)
+	if want := []byte{version}; v == nil && x.fresh.Load() {
 		err = meta.Put(keyVersion, want)
-	} else if !bytes.Equal(got, want) {
-		err = fmt.Errorf("%w: version %x, want %x", ErrBroken, got, want)
+	} else if !bytes.Equal(v, want) {
+		err = fmt.Errorf("%w: version %x, want %x", ErrBroken, v, want)
 	}
 	if err != nil {
 		return err
@@ -131,17 +156,17 @@ func (x *Index) load(tx *bolt.Tx) error {
 		}
 	}
 	if v := meta.Get(keyLast); len(v) == 4 {
-		x.last = binary.BigEndian.Uint32(v)
+		got.last = binary.BigEndian.Uint32(v)
 	}
 	return tx.Bucket(bucketCaches).ForEach(func(k, v []byte) error {
 		c, err := parseCache(k, v)
 		if err != nil {
 			return err
 		}
-		x.last = max(x.last, c.id)
-		x.caches[c.id] = c
+		got.last = max(got.last, c.id)
+		got.caches[c.id] = c
 		if !c.dying {
-			x.names[c.name] = c
+			got.names[c.name] = c
 		}
 		return nil
 	})
@@ -159,6 +184,13 @@ func (x *Index) Broken() bool { return x.broken.Load() }
 
 // Reset throws everything away and begins anew. It waits for calls that are running.
 func (x *Index) Reset() error {
+	x.changes.Lock()
+	defer x.changes.Unlock()
+	return x.reset()
+}
+
+// reset is Reset for who holds changes.
+func (x *Index) reset() error {
 	x.mu.Lock()
 	defer x.mu.Unlock()
 	if err := x.drop(); err != nil {
@@ -167,6 +199,9 @@ func (x *Index) Reset() error {
 	if err := os.RemoveAll(x.path); err != nil {
 		return fmt.Errorf("index: %w", err)
 	}
+	x.namesMu.Lock()
+	x.contents = contents{last: x.last} // also if there will be no file
+	x.namesMu.Unlock()
 	x.fresh.Store(true)
 	return x.open()
 }
@@ -184,7 +219,7 @@ func (x *Index) Shrink() error {
 	if !empty || x.Size() <= small || x.Fresh() {
 		return nil
 	}
-	if err := x.Reset(); err != nil {
+	if err := x.reset(); err != nil {
 		return err
 	}
 	x.Filled() // there was nothing

@@ -1,0 +1,105 @@
+package index_test
+
+import (
+	"errors"
+	"fmt"
+	"path/filepath"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/headstart-oci/headstart/pkg/lazy/internal/index"
+)
+
+// An index that somebody else has open, or that cannot be opened now, is not thrown away.
+func TestOpenLocked(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "index")
+	x := open(t, path)
+	if err := x.Add("one", entries(0, 10), 1); err != nil {
+		t.Fatal(err)
+	}
+	if second, err := index.Open(path, index.Options{}); err == nil {
+		t.Error(errors.Join(errors.New("Open of an index that is open succeeded"), second.Close()))
+	}
+	if err := x.Close(); err != nil {
+		t.Fatal(err)
+	}
+	x = open(t, path)
+	if got := places(t, x, 7); len(got) != 1 || x.Fresh() {
+		t.Errorf("after an Open beside it the index has %v, Fresh() = %t", got, x.Fresh())
+	}
+}
+
+// Caches get numbers of their own across a Reset, beside those who look: run with -race.
+func TestResetBesideOthers(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "index")
+	x := open(t, path)
+	stop := make(chan struct{})
+	var wg sync.WaitGroup
+	for range 2 {
+		wg.Go(func() {
+			for {
+				select {
+				case <-stop:
+					return
+				default:
+				}
+				x.Known("one")
+				x.Caches()
+				time.Sleep(time.Millisecond) // the disk is busy as it is
+				if err := x.RemoveCache(t.Context(), "two"); err != nil {
+					t.Error(err)
+					return
+				}
+			}
+		})
+	}
+	for n := range 5 {
+		if err := errors.Join(x.Add("two", entries(0, 300), 1), x.Reset(), x.Add("one", entries(0, 20), uint64(n))); err != nil {
+			t.Error(err)
+		}
+		if known, ok := x.Known("one"); !ok || known != uint64(n) {
+			t.Errorf("round %d: Known() = %d, %t", n, known, ok)
+		}
+	}
+	close(stop)
+	wg.Wait()
+	if err := x.Close(); err != nil {
+		t.Fatal(err)
+	}
+	x = open(t, path)
+	if known, ok := x.Known("one"); !ok || known != 4 || len(places(t, x, 7)) != 1 {
+		t.Errorf("what was added after the last Reset is lost: Known() = %d, %t", known, ok)
+	}
+}
+
+// A chunk that has as many places as there is room for gets one more in place of those of caches that are being removed.
+func TestPlacesOfTheDying(t *testing.T) {
+	x := open(t, filepath.Join(t.TempDir(), "index"))
+	for n := range 4 {
+		if err := x.Add(fmt.Sprint("cache", n), entries(0, 5), 1); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := x.Add("late", entries(0, 5), 1); err != nil {
+		t.Fatal(err)
+	}
+	if got := places(t, x, 3); len(got) != 4 || got[0].Cache != "cache3" {
+		t.Fatalf("Lookup = %v, want the first four", got)
+	}
+	if err := errors.Join(x.Condemn("cache1"), x.Condemn("cache3"), x.Add("later", entries(0, 5), 1)); err != nil {
+		t.Fatal(err)
+	}
+	want := []index.Place{{Cache: "later", Offset: 3 * 4096}, {Cache: "cache2", Offset: 3 * 4096}, {Cache: "cache0", Offset: 3 * 4096}}
+	if diff := cmp.Diff(want, places(t, x, 3)); diff != "" {
+		t.Errorf("Lookup (-want +got):\n%s", diff)
+	}
+	if err := x.Sweep(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff(want, places(t, x, 3)); diff != "" {
+		t.Errorf("Lookup after Sweep (-want +got):\n%s", diff)
+	}
+}
