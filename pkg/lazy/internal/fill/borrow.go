@@ -109,13 +109,14 @@ func (b *Blob) borrowNow(ctx context.Context, chunks []rafs.Chunk) {
 	b.collect(ctx, slices.DeleteFunc(slices.Clone(chunks), b.cache.Ready))
 }
 
-// split makes windows of flights, which are in the order of their places: none has a borrowed unit in its middle.
+// split makes windows of flights, which are in the order of their places: none has a borrowed unit in its middle, nor one that somebody else has begun
+// to get, who may be borrowing it.
 func (b *Blob) split(flights []*flight, class Class) (windows []*window) {
 	v := b.view.Load()
 	b.s.mu.Lock()
 	defer b.s.mu.Unlock()
 	for i := range flights {
-		if n := len(windows); n > 0 && !b.lent.between(v, flights[i-1].u.n, flights[i].u.n) {
+		if n := len(windows); n > 0 && !b.lent.between(v, flights[i-1].u.n, flights[i].u.n) && !b.begun(v, flights[i-1].u, flights[i].u) {
 			windows[n-1].flights = append(windows[n-1].flights, flights[i])
 			continue
 		}
@@ -125,6 +126,19 @@ func (b *Blob) split(flights []*flight, class Class) (windows []*window) {
 		w.off, w.end = extent(w.flights)
 	}
 	return windows
+}
+
+// begun reports whether somebody else gets a unit between two of a window; the caller holds s.mu.
+func (b *Blob) begun(v *view, from, to unit) bool {
+	if b.borrower == nil || from.reader != v.reader || to.reader != v.reader || to.off <= from.end() {
+		return false
+	}
+	for n := from.n + 1; n < to.n; n++ {
+		if f := b.flights[v.unit(n).key()]; f != nil && f.started {
+			return true
+		}
+	}
+	return false
 }
 
 // serve borrows what it can of a demand's window and fetches the rest: the first part that somebody waits for. Others go back
