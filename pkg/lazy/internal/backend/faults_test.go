@@ -163,7 +163,7 @@ func TestRegistryFaultsStay(t *testing.T) {
 		s.set(nil)
 		o := options()
 		o.Remote.Retries = -1
-		m := s.open(t, o, 20*time.Millisecond)
+		m := s.open(t, o, 500*time.Millisecond) // enough for a busy machine to ask once more
 		s.set(f)
 		c := m.rafs.BlobChunks(0)[1]
 		err := m.blobs[0].Ensure(t.Context(), int64(c.UncompressedOffset), 1)
