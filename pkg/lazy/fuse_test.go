@@ -159,7 +159,7 @@ func TestOverlayFUSE(t *testing.T) {
 	if err := os.Remove(filepath.Join(merged, "app", "main-link")); err != nil {
 		t.Error(err)
 	}
-	const options = "ro,relatime fuse.headstart ro,user_id=0,group_id=0,default_permissions,allow_other"
+	const options = "ro,relatime fuse.headstart ro,user_id=0,group_id=0,default_permissions,allow_other,max_read=524288"
 	if got := mountinfo(t, m.Dir); got != options {
 		t.Errorf("mountinfo: %q, want %q", got, options)
 	}

@@ -94,6 +94,7 @@ func New(dev *os.File, o Options) (*Detached, error) {
 		{"rootmode", "40000"},
 		{"user_id", "0"},
 		{"group_id", "0"},
+		{"max_read", strconv.Itoa(maxRead)},
 	} {
 		if kv[1] == "" {
 			continue

@@ -48,7 +48,10 @@ func (s *Server) find(in *fuse.ReadIn, into []extent) (where []extent, n int64, 
 	case !node.ino.IsRegular() || in.Offset > 1<<62:
 		return nil, 0, unix.EINVAL
 	}
-	where, n, ok := s.c.Tree.extents(node.ino, int64(in.Offset), int64(min(in.Size, maxRead)), into)
+	if node.ino.Size > in.Offset && min(uint64(in.Size), node.ino.Size-in.Offset) > maxRead {
+		return nil, 0, unix.EIO // it was agreed on otherwise; less than what is asked for would be taken as the end of the file
+	}
+	where, n, ok := s.c.Tree.extents(node.ino, int64(in.Offset), int64(in.Size), into)
 	if !ok {
 		return nil, 0, unix.EIO
 	}

@@ -2,6 +2,7 @@ package fuse
 
 import (
 	"bytes"
+	"os"
 	"sync"
 
 	"github.com/hanwen/go-fuse/v2/fuse"
@@ -94,8 +95,8 @@ func (s *Server) init(in, out []byte) (int, unix.Errno) {
 	}
 	a := view[fuse.InitOut](out)
 	*a = fuse.InitOut{
-		Major: major, Minor: min(q.Minor, ourMinor), MaxReadAhead: q.MaxReadAhead, MaxBackground: background, CongestionThreshold: background * 3 / 4,
-		MaxWrite: maxWrite, TimeGran: 1, MaxPages: maxRead / blockSize, Flags: uint32(flags), Flags2: uint32(flags >> 32),
+		Major: major, Minor: min(q.Minor, ourMinor), MaxReadAhead: q.MaxReadAhead, MaxBackground: background, CongestionThreshold: congested,
+		MaxWrite: maxWrite, TimeGran: 1, MaxPages: uint16(maxRead / os.Getpagesize()), Flags: uint32(flags), Flags2: uint32(flags >> 32), //nolint:gosec // at most 128 pages
 	}
 	s.c.Table.agree(flags) // before the kernel acts on it
 	return len(raw(a)), 0

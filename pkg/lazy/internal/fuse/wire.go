@@ -38,8 +38,11 @@ const (
 	// maxRead is the most that one request asks for: with it the pipe that it goes through is of the size that the
 	// kernel's default limit allows (pipe-max-size, 1 MiB).
 	maxRead = 512 << 10
-	// background is how many requests that nobody waits for yet, those of read-ahead, the kernel sends at once; its own number is 12.
-	background = 64
+	// background is how many reads through its cache the kernel sends at once; its own number is 12. Behind as many that wait for data, those of
+	// data that is there would wait too (fs/fuse/dev.c fuse_get_req), so it is large; there are more slots. From congested on, the kernel
+	// reads nothing ahead that nobody waits for.
+	background = 1024
+	congested  = background / 4
 
 	wanted = fuse.CAP_ASYNC_READ | fuse.CAP_EXPORT_SUPPORT | fuse.CAP_READDIRPLUS | fuse.CAP_READDIRPLUS_AUTO | fuse.CAP_ASYNC_DIO |
 		fuse.CAP_NO_OPEN_SUPPORT | fuse.CAP_PARALLEL_DIROPS | fuse.CAP_MAX_PAGES | fuse.CAP_CACHE_SYMLINKS | fuse.CAP_NO_OPENDIR_SUPPORT |

@@ -1,0 +1,72 @@
+package fuse_test
+
+import (
+	"fmt"
+	"testing"
+	"time"
+)
+
+// holdAll makes who asks for data that is not there wait until release is called.
+func (r *rig) holdAll() (release func()) {
+	hold := make(chan struct{})
+	for _, b := range r.blobs {
+		b.mu.Lock()
+		b.hold = hold
+		b.mu.Unlock()
+	}
+	return func() { close(hold) }
+}
+
+// A hundred reads wait for data; one of a file that is there does not wait with them.
+func TestReadsThatWait(t *testing.T) {
+	t.Parallel()
+	const many = 100
+	r := openImage(t, "v6-zstd")
+	r.mount()
+	// What is read at random is what the kernel hands out as background, also when many wait.
+	const script = `
+import os, sys, threading
+ready = sys.argv[1] + '/app/dup-in-other-layer'
+def read(name, off, n):
+    fd = os.open(name, os.O_RDONLY)
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
+    assert len(os.pread(fd, n, off)) == n
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED) # the next one asks again
+    os.close(fd)
+`
+	const one = script + "read(ready, 4096, 8192)"
+	if err := python(t, one, r.dir); err != nil {
+		t.Fatal(err)
+	}
+	release := r.holdAll()
+	done := make(chan error, 1)
+	go func() {
+		done <- python(t, script+`
+names = [os.path.join(d, f) for d, _, files in os.walk(sys.argv[1]) for f in files]
+places = [(n, off) for n in names if os.path.isfile(n) and not os.path.islink(n) and n != ready for off in range(0, os.path.getsize(n) - 4096, 16384)]
+threads = [threading.Thread(target=read, args=(n, off, 4096)) for n, off in places[:2*int(sys.argv[2])]]
+for t in threads: t.start()
+for t in threads: t.join()
+`, r.dir, fmt.Sprint(many))
+	}()
+	eventually(t, func() string {
+		if n := r.table.Pending(); n < many {
+			return fmt.Sprintf("%d reads wait, want %d", n, many)
+		}
+		return ""
+	})
+	ready := make(chan error, 1)
+	go func() { ready <- python(t, one, r.dir) }()
+	select {
+	case err := <-ready:
+		if err != nil {
+			t.Errorf("read of a file that is there: %v", err)
+		}
+	case <-time.After(20 * time.Second):
+		t.Error("a read of a file that is there waits for others")
+	}
+	release()
+	if err := <-done; err != nil {
+		t.Errorf("reads that waited: %v", err)
+	}
+}
