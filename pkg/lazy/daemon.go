@@ -82,7 +82,8 @@ type daemon struct {
 	listener *net.UnixListener
 	boot     string // the id of this boot
 
-	noEROFS, noFUSE error // why a driver cannot be had, nil when it can
+	probeMu         sync.Mutex // guards what follows
+	noEROFS, noFUSE error      // why a driver cannot be had, nil when it can
 
 	restarted bool // by the holder, with what an earlier daemon left
 	lost      bool // not with all of it

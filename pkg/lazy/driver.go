@@ -41,6 +41,8 @@ func ParseDriver(s string) (Driver, error) {
 
 // probe finds out which drivers there are. It is an error when there is none.
 func (d *daemon) probe(group error) error {
+	d.probeMu.Lock()
+	defer d.probeMu.Unlock()
 	if d.noEROFS = group; group == nil {
 		d.noEROFS = probeEROFS(d.o.StateDir)
 	}
@@ -69,9 +71,23 @@ func probeEROFS(stateDir string) error {
 	return nil
 }
 
+// drivers returns why a driver cannot be had, nil when it can. What went wrong, like a disk that was full when this daemon took over, may
+// have passed.
+func (d *daemon) drivers() (noEROFS, noFUSE error) {
+	d.probeMu.Lock()
+	defer d.probeMu.Unlock()
+	if d.noEROFS != nil && !absent(d.noEROFS) {
+		d.noEROFS = probeEROFS(d.o.StateDir)
+	}
+	if d.noFUSE != nil && !absent(d.noFUSE) {
+		d.noFUSE = fuse.Probe()
+	}
+	return d.noEROFS, d.noFUSE
+}
+
 // absent reports whether err says that the machine cannot do something, not that it went wrong.
 func absent(err error) bool {
-	return errors.Is(err, fanotify.ErrUnsupported) || errors.Is(err, erofs.ErrUnsupported)
+	return errors.Is(err, fanotify.ErrUnsupported) || errors.Is(err, erofs.ErrUnsupported) || errors.Is(err, fuse.ErrUnsupported)
 }
 
 // choose returns the driver of a new mount, and why it is not EROFS where that was not asked for.
@@ -80,24 +96,25 @@ func (d *daemon) choose(r *Request, img *backend.Image) (driver Driver, why stri
 	if err != nil {
 		return "", "", err
 	}
+	noEROFS, noFUSE := d.drivers()
 	var not error
 	switch {
 	case img.RAFS.Version == rafs.V5:
 		not = fmt.Errorf("%s is RAFS v5, which no kernel mounts: %w; convert it to v6, or use the driver fuse", img.Reference, ErrUnsupported)
 		why = "the image is RAFS v5"
-	case d.noEROFS != nil:
-		not, why = d.noEROFS, d.noEROFS.Error()
+	case noEROFS != nil:
+		not, why = noEROFS, noEROFS.Error()
 	}
 	switch {
 	case driver == DriverFUSE:
-		return DriverFUSE, "asked for", d.noFUSE
+		return DriverFUSE, "asked for", noFUSE
 	case not == nil:
 		return DriverEROFS, "", nil
 	case driver == DriverEROFS:
 		return "", "", not
 	}
-	if d.noFUSE != nil {
-		return "", "", fmt.Errorf("%w; nor is there FUSE: %w", not, d.noFUSE)
+	if noFUSE != nil {
+		return "", "", fmt.Errorf("%w; nor is there FUSE: %w", not, noFUSE)
 	}
 	return DriverFUSE, why, nil
 }
