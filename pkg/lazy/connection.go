@@ -18,10 +18,9 @@ import (
 
 // connection is what a FUSE mount has of its own.
 type connection struct {
-	dev     *os.File
-	table   *fuse.Table
-	server  *fuse.Server
-	running bool // its Run was called
+	dev    *os.File
+	table  *fuse.Table
+	server *fuse.Server
 }
 
 // fuseBlob is a blob as a FUSE server sees it.
@@ -51,7 +50,10 @@ func (d *daemon) newFUSE(m *mount, tree *rafs.Image) (_ *fuse.Detached, err erro
 	if err != nil {
 		return nil, errors.Join(err, dev.Close())
 	}
-	c := d.connect(m, tree, dev, table)
+	c, err := d.connect(m, tree, dev, table)
+	if err != nil {
+		return nil, errors.Join(err, dev.Close(), table.Close())
+	}
 	if err := errors.Join(d.link.Keep(keptFUSE+m.rec.ID, dev), d.link.Keep(keptRequests+m.rec.ID, table.File())); err != nil {
 		return nil, err
 	}
@@ -69,23 +71,27 @@ func (d *daemon) newFUSE(m *mount, tree *rafs.Image) (_ *fuse.Detached, err erro
 	return detached, nil
 }
 
-// connect gives m a connection, which owns dev and table.
-func (d *daemon) connect(m *mount, tree *rafs.Image, dev *os.File, table *fuse.Table) *connection {
-	config := fuse.Config{Device: dev, Table: table, Tree: fuse.NewTree(tree), Log: d.log}
+// connect gives m a connection, which owns dev and table. On an error they stay the caller's.
+func (d *daemon) connect(m *mount, tree *rafs.Image, dev *os.File, table *fuse.Table) (*connection, error) {
+	config := fuse.Config{Device: dev, Table: table, Tree: fuse.NewTree(tree), Limit: d.o.Limit + limitGrace, Log: d.log}
 	for _, u := range m.uses {
 		config.Blobs = append(config.Blobs, fuseBlob{d, u.b.st})
 	}
-	c := &connection{dev: dev, table: table, server: fuse.NewServer(config)}
+	server, err := fuse.NewServer(config)
+	if err != nil {
+		return nil, err
+	}
+	c := &connection{dev: dev, table: table, server: server}
 	m.conn.Store(c)
-	return c
+	return c, nil
 }
 
-// answer has the server of m run until its connection ends. Nobody waits for it: see [fuse.Server.Close].
+// answer has the server of m run until its connection ends. Nobody waits for it: see [fuse.Server.Close]. When it cannot go on the connection
+// ends, for good: what is read is ENOTCONN, and nobody waits for ever.
 func (d *daemon) answer(m *mount, c *connection) {
-	c.running = true
 	go func() {
-		if err := c.server.Run(); err != nil {
-			d.log.Error("a FUSE mount is not answered any more", zap.String("dir", m.rec.Dir), zap.Error(err))
+		if err := c.server.Run(); err != nil && m.conn.CompareAndSwap(c, nil) {
+			d.fail(m, errors.Join(fmt.Errorf("%w: %w", ErrFailed, err), d.hangUp(m, c)))
 		}
 		d.look()
 	}()
@@ -94,25 +100,41 @@ func (d *daemon) answer(m *mount, c *connection) {
 // disconnectLimit bounds how long is waited for the kernel to let go of a connection that ends.
 const disconnectLimit = 2 * time.Second
 
-// disconnect ends the connection of m, if it has one: what is mounted still is ENOTCONN. Nothing uses the blobs when it returns.
+// disconnect ends the connection of m, if it has one: what is mounted still is ENOTCONN. Nothing uses the blobs when it returns, unless m is stuck.
 func (d *daemon) disconnect(m *mount) error {
 	c := m.conn.Swap(nil)
 	if c == nil {
 		return nil
 	}
-	c.server.Close()
-	err := errors.Join(d.link.Drop(keptFUSE+m.rec.ID, keptRequests+m.rec.ID), c.dev.Close())
-	if c.running {
-		limit := time.NewTimer(disconnectLimit)
-		defer limit.Stop()
-		select {
-		case <-c.server.Ended():
-		case <-limit.C:
-			return errors.Join(err, fmt.Errorf("the connection of %s does not end", m.rec.Dir)) // its table stays mapped
-		}
-	}
-	return errors.Join(err, c.table.Close())
+	return d.hangUp(m, c)
 }
+
+// hangUp ends a connection that m has no more. Its device is closed after everybody has let go of its number, which may be another's next.
+func (d *daemon) hangUp(m *mount, c *connection) error {
+	err := c.server.Close()
+	if errors.Is(err, fuse.ErrStuck) {
+		m.stuck.Store(true)
+		d.stuck.Store(true)
+	}
+	err = errors.Join(err, d.link.Drop(keptFUSE+m.rec.ID, keptRequests+m.rec.ID))
+	limit := time.NewTimer(disconnectLimit)
+	defer limit.Stop()
+	select {
+	case <-c.server.Ended():
+		return errors.Join(err, c.close())
+	case <-limit.C:
+	}
+	go func() {
+		<-c.server.Ended()
+		if err := c.close(); err != nil {
+			d.log.Warn("close a connection", zap.String("dir", m.rec.Dir), zap.Error(err))
+		}
+	}()
+	return errors.Join(err, fmt.Errorf("the connection of %s does not end yet", m.rec.Dir))
+}
+
+// close closes what the connection has. Its server has ended.
+func (c *connection) close() error { return errors.Join(c.dev.Close(), c.table.Close()) }
 
 // lives reports whether the superblock of m exists, as far as anybody can tell.
 func lives(rec *record, c *connection, backing map[string]bool) bool {
@@ -140,7 +162,11 @@ func (d *daemon) recoverFUSE(ctx context.Context, m *mount, own *held) error {
 	if err != nil {
 		return errors.Join(ErrFailed, err, closeFiles(dev), table.Close(), d.link.Drop(keptFUSE+m.rec.ID, keptRequests+m.rec.ID))
 	}
-	d.answer(m, d.connect(m, tree, dev, table))
+	c, err := d.connect(m, tree, dev, table)
+	if err != nil {
+		return errors.Join(ErrFailed, err, closeFiles(dev), table.Close(), d.link.Drop(keptFUSE+m.rec.ID, keptRequests+m.rec.ID))
+	}
+	d.answer(m, c)
 	return nil
 }
 

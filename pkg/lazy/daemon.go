@@ -11,6 +11,7 @@ import (
 	"os"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"go.uber.org/zap"
@@ -18,6 +19,7 @@ import (
 	"github.com/headstart-oci/headstart/pkg/fanotify"
 	"github.com/headstart-oci/headstart/pkg/lazy/internal/erofs"
 	"github.com/headstart-oci/headstart/pkg/lazy/internal/fill"
+	"github.com/headstart-oci/headstart/pkg/lazy/internal/fuse"
 	"github.com/headstart-oci/headstart/pkg/lazy/internal/hold"
 	"github.com/headstart-oci/headstart/pkg/lazy/internal/store"
 	"github.com/headstart-oci/headstart/pkg/lazy/internal/watch"
@@ -104,6 +106,7 @@ type daemon struct {
 
 	keeper *keeper // of the cache
 
+	stuck      atomic.Bool // some mount is
 	calls      sync.WaitGroup
 	poke       chan struct{}      // makes the janitor look at once
 	collectNow chan struct{}      // and the collector
@@ -190,6 +193,9 @@ func (d *daemon) start(ctx context.Context) (err error) {
 	}
 	if err := d.probe(noGroup); err != nil && !d.restarted {
 		return err
+	}
+	if err := fuse.OpenPipes(); err != nil {
+		d.log.Warn("answers of FUSE mounts are copied", zap.Error(err))
 	}
 	d.keeper = d.keep()
 	d.startSharing(ci)
@@ -395,10 +401,15 @@ func (d *daemon) close(done bool) error {
 	}
 	for _, m := range d.mounts {
 		if c := m.conn.Load(); c != nil {
-			c.server.Close() // what waits is the next daemon's
+			err := c.server.Close() // what waits is the next daemon's
+			if errors.Is(err, fuse.ErrStuck) {
+				d.stuck.Store(true)
+			}
+			errs = append(errs, err)
 		}
 	}
-	if d.fill != nil {
+	stuck := d.stuck.Load() // what is in use still ends with the process
+	if d.fill != nil && !stuck {
 		d.fill.Close()
 	}
 	if d.watch != nil {
@@ -414,7 +425,7 @@ func (d *daemon) close(done bool) error {
 		errs = append(errs, d.link.Close())
 	}
 	errs = append(errs, d.stopSharing())
-	if d.store != nil {
+	if d.store != nil && !stuck {
 		errs = append(errs, d.store.Close())
 	}
 	if d.link != nil && done {

@@ -7,6 +7,7 @@ import (
 	"go.uber.org/zap"
 
 	"github.com/headstart-oci/headstart/pkg/lazy/internal/erofs"
+	"github.com/headstart-oci/headstart/pkg/lazy/internal/fuse"
 )
 
 const (
@@ -35,6 +36,7 @@ func (d *daemon) janitor(ctx context.Context) (idle bool) {
 		case <-d.poke:
 		}
 		d.sweep()
+		fuse.ClosePipes(lookPause)
 		d.mu.Lock()
 		idle = len(d.mounts) == 0 && d.busy == 0 && d.o.Idle >= 0 && time.Since(d.last) >= d.o.Idle
 		d.mu.Unlock()

@@ -65,7 +65,8 @@ type mount struct {
 	narrow func(scope string) string
 	phase  sync.Mutex // held by who makes a mount complete, lazy again, or ends it; taken before daemon.blobMu
 
-	conn atomic.Pointer[connection] // of a FUSE mount, until it ends
+	conn  atomic.Pointer[connection] // of a FUSE mount, until it ends
+	stuck atomic.Bool                // something fetches for it still that does not end: its blobs stay open
 
 	dir      string
 	failed   string
@@ -247,6 +248,9 @@ func (d *daemon) prefetch(m *mount, tree *rafs.Image) {
 // reads from stays, with nobody in between.
 func (d *daemon) release(m *mount) error {
 	errs := []error{d.disconnect(m)}
+	if m.stuck.Load() { // memory and files that are in use
+		return errors.Join(append(errs, fmt.Errorf("what %s has of blobs stays open", m.rec.Dir))...)
+	}
 	d.mu.Lock()
 	run := m.run
 	d.mu.Unlock()

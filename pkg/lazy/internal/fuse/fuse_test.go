@@ -12,7 +12,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/hanwen/go-fuse/v2/splice"
 	"golang.org/x/sys/unix"
 
 	"github.com/headstart-oci/headstart/internal/testenv"
@@ -21,10 +20,10 @@ import (
 )
 
 func TestMain(m *testing.M) {
-	// It opens the null device once and for all.
-	if p, err := splice.Get(); err == nil {
-		splice.Done(p)
-		splice.ClearSplicePool()
+	// Here, since the null device stays open.
+	if err := fuse.OpenPipes(); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
 	}
 	testenv.Main(m)
 }
@@ -40,6 +39,7 @@ type blob struct {
 	mu    sync.Mutex
 	ready map[uint64]bool // by offset
 	hold  chan struct{}   // nil: nobody waits
+	deaf  bool            // who waits does not hear that its context ends
 	err   error
 	held  atomic.Int64 // who waits for hold
 }
@@ -61,11 +61,14 @@ func (b *blob) ReadyRange(off, n int64) bool { return len(b.missing(off, n)) == 
 
 func (b *blob) Ensure(ctx context.Context, off, n int64) error {
 	b.mu.Lock()
-	hold, err := b.hold, b.err
+	hold, err, deaf := b.hold, b.err, b.deaf
 	b.mu.Unlock()
 	if hold != nil {
 		b.held.Add(1)
 		defer b.held.Add(-1)
+		if deaf {
+			<-hold
+		}
 		select {
 		case <-hold:
 		case <-ctx.Done():
@@ -98,6 +101,7 @@ type rig struct {
 	blobs []*blob
 	dev   *os.File
 	table *fuse.Table
+	limit time.Duration // of its servers
 	dir   string
 
 	runs sync.WaitGroup
@@ -145,11 +149,15 @@ func openImage(t testing.TB, variant string) *rig {
 
 // server returns another server of the rig's connection.
 func (r *rig) server() *fuse.Server {
-	c := fuse.Config{Device: r.dev, Table: r.table, Tree: r.tree}
+	c := fuse.Config{Device: r.dev, Table: r.table, Tree: r.tree, Limit: r.limit}
 	for _, b := range r.blobs {
 		c.Blobs = append(c.Blobs, b)
 	}
-	return fuse.NewServer(c)
+	s, err := fuse.NewServer(c)
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	return s
 }
 
 // mount makes a connection and attaches it.
@@ -164,11 +172,11 @@ func (r *rig) mount() *fuse.Server {
 	if r.table, err = fuse.NewTable(); err != nil {
 		r.t.Fatal(err)
 	}
+	s := r.server() // before the mount, like the daemon's
 	d, err := fuse.New(r.dev, fuse.Options{Source: "test"})
 	if err != nil {
 		r.t.Fatal(err)
 	}
-	s := r.server()
 	r.run(s)
 	r.dir = r.t.TempDir()
 	if err := d.Identify(); err != nil {
@@ -197,7 +205,7 @@ func (r *rig) mount() *fuse.Server {
 		if err := errors.Join(r.dev.Close(), r.table.Close()); err != nil {
 			r.t.Error(err)
 		}
-		splice.ClearSplicePool()
+		fuse.ClosePipes(0)
 	})
 	return s
 }

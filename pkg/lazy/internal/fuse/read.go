@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"time"
 
 	"github.com/hanwen/go-fuse/v2/fuse"
 	"github.com/hanwen/go-fuse/v2/splice"
@@ -87,12 +88,7 @@ func (s *Server) fetch(slot int, in fuse.ReadIn) {
 
 // wait answers a READ when its data is there. false: the server stops, and there is no answer.
 func (s *Server) wait(in *fuse.ReadIn, where []extent, n int64) bool {
-	g, ctx := errgroup.WithContext(s.ctx)
-	for _, e := range where[1:] {
-		g.Go(func() error { return s.c.Blobs[e.blob].Ensure(ctx, e.off, e.n) })
-	}
-	err := s.c.Blobs[where[0].blob].Ensure(s.ctx, where[0].off, where[0].n)
-	err = errors.Join(err, g.Wait())
+	err := s.ensure(where)
 	if s.ctx.Err() != nil {
 		return false
 	}
@@ -107,6 +103,32 @@ func (s *Server) wait(in *fuse.ReadIn, where []extent, n int64) bool {
 	}
 	s.data(nil, in, where, n)
 	return true
+}
+
+// ensure returns when all data is there, or cannot be, or does not come in time. What is stuck goes on by itself.
+func (s *Server) ensure(where []extent) error {
+	result := make(chan error, 1)
+	s.asked.Go(func() {
+		g, ctx := errgroup.WithContext(s.ctx)
+		for _, e := range where {
+			g.Go(func() error { return s.c.Blobs[e.blob].Ensure(ctx, e.off, e.n) })
+		}
+		result <- g.Wait()
+	})
+	var late <-chan time.Time
+	if s.c.Limit > 0 {
+		limit := time.NewTimer(s.c.Limit)
+		defer limit.Stop()
+		late = limit.C
+	}
+	select {
+	case err := <-result:
+		return err
+	case <-s.ctx.Done():
+		return s.ctx.Err()
+	case <-late:
+		return fmt.Errorf("%w after %v", ErrStuck, s.c.Limit)
+	}
 }
 
 // data answers with what the cache files have. What is large, or has to come from the disk, is no work for a reader that leads.
@@ -173,14 +195,14 @@ func readFull(r *reader, fd int, p []byte, off int64) error {
 
 // splice answers with what the cache files have without copying it through this process. An error: nothing was answered.
 func (s *Server) splice(unique uint64, where []extent, n int) error {
-	pipe, err := splice.Get()
+	pipe, err := getPipe()
 	if err != nil {
 		return err
 	}
 	whole := false
 	defer func() {
 		if whole {
-			splice.Done(pipe)
+			putPipe(pipe)
 		} else {
 			splice.Drop(pipe)
 		}

@@ -17,23 +17,30 @@ type readiness struct {
 	conn syscall.RawConn
 }
 
-func newReadiness(fd int) (*readiness, error) {
+// newReadiness takes all descriptors that are needed. What it waits for comes with watch.
+func newReadiness() (*readiness, error) {
 	ep, err := unix.EpollCreate1(unix.EPOLL_CLOEXEC)
 	if err != nil {
 		return nil, os.NewSyscallError("epoll_create", err)
 	}
-	err = unix.EpollCtl(ep, unix.EPOLL_CTL_ADD, fd, &unix.EpollEvent{Events: unix.EPOLLIN, Fd: int32(fd)}) //nolint:gosec // a descriptor
-	if err == nil {
-		err = unix.SetNonblock(ep, true) // has the runtime wait for it
-	}
-	if err != nil {
-		return nil, errors.Join(os.NewSyscallError("epoll_ctl", err), unix.Close(ep))
+	if err := unix.SetNonblock(ep, true); err != nil { // has the runtime wait for it
+		return nil, errors.Join(os.NewSyscallError("fcntl", err), unix.Close(ep))
 	}
 	r := &readiness{file: os.NewFile(uintptr(ep), "requests")}
 	if r.conn, err = r.file.SyscallConn(); err != nil {
 		return nil, errors.Join(err, r.file.Close())
 	}
 	return r, nil
+}
+
+// watch says what is waited for, once. A device of FUSE must be mounted: before that it has nobody wait (fs/fuse/dev.c fuse_dev_poll), and
+// whoever began to is never woken.
+func (r *readiness) watch(fd int) error {
+	var err error
+	ctlErr := r.conn.Control(func(ep uintptr) {
+		err = unix.EpollCtl(int(ep), unix.EPOLL_CTL_ADD, fd, &unix.EpollEvent{Events: unix.EPOLLIN, Fd: int32(fd)}) //nolint:gosec // a descriptor
+	})
+	return errors.Join(ctlErr, os.NewSyscallError("epoll_ctl", err))
 }
 
 // wait returns when the descriptor may be readable, or has failed; os.ErrDeadlineExceeded after wake. One caller at a time.

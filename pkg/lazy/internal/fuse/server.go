@@ -7,6 +7,7 @@ import (
 	"os"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/hanwen/go-fuse/v2/fuse"
 	"go.uber.org/zap"
@@ -31,6 +32,8 @@ type Config struct {
 	// Tree is the image, and Blobs are its cache files by index.
 	Tree  *Tree
 	Blobs []Blob
+	// Limit is how long a read waits at most, whatever a Blob does: one that is stuck goes on by itself, and its read fails. 0: no bound.
+	Limit time.Duration
 	// Log is told of reads that failed; nil: nobody.
 	Log *zap.Logger
 }
@@ -42,59 +45,73 @@ type Server struct {
 	ctx    context.Context //nolint:containedctx // its life: requests come from the kernel
 	cancel context.CancelFunc
 
-	ready   *readiness // of Run
-	leading sync.Mutex // held by the reader that leads
+	begun   atomic.Bool // Run, or Close before it
+	ready   *readiness  // whoever begins closes it
+	leading sync.Mutex  // held by the reader that leads
 
 	gate     sync.RWMutex // held for reading while a request is handled
 	stopping atomic.Bool
 	gone     atomic.Bool
 	readers  sync.WaitGroup
 	fetches  sync.WaitGroup
-	ended    chan struct{} // closed when Run has returned
+	asked    sync.WaitGroup // those of Blobs that were asked for something
+	ended    chan struct{}  // closed when Run has returned
 
 	slotMu    sync.Mutex
 	freeSlots []int // the last is taken first, so that few pages are touched
 
 	failed atomic.Int64
+	warned atomic.Int64 // when a read from the connection failed last that was logged, in ns since 1970
 }
 
-// NewServer returns a server that has not read anything yet.
-func NewServer(c Config) *Server {
+// NewServer returns a server that has not read anything yet; the device need not be mounted before Run. The caller calls Close, unless Run has returned. It is an error when the
+// process has no descriptor or no memory left.
+func NewServer(c Config) (*Server, error) {
 	if c.Log == nil {
 		c.Log = zap.NewNop()
 	}
 	s := &Server{c: c, fd: int(c.Device.Fd()), ended: make(chan struct{})}
+	var err error
+	if s.ready, err = newReadiness(); err != nil {
+		return nil, err
+	}
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	for n := slots - 1; n >= 0; n-- {
 		if !c.Table.pending(n) {
 			s.freeSlots = append(s.freeSlots, n)
 		}
 	}
-	return s
+	return s, nil
 }
 
 // Run goes on with what is pending in the table, then answers requests until the connection has ended, which is no error,
-// or Close is called. What is pending at that moment stays in the table. Another error is one of the connection: nothing is answered any more.
+// or Close is called. What is pending at that moment stays in the table. Another error is one of the connection: nothing is answered any more, and
+// to close the device is left to do, since readers would wait for ever.
 func (s *Server) Run() error {
+	if s.begun.Swap(true) {
+		return nil // it was closed
+	}
 	defer close(s.ended)
 	defer s.fetches.Wait()
-	var err error
-	if s.ready, err = newReadiness(s.fd); err != nil {
-		return err
-	}
 	defer func() { _ = s.ready.close() }() // nothing is written to it
 	stop := context.AfterFunc(s.ctx, s.ready.wake)
 	defer stop()
+	if err := s.ready.watch(s.fd); err != nil {
+		s.cancel()
+		return err
+	}
 	s.takeOver()
 	errs := make(chan error, inboxes)
 	for n := range inboxes {
 		s.readers.Go(func() { errs <- (&reader{s: s, n: n}).serve() })
 	}
 	s.readers.Wait()
-	if s.gone.Load() {
-		s.cancel()
-	}
+	stopped := s.stopping.Load()
+	s.cancel()
 	close(errs)
+	if stopped {
+		return nil
+	}
 	var all []error
 	for err := range errs {
 		all = append(all, err)
@@ -111,16 +128,40 @@ func (s *Server) Ended() <-chan struct{} { return s.ended }
 // Failed returns how many requests got an error because data was not to be had.
 func (s *Server) Failed() int64 { return s.failed.Load() }
 
-// Close makes the server stop: when it returns nothing is handled any more, and nothing of the blobs is used. Requests that wait
-// stay pending. Until [Server.Ended] is closed, which takes a moment, the table must stay mapped, and nobody else may go on
-// with the connection.
-func (s *Server) Close() {
+// Close makes the server stop: when it returns nothing is handled any more, and nothing of the blobs is used. It is [ErrStuck] when a Blob
+// does not return although its context has ended: such blobs must stay what they are. Requests that wait stay pending. Until
+// [Server.Ended] is closed, which takes a moment, table and device must stay open, and nobody else may go on with the connection.
+func (s *Server) Close() error {
 	s.stopping.Store(true)
 	s.cancel()
+	var err error
+	if !s.begun.Swap(true) {
+		err = s.ready.close()
+		close(s.ended)
+	}
 	s.gate.Lock()
 	s.gate.Unlock() //nolint:staticcheck // waits for who handles a request
 	s.fetches.Wait()
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		s.asked.Wait()
+	}()
+	limit := time.NewTimer(stuckLimit)
+	defer limit.Stop()
+	select {
+	case <-done:
+		return err
+	case <-limit.C:
+		return errors.Join(err, ErrStuck)
+	}
 }
+
+// ErrStuck is returned for something that ignores the end of its context.
+var ErrStuck = errors.New("what fetches for a read does not end")
+
+// stuckLimit is how long after the end of its context it may.
+const stuckLimit = 2 * time.Second
 
 // reader reads requests into an inbox of its own. One of them leads: it waits for requests, answers what costs little, and goes on waiting; before
 // anything that may take time it lets another lead.
@@ -168,9 +209,23 @@ func (r *reader) serve() error {
 			s.gone.Store(true)
 			return nil
 		case errors.Is(err, unix.EINTR), errors.Is(err, unix.EAGAIN), errors.Is(err, unix.ENOENT):
-		default:
+		case errors.Is(err, unix.EBADF), errors.Is(err, unix.EPERM): // it is no connection
 			return fmt.Errorf("read from /dev/fuse: %w", err)
+		default:
+			s.pause(err)
 		}
+	}
+}
+
+// pause lets an error of a read pass, like ENOMEM: who gave up would leave everybody waiting. It leads on: the others would see the same.
+func (s *Server) pause(err error) {
+	now, last := time.Now().UnixNano(), s.warned.Load()
+	if now-last >= int64(10*time.Second) && s.warned.CompareAndSwap(last, now) {
+		s.c.Log.Error("read from /dev/fuse; it is tried again", zap.Error(err))
+	}
+	select {
+	case <-s.ctx.Done():
+	case <-time.After(10 * time.Millisecond):
 	}
 }
 

@@ -82,7 +82,9 @@ func TestTakeOver(t *testing.T) {
 // stop ends a server while its connection lives.
 func (r *rig) stop(s *fuse.Server) {
 	r.t.Helper()
-	s.Close()
+	if err := s.Close(); err != nil {
+		r.t.Error(err)
+	}
 	select {
 	case <-s.Ended():
 	case <-time.After(20 * time.Second):
