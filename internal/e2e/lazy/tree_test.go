@@ -45,20 +45,37 @@ func TestFixtures(t *testing.T) {
 	}
 }
 
-// TestV5 asks for a mount of a v5 image, which the kernel does not know.
+// TestV5 asks for mounts of a v5 image, which the kernel does not know: the one behind FUSE has its tree, the one
+// that has to be the kernel's is refused.
 func TestV5(t *testing.T) {
 	fixtures := testenv.Fixtures(t)
 	r := newRig(t)
 	d := filepath.Join(fixtures, "nydus", "v5-zstd")
+	image := []string{"--bootstrap", filepath.Join(d, "image.boot"), "--blob-dir", filepath.Join(d, "blobs")}
 	dir := t.TempDir()
-	_, err := r.command("mount", "--bootstrap", filepath.Join(d, "image.boot"), "--blob-dir", filepath.Join(d, "blobs"), dir)
+	_, err := r.command("mount", append(image, "--driver", "erofs", dir)...)
 	if err == nil || !strings.Contains(err.Error(), "5") {
-		t.Errorf("mount of a v5 image: got %v, want an error that says what it is", err)
+		t.Errorf("mount of a v5 image by the kernel: got %v, want an error that says what it is", err)
 	}
 	var st, parent unix.Stat_t
 	must(t, errors.Join(unix.Stat(dir, &st), unix.Stat(filepath.Dir(dir), &parent)))
 	if st.Dev != parent.Dev {
 		t.Errorf("something is mounted at %s", dir)
+	}
+
+	if _, err := r.command("mount", append(image, dir)...); err != nil {
+		t.Fatal(err)
+	}
+	status, err := r.command("status", "-o", "json")
+	if err != nil || !strings.Contains(string(status), `"driver": "fuse"`) {
+		t.Errorf("status: %v, %s, want a mount by FUSE", err, status)
+	}
+	out, err := exec.Command(testenv.Tool(t, "python3"), filepath.Join(fixtures, "cmp_tree.py"), dir, filepath.Join(fixtures, "expected.json")).CombinedOutput()
+	if err != nil {
+		t.Errorf("compare: %v: %s", err, out)
+	}
+	if _, err := r.command("umount", dir); err != nil {
+		t.Error(err)
 	}
 }
 
