@@ -21,10 +21,7 @@ func MountNamespace(t testing.TB, f func() error) {
 	t.Helper()
 	Root(t)
 	done := make(chan error, 1)
-	go func() {
-		// Never unlocked: the thread ends with the goroutine, and the namespace
-		// with the thread.
-		runtime.LockOSThread()
+	go onOwnThread(func() {
 		done <- func() (err error) {
 			defer func() {
 				if r := recover(); r != nil {
@@ -39,10 +36,28 @@ func MountNamespace(t testing.TB, f func() error) {
 			}
 			return f()
 		}()
-	}()
+	})
 	if err := <-done; err != nil {
 		t.Fatal(err)
 	}
+}
+
+// onOwnThread calls f on a thread that ends with it, and with the thread what it
+// unshared. The first thread of a process never ends before the process, and is
+// the one that /proc/self shows: f never gets it.
+func onOwnThread(f func()) {
+	runtime.LockOSThread()
+	if unix.Gettid() != unix.Getpid() {
+		f() // never unlocked: the thread ends with the goroutine
+		return
+	}
+	defer runtime.UnlockOSThread()
+	ended := make(chan struct{})
+	go func() { // not on the first thread, which is held here
+		defer close(ended)
+		onOwnThread(f)
+	}()
+	<-ended
 }
 
 // MountEROFS mounts the EROFS image bootstrap read-only with one device file per

@@ -288,7 +288,17 @@ func TestSpoiledBetweenMounts(t *testing.T) { mostlyEROFS(t, testSpoiledBetweenM
 func testSpoiledBetweenMounts(t *testing.T, b *box) {
 	m := b.whole("mnt", loose(t, "v6-zstd"))
 	compare(t, m.Dir)
+	pid := b.status().PID
 	b.unmount(m.Dir)
+	eventually(t, func() string { // what is open for the index to be fed is not looked at anew
+		fds, _ := filepath.Glob(fmt.Sprintf("/proc/%d/fd/*", pid)) // the pattern is right
+		for _, fd := range fds {
+			if to, err := os.Readlink(fd); err == nil && strings.HasPrefix(to, filepath.Join(b.state, "blobs")+"/") {
+				return "the daemon has " + to + " open"
+			}
+		}
+		return ""
+	})
 	if spoiled := b.spoil(); spoiled == 0 {
 		t.Fatal("nothing is spoiled")
 	}
