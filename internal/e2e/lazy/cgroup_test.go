@@ -11,6 +11,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/headstart-oci/headstart/internal/testenv"
 )
 
 // TestClientsGroup mounts from a control group that is ended as a whole, as a service is: daemon and holder are outside of it, and
@@ -23,7 +25,7 @@ func TestClientsGroup(t *testing.T) {
 	}
 	group, err := os.MkdirTemp(root, "headstart-test-")
 	if err != nil {
-		t.Skipf("no control group can be made: %v", err)
+		testenv.Kernel(t, "a cgroup2 hierarchy in which control groups can be made", err)
 	}
 	t.Cleanup(func() {
 		for _, dir := range []string{group, filepath.Join(root, "headstart-lazyd")} {
