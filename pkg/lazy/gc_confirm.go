@@ -21,12 +21,7 @@ func (d *daemon) confirmLoop(ctx context.Context) {
 			return
 		case <-tick.C:
 		}
-		d.mu.Lock()
-		var mounts []*mount
-		for _, m := range d.mounts {
-			mounts = append(mounts, m)
-		}
-		d.mu.Unlock()
+		mounts := d.all()
 		began, more := time.Now(), false
 		for _, m := range mounts {
 			for _, b := range d.blobsOf(m) {

@@ -48,12 +48,7 @@ func (d *daemon) janitor(ctx context.Context) (idle bool) {
 
 // sweep looks at every mount once.
 func (d *daemon) sweep() {
-	d.mu.Lock()
-	mounts := make([]*mount, 0, len(d.mounts))
-	for _, m := range d.mounts {
-		mounts = append(mounts, m)
-	}
-	d.mu.Unlock()
+	mounts := d.all()
 	if len(mounts) == 0 {
 		return
 	}
@@ -174,12 +169,7 @@ func (d *daemon) syncLoop(ctx context.Context) {
 			return
 		case <-tick.C:
 		}
-		d.mu.Lock()
-		mounts := make([]*mount, 0, len(d.mounts))
-		for _, m := range d.mounts {
-			mounts = append(mounts, m)
-		}
-		d.mu.Unlock()
+		mounts := d.all()
 		for _, m := range mounts {
 			d.syncMount(m)
 			d.syncShared(m)

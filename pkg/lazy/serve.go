@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net"
 	"os"
 	"slices"
@@ -273,14 +274,16 @@ func (d *daemon) serveWait(ctx context.Context, cancel context.CancelFunc, c *ne
 	}
 }
 
+// all returns the mounts, in no order. They may end while the caller looks at them.
+func (d *daemon) all() []*mount {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return slices.Collect(maps.Values(d.mounts))
+}
+
 // status describes everything, mounts in the order in which they were made.
 func (d *daemon) status(detail bool) *Status {
-	d.mu.Lock()
-	var mounts []*mount
-	for _, m := range d.mounts {
-		mounts = append(mounts, m)
-	}
-	d.mu.Unlock()
+	mounts := d.all()
 	slices.SortFunc(mounts, func(a, b *mount) int {
 		return cmp.Or(a.rec.Since.Compare(b.rec.Since), strings.Compare(a.rec.ID, b.rec.ID))
 	})
