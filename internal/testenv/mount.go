@@ -4,6 +4,8 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"os/exec"
+	"path/filepath"
 	"runtime"
 	"strings"
 	"testing"
@@ -163,4 +165,27 @@ func Unmount(dir string) error {
 		return &os.PathError{Op: "detach", Path: dir, Err: err}
 	}
 	return fmt.Errorf("unmount %s: busy for a second, detached", dir)
+}
+
+// MountDisk makes a file system of size bytes in a file with mkfs, a command with its arguments, mounts it, and returns where. It is
+// unmounted when the test ends. A kernel that has no such file system, or no loop devices, skips the test.
+func MountDisk(t testing.TB, size int64, mkfs ...string) string {
+	t.Helper()
+	Root(t)
+	disk, dir := filepath.Join(t.TempDir(), "disk"), t.TempDir()
+	if err := errors.Join(os.WriteFile(disk, nil, 0o600), os.Truncate(disk, size)); err != nil {
+		t.Fatal(err)
+	}
+	if out, err := exec.Command(mkfs[0], append(mkfs[1:], disk)...).CombinedOutput(); err != nil {
+		t.Fatalf("%s: %v\n%s", mkfs, err, out)
+	}
+	if out, err := exec.Command("mount", "-o", "loop", disk, dir).CombinedOutput(); err != nil {
+		Kernel(t, "file systems of "+mkfs[0]+" in loop devices", fmt.Errorf("%w: %s", err, out))
+	}
+	t.Cleanup(func() {
+		if err := Unmount(dir); err != nil {
+			t.Error(err)
+		}
+	})
+	return dir
 }

@@ -130,7 +130,7 @@ func (c *Cache) Borrow(ctx context.Context, chunks []rafs.Chunk) {
 	})
 }
 
-// copy copies one chunk from a place in b and reports whether it has it now.
+// copy shares or copies one chunk from a place in b and reports whether it has it now.
 func (c *Cache) copy(ctx context.Context, chunk *rafs.Chunk, b *store.Blob, offset int64) bool {
 	if b == c.Blob && offset == int64(chunk.UncompressedOffset) { //nolint:gosec // below the blob's size
 		return false
@@ -147,6 +147,15 @@ func (c *Cache) copy(ctx context.Context, chunk *rafs.Chunk, b *store.Blob, offs
 		}
 		c.s.slots <- p
 	}()
+	switch cloned, err := c.Clone(*chunk, b, offset); {
+	case cloned == store.CloneReady:
+		return true
+	case cloned == store.CloneWrong:
+		c.wrong(chunk, b, offset)
+		return false
+	case err != nil:
+		c.s.o.Log.Warn("borrow a chunk's blocks", zap.Error(err)) // its bytes may do
+	}
 	var ok bool
 	var err error
 	if p, ok, err = b.ReadChunk(chunk.UncompressedSize, offset, p); !ok {

@@ -47,6 +47,8 @@ type Blob struct {
 	durable []uint64 // the bits in the file "ready"; guarded by syncMu, never changed, only replaced
 	stamped int64    // its stamp; guarded by syncMu
 
+	cloning cloning
+
 	feedMu sync.Mutex // guards fed, and is held while it is fed
 	fed    []uint64   // see Feed; nil: nobody knows
 
@@ -236,7 +238,7 @@ func (b *Blob) Put(c rafs.Chunk, data []byte) error {
 	if uint64(len(data)) != uint64(c.UncompressedSize) || len(data) == 0 {
 		return fmt.Errorf("blob %s: put chunk %d: %d bytes, want %d", b.name, c.Index, len(data), c.UncompressedSize)
 	}
-	b.mu.RLock()
+	b.lockStored(r.first())
 	defer b.mu.RUnlock()
 	v := b.view.Load()
 	if r.Offset%BlockSize != 0 || r.Offset >= b.blob.UncompressedSize || !v.table.has(r.first()) {
@@ -269,19 +271,18 @@ func (b *Blob) write(data []byte, offset, end int64) error {
 	if _, err := b.data.WriteAt(data, offset); err != nil {
 		return err
 	}
-	for {
-		length := b.written.Load()
-		if length >= end {
-			return nil
+	if b.written.Load() < end && offset+int64(len(data)) < end {
+		if _, err := b.data.WriteAt([]byte{0}, end-1); err != nil {
+			return err
 		}
-		if offset+int64(len(data)) < end {
-			if _, err := b.data.WriteAt([]byte{0}, end-1); err != nil {
-				return err
-			}
-		}
-		if b.written.CompareAndSwap(length, end) {
-			return nil
-		}
+	}
+	b.reach(end)
+	return nil
+}
+
+// reach notes that the data file reaches to end.
+func (b *Blob) reach(end int64) {
+	for length := b.written.Load(); length < end && !b.written.CompareAndSwap(length, end); length = b.written.Load() {
 	}
 }
 

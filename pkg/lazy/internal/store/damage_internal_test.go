@@ -60,6 +60,12 @@ func TestSizes(t *testing.T) {
 	if got := binary.Size(chunkRecord{}); got != sizeChunkRecord {
 		t.Errorf("chunk record has %d bytes, want %d", got, sizeChunkRecord)
 	}
+	if got := binary.Size(fiemap{}); got != sizeFiemap {
+		t.Errorf("struct fiemap has %d bytes, want %d", got, sizeFiemap)
+	}
+	if got := binary.Size(fiemapExtent{}); got != sizeFiemapExtent {
+		t.Errorf("struct fiemap_extent has %d bytes, want %d", got, sizeFiemapExtent)
+	}
 }
 
 // TestDamagedFiles changes state files in every way that a byte can be wrong: the blob starts anew, and never

@@ -78,11 +78,12 @@ func (s *Store) Collect(ctx context.Context, p Policy, live Live) (Collected, er
 	}
 	c := Collected{Removed: []string{}, Before: rest}
 	var errs []error
-	for _, e := range entries {
-		c.Before += e.Bytes
+	books := newLedger(entries)
+	for i := range entries {
+		c.Before += books.take(&entries[i])
 	}
 	c.After = c.Before
-	free := func(n int64) { c.Freed += n; c.After -= n }
+	free := func(e *Entry) { n := books.give(e); c.Freed += n; c.After -= n }
 	for _, e := range entries {
 		if e.Aside && ctx.Err() != nil {
 			c.More = true
@@ -92,7 +93,7 @@ func (s *Store) Collect(ctx context.Context, p Policy, live Live) (Collected, er
 			gone, err := s.sweepAside(e.Name)
 			errs = append(errs, err)
 			if gone {
-				free(e.Bytes)
+				free(&e)
 			}
 		}
 	}
@@ -111,7 +112,7 @@ func (s *Store) Collect(ctx context.Context, p Policy, live Live) (Collected, er
 		switch err := s.removePatiently(ctx, e.Name, patient); {
 		case err == nil:
 			c.Removed = append(c.Removed, e.Name)
-			free(e.Bytes)
+			free(&e)
 		case !errors.Is(err, ErrInUse) && !errors.Is(err, ErrPinned):
 			errs = append(errs, err)
 		}
@@ -274,7 +275,7 @@ func (s *Store) CollectBootstraps(live map[string]bool) error {
 	return errors.Join(errs...)
 }
 
-// Usage is what the state directory takes on disk, in bytes.
+// Usage is what the state directory takes on disk, in bytes. Blocks that several data files have count once.
 type Usage struct {
 	Blobs int64 `json:"blobs_bytes"` // data files and what belongs to them
 	Aside int64 `json:"aside_bytes"` // of these, of mounts that lost their daemon
@@ -296,16 +297,24 @@ func (s *Store) Usage(live Live) (u Usage, err error) {
 	if u.Rest, err = s.rest(); err != nil {
 		return u, err
 	}
-	for _, e := range entries {
-		u.Blobs += e.Bytes
-		u.Count++
-		switch {
-		case e.Aside:
-			u.Aside += e.Bytes
-		case e.InUse || live.Blobs[e.Name]:
-			u.InUse += e.Bytes
-		case e.Pinned:
-			u.Pins += e.Bytes
+	u.Count = len(entries)
+	// What several have counts for the first of these that has it.
+	books := newLedger(entries)
+	for _, kind := range []struct {
+		sum *int64
+		is  func(e *Entry) bool
+	}{
+		{&u.InUse, func(e *Entry) bool { return !e.Aside && (e.InUse || live.Blobs[e.Name]) }},
+		{&u.Aside, func(e *Entry) bool { return e.Aside }},
+		{&u.Pins, func(e *Entry) bool { return !e.Aside && e.Pinned && !e.InUse && !live.Blobs[e.Name] }},
+		{new(int64), func(e *Entry) bool { return !e.Aside && !e.Pinned && !e.InUse && !live.Blobs[e.Name] }},
+	} {
+		for i := range entries {
+			if e := &entries[i]; kind.is(e) {
+				n := books.take(e)
+				*kind.sum += n
+				u.Blobs += n
+			}
 		}
 	}
 	return u, nil

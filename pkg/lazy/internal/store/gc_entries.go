@@ -20,6 +20,8 @@ type Entry struct {
 	ID   string `json:"blob"` // of the blob
 	// Bytes are allocated on disk for the data file and what belongs to it.
 	Bytes int64 `json:"bytes"`
+	// Shared of Bytes are blocks that other files have too: where the file system can, what was borrowed takes no room.
+	Shared int64 `json:"shared_bytes"`
 	// Local of Total bytes are ready: uncompressed, in blocks, of what any image ever used of it.
 	Local int64     `json:"local_bytes"`
 	Total int64     `json:"total_bytes"`
@@ -30,6 +32,8 @@ type Entry struct {
 	// Aside: a mount that lost its daemon has the file; nobody else gets it, and it goes with that mount.
 	Aside   bool   `json:"aside,omitempty"`
 	Damaged string `json:"damaged,omitempty"` // why nothing of it can be used
+
+	shared []extent // Shared bytes
 }
 
 const (
@@ -104,9 +108,17 @@ func (s *Store) Entries(detail bool) ([]Entry, error) {
 		return nil, err
 	}
 	out := make([]Entry, 0, len(names))
+	sharing := s.sharing()
 	for _, name := range names {
 		s.mu.Lock()
 		e, err := s.entry(name, detail)
+		if err == nil && sharing {
+			e.shared, e.Shared, err = s.extentsOf(name)
+			e.Shared = min(e.Shared, e.Bytes)
+			if errors.Is(err, fs.ErrNotExist) { // a directory without a data file
+				err = nil
+			}
+		}
 		s.mu.Unlock()
 		if errors.Is(err, fs.ErrNotExist) {
 			continue // removed meanwhile

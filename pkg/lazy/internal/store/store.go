@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"go.uber.org/zap"
@@ -63,6 +64,7 @@ type Store struct {
 	index Index
 
 	unmark func(data *os.File) (bool, error) // nil: there are no marks
+	copies atomic.Bool                       // the file system cannot share blocks: see Clone
 
 	mu      sync.Mutex // guards what follows
 	kept    map[string]Kept

@@ -296,7 +296,7 @@ func TestFileSystems(t *testing.T) {
 	}
 	for _, mkfs := range []string{"mkfs.xfs", "mkfs.btrfs"} {
 		t.Run(mkfs, func(t *testing.T) {
-			state := mountFS(t, 400<<20, testenv.Tool(t, mkfs))
+			state := testenv.MountDisk(t, 400<<20, testenv.Tool(t, mkfs))
 			needKernel(t, state)
 			group, table := newGroup(t), newTable(t, 0)
 			m := openImage(t, "v6-zstd", state, store.Options{})
@@ -328,23 +328,6 @@ func TestFileSystems(t *testing.T) {
 	}
 }
 
-// mountFS makes a file system of size bytes in a file and mounts it.
-func mountFS(t *testing.T, size int64, mkfs ...string) string {
-	t.Helper()
-	testenv.Root(t)
-	disk := filepath.Join(t.TempDir(), "disk")
-	must(t, errors.Join(os.WriteFile(disk, nil, 0o600), os.Truncate(disk, size)))
-	if out, err := exec.Command(mkfs[0], append(mkfs[1:], disk)...).CombinedOutput(); err != nil {
-		t.Fatalf("%s: %v\n%s", mkfs, err, out)
-	}
-	dir := t.TempDir()
-	if out, err := exec.Command("mount", "-o", "loop", disk, dir).CombinedOutput(); err != nil {
-		testenv.Kernel(t, "file systems of "+mkfs[0], errors.New(string(out)))
-	}
-	t.Cleanup(func() { must(t, testenv.Unmount(dir)) })
-	return dir
-}
-
 // TestDiskFull holds that a read for which there is no room fails, that others go on, and that it works when
 // there is room again.
 func TestDiskFull(t *testing.T) {
@@ -352,7 +335,7 @@ func TestDiskFull(t *testing.T) {
 	if err != nil {
 		testenv.Missing(t, "no mkfs.ext4")
 	}
-	state := mountFS(t, 64<<20, mkfs, "-q", "-F", "-m", "0")
+	state := testenv.MountDisk(t, 64<<20, mkfs, "-q", "-F", "-m", "0")
 	needKernel(t, state)
 	group, table := newGroup(t), newTable(t, 0)
 	m := openImage(t, "v6-zstd", state, store.Options{})
