@@ -50,7 +50,7 @@ func (c *coldBox) watchInsertions(t *testing.T) *insertions {
 	return w
 }
 
-// stop ends the writing down and returns the pages that entered the page cache, by inode number.
+// stop ends the writing down, removes the instance and returns the pages that entered the page cache, by inode number.
 func (w *insertions) stop(t *testing.T) map[uint64]pageSet {
 	t.Helper()
 	if err := os.WriteFile(filepath.Join(w.dir, "tracing_on"), []byte("0"), 0); err != nil {
@@ -91,7 +91,7 @@ func (w *insertions) stop(t *testing.T) map[uint64]pageSet {
 			pages[ino][p] = true
 		}
 	}
-	if err := lines.Err(); err != nil {
+	if err := errors.Join(lines.Err(), f.Close(), unix.Rmdir(w.dir)); err != nil {
 		t.Fatal(err)
 	}
 	return pages

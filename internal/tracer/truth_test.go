@@ -122,32 +122,6 @@ func (c *coldBox) files(t *testing.T) map[string]int64 {
 	return sizes
 }
 
-// cached asks the kernel which pages of a file of the image are in the page cache.
-func (c *coldBox) cached(t *testing.T, path string, size int64) pageSet {
-	t.Helper()
-	f, err := os.Open(c.lower + path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer func() { _ = f.Close() }()
-	b, err := unix.Mmap(int(f.Fd()), 0, int(size), unix.PROT_READ, unix.MAP_SHARED)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer func() { _ = unix.Munmap(b) }()
-	vec := make([]byte, pagesOf(size))
-	if err := mincore(b, vec); err != nil {
-		t.Fatal(err)
-	}
-	set := make(pageSet)
-	for i, v := range vec {
-		if v&1 != 0 {
-			set[int64(i)] = true
-		}
-	}
-	return set
-}
-
 // warm reads all of the image.
 func (c *coldBox) warm(t *testing.T) {
 	t.Helper()
@@ -217,17 +191,18 @@ func judge(t *testing.T, path string, lower, truth, upper pageSet) {
 	}
 }
 
-// judgeCache holds what the kernel cached of a cold file against what was touched: nothing else, and all of
-// it but for the few pages that a machine may take back at any moment (DAMON, balloons).
-func judgeCache(t *testing.T, path string, truth, cached pageSet) {
+// judgeInserted holds what entered the page cache for a cold file against what was touched: just that.
+func judgeInserted(t *testing.T, path string, truth, inserted pageSet) {
 	t.Helper()
-	for p := range cached {
+	for p := range inserted {
 		if !truth[p] {
-			t.Errorf("%s: page %d is cached and was not touched", path, p)
+			t.Errorf("%s: page %d entered the cache and was not touched", path, p)
 		}
 	}
-	if 4*len(cached) < 3*len(truth) {
-		t.Errorf("%s: %d of %d pages touched are cached", path, len(cached), len(truth))
+	for p := range truth {
+		if !inserted[p] {
+			t.Errorf("%s: page %d was touched and did not enter the cache", path, p)
+		}
 	}
 }
 
@@ -287,10 +262,12 @@ func TestRangesOfCalls(t *testing.T) {
 			if state == "warm" {
 				c.warm(t)
 			}
+			watch := c.watchInsertions(t)
 			r := c.record(t, pivot, args...)
+			inserted := c.touched(t, watch.stop(t), c.files(t))
 			for _, way := range knownWays {
 				if state == "cold" {
-					judgeCache(t, way, truth[way], c.cached(t, "/k/"+way, size))
+					judgeInserted(t, way, truth[way], inserted["/k/"+way])
 				}
 			}
 			judgeCalls(t, r, truth, size)
@@ -334,46 +311,22 @@ const pythonTree = `
 `
 
 // coldPython records a start of the interpreter on a cold image and asks what was read into the cache for
-// it, by path. Machines that take cached pages back while nobody is short of them (DAMON, balloons) make
-// that too little now and then, which shows: the pages were surely read. It is tried again then.
+// it, by path.
 func coldPython(t *testing.T) (c *coldBox, cold tracer.Result, truth map[string]pageSet, argv []string) {
 	t.Helper()
-	const attempts = 5
-	for n := 1; ; n++ {
-		c = newColdBox(t, pythonTree)
-		text, err := os.ReadFile(c.lower + "/exe")
-		if err != nil {
-			t.Fatal(err)
-		}
-		exe := string(bytes.TrimSpace(text))
-		argv = []string{
-			exe, "-S", "-c",
-			"import json, email.message, http.client, decimal, hashlib, ctypes, subprocess; subprocess.run(['" + exe + "', '-S', '-c', 'import bz2'], check=True)",
-		}
-		// What the tests read of the image themselves is in the cache; so it is mounted for this alone.
-		if err := unix.Fadvise(fdOf(t, c.lower+"/exe"), 0, 0, unix.FADV_DONTNEED); err != nil {
-			t.Fatal(err)
-		}
-		cold = c.record(t, pivot, argv...)
-		truth = make(map[string]pageSet)
-		gone := 0
-		for p, size := range c.files(t) {
-			if p == "/exe" {
-				continue
-			}
-			truth[p] = c.cached(t, p, size)
-			lower, _ := bounds(t, cold, p, size)
-			for page := range lower {
-				if !truth[p][page] {
-					gone++
-				}
-			}
-		}
-		if gone == 0 || n == attempts {
-			return c, cold, truth, argv
-		}
-		t.Logf("attempt %d: %d pages that were read are not cached any more", n, gone)
+	c = newColdBox(t, pythonTree)
+	text, err := os.ReadFile(c.lower + "/exe")
+	if err != nil {
+		t.Fatal(err)
 	}
+	exe := string(bytes.TrimSpace(text))
+	argv = []string{
+		exe, "-S", "-c",
+		"import json, email.message, http.client, decimal, hashlib, ctypes, subprocess; subprocess.run(['" + exe + "', '-S', '-c', 'import bz2'], check=True)",
+	}
+	watch := c.watchInsertions(t)
+	cold = c.record(t, pivot, argv...)
+	return c, cold, c.touched(t, watch.stop(t), c.files(t)), argv
 }
 
 // TestRangesOfProgram holds the ranges of a real start, of an interpreter that loads libraries while it
