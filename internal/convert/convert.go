@@ -51,7 +51,7 @@ type Options struct {
 	MergePlatform bool
 	// List is the access list that the prefetch blob is made from; nil: none.
 	List *persist.List
-	// Build says how the image is built; its List and Progress are set by Run.
+	// Build says how the image is built; its List, Progress and WriteEarly are set by Run.
 	Build builder.Options
 	// ChunkDict is a reference to a Nydus image: chunks that it has are not stored again. Its blobs
 	// that the result refers to are brought to the target with it, and listed in its manifest. [DictAuto]: the image that
@@ -132,6 +132,7 @@ func Run(ctx context.Context, o Options) (Summary, error) {
 	if err := checkRef(o); err != nil {
 		return Summary{}, err
 	}
+	o.Build.WriteEarly = target.Kind == remote.KindLayout // it keeps the files, synced
 	src, err := remote.OpenSource(ctx, source, o.SourceRemote)
 	if err != nil {
 		return Summary{}, fmt.Errorf("open source %s: %w", source, err)

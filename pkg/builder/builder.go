@@ -93,6 +93,9 @@ type Options struct {
 	Records bool
 	// TempDir is where the result's files are made, in a directory of their own; empty means os.TempDir.
 	TempDir string
+	// WriteEarly has the kernel write blobs to the disk while they are made, instead of some time later: who syncs
+	// the result's files, to keep them, waits less for it. Without effect on the output.
+	WriteEarly bool
 	// Progress, when set, is told how far the conversion is. It is called by one goroutine
 	// at a time, about once for each megabyte, and must return quickly.
 	Progress func(Event)

@@ -242,7 +242,7 @@ func (c *conversion) assemble(ctx context.Context, cfg sourceConfig) error {
 	if err := c.writeBootstrap(img); err != nil {
 		return fmt.Errorf("bootstrap: %w", err)
 	}
-	collectTree() // the plan of the bootstrap
+	collectTree(final.entries) // the plan of the bootstrap
 	want, chunks := summarize(img), c.chunksToVerify(img)
 	c.progress(Event{Stage: StageVerify})
 	return c.complete(ctx, cfg, want, chunks)
@@ -251,7 +251,7 @@ func (c *conversion) assemble(ctx context.Context, cfg sourceConfig) error {
 // complete verifies what was written, and meanwhile packs the bootstrap; then it writes
 // the documents of the image.
 func (c *conversion) complete(ctx context.Context, cfg sourceConfig, want summary, chunks []blobChunks) error {
-	collectTree()
+	collectTree(want.entries)
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error {
 		if err := c.verifyBootstrap(ctx, want); err != nil {
@@ -400,7 +400,7 @@ func (c *conversion) createBlob(name string, prefetch bool) (*blobFile, error) {
 	if err != nil {
 		return nil, fmt.Errorf("create blob: %w", err)
 	}
-	b := &blobFile{f: f, w: bufio.NewWriterSize(f, blobBuffer), path: f.Name()}
+	b := &blobFile{f: f, w: bufio.NewWriterSize(c.o.writer(f), blobBuffer), path: f.Name()}
 	o := rafs.BlobOptions{
 		Version: c.o.FSVersion, Compressor: c.o.Compressor, Digester: c.o.Digester, ChunkSize: c.o.ChunkSize, BatchSize: c.o.BatchSize,
 	}

@@ -187,16 +187,9 @@ func (c *optimization) verify(ctx context.Context) (err error) {
 	}
 	want := summarize(c.img)
 	c.img = nil // for the garbage collector
-	if _, err := rafs.Check(ctx, f, c.res.Stats.BootstrapBytes, open, rafs.CheckOptions{Workers: c.o.Workers}); err != nil {
-		return err
-	}
-	collectTree()
-	img, err := rafs.Open(f, c.res.Stats.BootstrapBytes)
+	img, err := readBack(ctx, f, c.res.Stats.BootstrapBytes, open, c.o.Workers, want)
 	if err != nil {
 		return err
-	}
-	if got := summarize(img); got != want {
-		return fmt.Errorf("the bootstrap reads back with %d entries (%s), was written with %d (%s)", got.entries, got.sum, want.entries, want.sum)
 	}
 	if c.blob == nil {
 		return nil

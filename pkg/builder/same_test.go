@@ -26,7 +26,7 @@ func TestSameImage(t *testing.T) {
 			o.List, o.NoRecompress = fixtureList(t, entries), true
 			var manifest, boot []byte
 			for _, workers := range []int{1, 1, 2, 7} {
-				o.Workers = workers
+				o.Workers, o.WriteEarly = workers, workers > 1
 				res := convert(t, fixture(t), o) // the manifest names every blob by its digest
 				opt := builder.OptimizeOptions{List: listOf("/bin/tool", "/app/main"), Workers: workers, BatchSize: o.PrefetchBatchSize}
 				out, _ := built(t, res).optimize(t, opt)
