@@ -32,6 +32,9 @@ func (s *Server) read(r *reader, in *fuse.ReadIn, h *fuse.InHeader) bool {
 			r.yield()
 			return s.wait(in, where, n)
 		}
+		if r != nil {
+			r.busy = false
+		}
 		s.c.Table.put(slot, raw(in))
 		s.fetch(slot, *in)
 	}
@@ -131,9 +134,16 @@ func (s *Server) ensure(where []extent) error {
 	}
 }
 
-// data answers with what the cache files have. What is large, or has to come from the disk, is no work for a reader that leads.
+// copying is held by those who answer with data and are no reader, in all servers of the process: it bounds what their copies take to 16 MiB.
+var copying = make(chan struct{}, 32)
+
+// data answers with what the cache files have. A reader that leads lets another lead before it answers with what is large, or has to come from
+// the disk, or while somebody else waits.
 func (s *Server) data(r *reader, in *fuse.ReadIn, where []extent, n int64) {
-	if n > cheapLimit {
+	if r == nil { // thousands may begin at once
+		copying <- struct{}{}
+		defer func() { <-copying }()
+	} else if n > cheapLimit && r.leads && (n > copyLimit || s.ready.pending()) {
 		r.yield()
 	}
 	if n > copyLimit {
@@ -165,7 +175,7 @@ func (s *Server) data(r *reader, in *fuse.ReadIn, where []extent, n int64) {
 	s.send(p)
 }
 
-// cheapLimit is the most that a reader that leads answers by itself, from the page cache.
+// cheapLimit is the most that a reader that leads answers from the page cache before it looks whether somebody else waits.
 const cheapLimit = 16 << 10
 
 func readFull(r *reader, fd int, p []byte, off int64) error {

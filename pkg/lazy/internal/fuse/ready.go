@@ -3,19 +3,33 @@ package fuse
 import (
 	"errors"
 	"os"
+	"runtime"
+	"sync/atomic"
 	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
 )
 
-// readiness waits for a descriptor to be readable without a thread that blocks: those of many mounts would take the runtime's processors from
-// those who answer, until it notices. The descriptor itself stays in blocking mode, which it shares with the holder, whose
-// runtime would wake for every request too. So an epoll instance of our own lies between it and the runtime's.
+// readiness waits for a descriptor to be readable. Who waits long does so without a thread that blocks: those of many mounts would take the runtime's
+// processors from those who answer, until it notices. The descriptor itself stays in blocking mode, which it shares with the holder, whose
+// runtime would wake for every request too. So an epoll instance of our own lies between it and the runtime's. What is watched there tells of
+// one event and is silent until somebody waits again.
+//
+// Who has just answered waits for the next request with its thread, for a moment and if not too many do: the runtime's way costs
+// more than to answer a small read.
 type readiness struct {
 	file *os.File // of the instance
 	conn syscall.RawConn
+	fd   int   // what is waited for
+	most int32 // of threads that wait for a moment
 }
+
+// hotWait is how long a thread waits that has just answered: longer than the pause between two reads of a program that does nothing else.
+const hotWait = 200 * time.Microsecond
+
+// hot counts the threads that do, in all servers of the process. They hold processors of the runtime meanwhile: half of them at most.
+var hot atomic.Int32
 
 // newReadiness takes all descriptors that are needed. What it waits for comes with watch.
 func newReadiness() (*readiness, error) {
@@ -26,7 +40,7 @@ func newReadiness() (*readiness, error) {
 	if err := unix.SetNonblock(ep, true); err != nil { // has the runtime wait for it
 		return nil, errors.Join(os.NewSyscallError("fcntl", err), unix.Close(ep))
 	}
-	r := &readiness{file: os.NewFile(uintptr(ep), "requests")}
+	r := &readiness{file: os.NewFile(uintptr(ep), "requests"), most: int32(runtime.GOMAXPROCS(0) / 2)} //nolint:gosec // processors
 	if r.conn, err = r.file.SyscallConn(); err != nil {
 		return nil, errors.Join(err, r.file.Close())
 	}
@@ -36,17 +50,32 @@ func newReadiness() (*readiness, error) {
 // watch says what is waited for, once. A device of FUSE must be mounted: before that it has nobody wait (fs/fuse/dev.c fuse_dev_poll), and
 // whoever began to is never woken.
 func (r *readiness) watch(fd int) error {
+	r.fd = fd
 	var err error
-	ctlErr := r.conn.Control(func(ep uintptr) {
-		err = unix.EpollCtl(int(ep), unix.EPOLL_CTL_ADD, fd, &unix.EpollEvent{Events: unix.EPOLLIN, Fd: int32(fd)}) //nolint:gosec // a descriptor
-	})
-	return errors.Join(ctlErr, os.NewSyscallError("epoll_ctl", err))
+	ctlErr := r.conn.Control(func(ep uintptr) { err = r.arm(int(ep), unix.EPOLL_CTL_ADD) })
+	return errors.Join(ctlErr, err)
 }
 
-// wait returns when the descriptor may be readable, or has failed; os.ErrDeadlineExceeded after wake. One caller at a time.
-func (r *readiness) wait() error {
+// arm has the instance ep tell of the next event, or of one that is there.
+func (r *readiness) arm(ep, op int) error {
+	return os.NewSyscallError("epoll_ctl", unix.EpollCtl(ep, op, r.fd, &unix.EpollEvent{Events: unix.EPOLLIN | unix.EPOLLONESHOT, Fd: int32(r.fd)})) //nolint:gosec // a descriptor
+}
+
+// wait returns when the descriptor may be readable, or has failed; os.ErrDeadlineExceeded after wake. busy: the caller has just answered a request,
+// and started nothing that needs a processor. One caller at a time.
+func (r *readiness) wait(busy bool) error {
+	if busy && r.hot() {
+		return nil
+	}
 	var err error
+	armed := false
 	readErr := r.conn.Read(func(ep uintptr) bool {
+		if !armed {
+			armed = true
+			if err = r.arm(int(ep), unix.EPOLL_CTL_MOD); err != nil {
+				return true
+			}
+		}
 		var events [1]unix.EpollEvent
 		var n int
 		n, err = unix.EpollWait(int(ep), events[:], 0)
@@ -57,6 +86,24 @@ func (r *readiness) wait() error {
 		return err != nil || n > 0
 	})
 	return errors.Join(readErr, err)
+}
+
+// hot waits with this thread for a moment and reports whether there is an event.
+func (r *readiness) hot() bool {
+	defer hot.Add(-1)
+	if hot.Add(1) > r.most {
+		return r.pending()
+	}
+	return r.poll(hotWait)
+}
+
+// pending reports whether there is an event.
+func (r *readiness) pending() bool { return r.poll(0) }
+
+func (r *readiness) poll(d time.Duration) bool {
+	limit := unix.NsecToTimespec(int64(d))
+	n, err := unix.Ppoll([]unix.PollFd{{Fd: int32(r.fd), Events: unix.POLLIN}}, &limit, nil) //nolint:gosec // a descriptor
+	return err == nil && n > 0
 }
 
 // wake ends every wait.

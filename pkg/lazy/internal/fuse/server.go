@@ -169,6 +169,7 @@ type reader struct {
 	s     *Server
 	n     int // inbox
 	leads bool
+	busy  bool // it has answered the last request
 }
 
 // lead makes r the one that waits.
@@ -193,13 +194,14 @@ func (r *reader) serve() error {
 	s, in := r.s, r.s.c.Table.inbox(r.n)
 	for {
 		r.lead()
-		if err := s.ready.wait(); err != nil || s.stopping.Load() || s.gone.Load() {
+		if err := s.ready.wait(r.busy); err != nil || s.stopping.Load() || s.gone.Load() {
 			if errors.Is(err, os.ErrDeadlineExceeded) {
 				err = nil // Close was called
 			}
 			return err
 		}
 		size, err := unix.Read(s.fd, in)
+		r.busy = err == nil
 		switch {
 		case err == nil:
 			if !r.handle(in[:size]) {

@@ -13,10 +13,14 @@ import (
 )
 
 // copyLimit is the most that an answer copies through memory; what is larger goes through a pipe.
-const copyLimit = 64 << 10
+const copyLimit = 128 << 10
 
-// answers are buffers for them, for all servers of the process.
-var answers = sync.Pool{New: func() any { p := make([]byte, sizeOutHeader+copyLimit); return &p }}
+// answers are buffers for them, for all servers of the process. The header ends where a page does, so that data comes in whole pages.
+var answers = sync.Pool{New: func() any {
+	p := make([]byte, blockSize+copyLimit)
+	p = p[blockSize-sizeOutHeader:]
+	return &p
+}}
 
 // simple answers what takes no data of the blobs, and therefore at once.
 func (s *Server) simple(h *fuse.InHeader, in []byte) {
