@@ -65,10 +65,9 @@ func (o *statusOptions) run(ctx context.Context) error {
 	w := tabwriter.NewWriter(o.out, 0, 0, 2, ' ', 0)
 	fmt.Fprintln(w, "DIR\tIMAGE\tDRIVER\tSTATE\tLOCAL\tFETCHED\tREUSED\tREQUESTS\tMISSES\tWAITS\tWAITED")
 	for _, m := range s.Mounts {
-		requests := m.Stats.Demand.Requests + m.Stats.Prefetch.Requests + m.Stats.Background.Requests
-		fetched := m.Stats.Demand.Bytes + m.Stats.Prefetch.Bytes + m.Stats.Background.Bytes
+		all := m.Stats.Fetched()
 		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%.1f/%.1f MB\t%.1f MB\t%.1f MB\t%d\t%d\t%d\t%s\n", m.Dir, m.Reference, m.Driver, m.State,
-			mb(m.Local), mb(m.Total), mb(fetched), mb(m.Stats.ReusedBytes), requests, m.Stats.Misses, m.Stats.Waits, m.Stats.Waited.Round(time.Millisecond))
+			mb(m.Local), mb(m.Total), mb(all.Bytes), mb(m.Stats.ReusedBytes), all.Requests, m.Stats.Misses, m.Stats.Waits, m.Stats.Waited.Round(time.Millisecond))
 	}
 	if err := w.Flush(); err != nil {
 		return err

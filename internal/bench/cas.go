@@ -211,7 +211,7 @@ func median(d []time.Duration) time.Duration {
 func ms(d time.Duration) float64 { return float64(d.Microseconds()) / 1000 }
 
 func fetched(m lazy.Mount) int64 {
-	return m.Stats.Demand.Bytes + m.Stats.Prefetch.Bytes + m.Stats.Background.Bytes
+	return m.Stats.Fetched().Bytes
 }
 
 // pair makes two images that share 80 % of their files.

@@ -182,6 +182,16 @@ func (d *daemon) ensure(ctx context.Context, st *store.Blob, off, n int64) error
 	return fmt.Errorf("blob %s: no mount has a source of all chunks in %d bytes at %d", st.Name(), n, off)
 }
 
+// touched says that somebody reads what is there of st: what follows may be fetched ahead of him.
+func (d *daemon) touched(st *store.Blob, off, n int64) {
+	if st.Complete() {
+		return
+	}
+	for _, f := range d.fillingsOf(st) {
+		f.fb.Touched(off, n)
+	}
+}
+
 // ensureAny asks one of fillings after the other until all is there: the next one when one has said what it can, or takes long.
 func ensureAny(ctx context.Context, st *store.Blob, fillings []*filling, off, n int64) error {
 	ctx, cancel := context.WithCancel(ctx)

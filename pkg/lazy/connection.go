@@ -32,8 +32,14 @@ type fuseBlob struct {
 // File implements fuse.Blob: the first descriptor, whose reads raise no events of EROFS mounts that have the blob too.
 func (b fuseBlob) File() *os.File { return b.st.File() }
 
-// ReadyRange implements fuse.Blob.
-func (b fuseBlob) ReadyRange(off, n int64) bool { return b.st.ReadyRange(off, n) }
+// ReadyRange implements fuse.Blob. It is asked once for a read of what is ready.
+func (b fuseBlob) ReadyRange(off, n int64) bool {
+	ready := b.st.ReadyRange(off, n)
+	if ready {
+		b.d.touched(b.st, off, n)
+	}
+	return ready
+}
 
 // Ensure implements fuse.Blob.
 func (b fuseBlob) Ensure(ctx context.Context, off, n int64) error {

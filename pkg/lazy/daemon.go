@@ -243,7 +243,7 @@ func (d *daemon) startWatch(own *held) (guarded bool, err error) {
 	if err := d.link.Keep(keptTable, table.File()); err != nil {
 		return false, err
 	}
-	d.watch, err = watch.New(watch.Config{Group: d.group, Table: table, Ensure: d.ensure, Limit: d.o.Limit + limitGrace, Log: d.log})
+	d.watch, err = watch.New(watch.Config{Group: d.group, Table: table, Ensure: d.ensure, Touched: d.touched, Limit: d.o.Limit + limitGrace, Log: d.log})
 	return guarded, err
 }
 

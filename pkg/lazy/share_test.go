@@ -122,7 +122,7 @@ func (b *box) at(dir string) lazy.Mount {
 	return lazy.Mount{}
 }
 
-func fetched(s lazy.Stats) int64 { return s.Demand.Bytes + s.Prefetch.Bytes + s.Background.Bytes }
+func fetched(s lazy.Stats) int64 { return s.Fetched().Bytes }
 
 // Two images share 80 % of their chunks: the second one fetches what it has for itself, however it is read.
 func TestShare(t *testing.T) {

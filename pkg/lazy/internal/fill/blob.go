@@ -37,6 +37,7 @@ type Blob struct {
 	preparing chan struct{} // holds one while somebody reads the table
 	streaming chan struct{} // holds one while a run streams the blob
 	view      atomic.Pointer[view]
+	paced     atomic.Int32 // tracks that somebody may touch, see Touched
 
 	// Guarded by s.mu:
 	sources []*origin
@@ -44,8 +45,8 @@ type Blob struct {
 	queue   []*flight         // demands that nobody has begun, and some that somebody has
 	running int               // workers of demands
 	stream  *stream           // the stream that is reading this blob
-	ahead   int64             // how far a demand's request goes: more for those that follow each other
-	seen    int64             // the end of the last one
+	tracks  []*track          // who reads front to back, the one that came last at the end
+	aheads  int               // requests for them that run and nobody asked for
 	asked   map[int64]int     // requests of demands so far, by the part of the blob file, of crowd bytes, that they began in
 	listed  map[uint64]bool   // uncompressed offsets of chunks that a prefetch table names
 	whole   bool              // this is a prefetch blob: all of it is listed

@@ -150,7 +150,7 @@ func TestBorrowAllKinds(t *testing.T) {
 						if s.Failed != 0 || s.Corrupt != 0 || (s.ReusedChunks == 0) != (share == 0) || (s.ReusedBytes == 0) != (share == 0) {
 							t.Errorf("%s, %v lent: Stats = %+v", what, share, s)
 						}
-						if got := s.Demand.Bytes + s.Prefetch.Bytes + s.Background.Bytes; share == 1 && got != 0 && what == "demand" {
+						if got := s.Fetched().Bytes; share == 1 && got != 0 && what == "demand" {
 							t.Errorf("%s: %d bytes fetched, and all is on the node", what, got)
 						}
 						if share == 0 && asked == 0 {

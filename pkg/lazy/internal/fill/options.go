@@ -65,8 +65,8 @@ type Options struct {
 	// negative: none.
 	Near int64
 	// Ahead is how many stored bytes a demand's request has at least, where chunks that are missing follow or lie before it; 0:
-	// 128 KiB, negative: none. Requests that follow each other in a blob get longer, up to 1 MiB, and those near
-	// others up to 512 KiB: what a start reads lies together.
+	// 128 KiB, negative: none. Requests that follow each other in a blob get longer, up to 1 MiB, and then one is made before a
+	// reader comes to it; those near others get up to 512 KiB: what a start reads lies together.
 	Ahead int64
 	// Backoff is how long is waited before a request is repeated; doubled each time, at most 8 times this; 0: 250 ms.
 	Backoff time.Duration
@@ -109,7 +109,9 @@ type Class uint8
 // The classes, in the order in which they go first.
 const (
 	Demand     Class = iota // a reader waits for it
-	Prefetch                // a start is known to need it
+	Prefetch                // a start is known to need it: the prefetch blob
+	Table                   // a start is known to need some of it: the files of the prefetch table
+	Ahead                   // a reader that reads front to back will come to it
 	Rest                    // by policy
 	numClasses = iota
 )
@@ -121,6 +123,10 @@ func (c Class) String() string {
 		return "demand"
 	case Prefetch:
 		return "prefetch"
+	case Table:
+		return "table"
+	case Ahead:
+		return "read-ahead"
 	case Rest:
 		return "background"
 	default:

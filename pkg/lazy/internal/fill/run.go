@@ -238,7 +238,7 @@ func (r *Run) table() error {
 				units, end = append(units, w.u), max(end, w.u.end())
 			}
 			step = step[n:]
-			g.Go(func() error { return b.persist(ctx, units, Prefetch) })
+			g.Go(func() error { return b.persist(ctx, units, Table) })
 		}
 		step, size = nil, 0
 	}
@@ -248,7 +248,7 @@ func (r *Run) table() error {
 		if b == nil || b.cache.Ready(*c) {
 			continue
 		}
-		v, err := b.prepare(ctx, time.Now().Add(forever), Prefetch)
+		v, err := b.prepare(ctx, time.Now().Add(forever), Table)
 		if err != nil {
 			if ctx.Err() != nil {
 				break

@@ -191,7 +191,7 @@ func TestTable(t *testing.T) {
 			}
 		}
 		s := m.sum()
-		if s.Background.Requests != 0 || s.Prefetch.Requests == 0 || s.Prefetch.Requests > int64(len(table)/2+2*len(m.blobs)) {
+		if s.Background.Requests != 0 || s.Prefetch.Requests != 0 || s.Table.Requests == 0 || s.Table.Requests > int64(len(table)/2+2*len(m.blobs)) {
 			t.Errorf("%s: Stats = %+v for %d chunks", kind, s, len(table))
 		}
 		m.ensureAll()

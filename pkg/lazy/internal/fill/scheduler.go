@@ -125,6 +125,7 @@ func (b *Blob) Ensure(ctx context.Context, off, n int64) error {
 	if lo == hi {
 		return fmt.Errorf("%w: blob %s: [%d, +%d)", ErrRange, b.info.ID, off, n)
 	}
+	b.Touched(off, n)
 	chunks := v.chunks[lo:hi]
 	if !b.missing(chunks) {
 		return nil
@@ -316,12 +317,8 @@ func (b *Blob) around(v *view, f *flight) *window {
 	if f.u.size == 0 || !ok || v.reader != f.u.reader {
 		return w
 	}
-	if next := f.u.off - b.seen; b.ahead > 0 && next >= 0 && next <= b.s.o.Near {
-		b.ahead = min(2*b.ahead, max(maxAhead, b.s.o.Ahead))
-	} else {
-		b.ahead = b.s.o.Ahead
-	}
-	w.ahead = max(b.ahead, b.crowded(f.u.off))
+	t := b.follow(f.u.off)
+	w.ahead = max(t.ahead, b.crowded(f.u.off))
 	for n := v.unitOf(at) + 1; n < v.count(); n++ {
 		if !b.take(w, v.unit(n), true) {
 			break
@@ -332,8 +329,8 @@ func (b *Blob) around(v *view, f *flight) *window {
 			break
 		}
 	}
-	b.seen = w.end
 	slices.SortFunc(w.flights, func(x, y *flight) int { return cmp.Compare(x.u.off, y.u.off) })
+	b.followed(t, v, w)
 	return w
 }
 

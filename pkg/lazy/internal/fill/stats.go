@@ -16,9 +16,11 @@ type Traffic struct {
 
 // Stats is what happened to a blob since it was opened.
 type Stats struct {
-	Demand     Traffic `json:"demand"`
-	Prefetch   Traffic `json:"prefetch"`
-	Background Traffic `json:"background"`
+	Demand     Traffic `json:"demand"`     // a reader waited for it, and what came with it in one request
+	Prefetch   Traffic `json:"prefetch"`   // the prefetch blob, from front to back
+	Table      Traffic `json:"table"`      // the files of the prefetch table
+	ReadAhead  Traffic `json:"read_ahead"` // what follows in a blob that somebody reads front to back
+	Background Traffic `json:"background"` // the rest, by policy
 	// Reused were copied from other caches of this node, not fetched: uncompressed bytes.
 	ReusedChunks int64         `json:"reused_chunks"`
 	ReusedBytes  int64         `json:"reused_bytes"`
@@ -38,9 +40,22 @@ func (s *Stats) of(c Class) *Traffic {
 		return &s.Demand
 	case Prefetch:
 		return &s.Prefetch
+	case Table:
+		return &s.Table
+	case Ahead:
+		return &s.ReadAhead
 	default:
 		return &s.Background
 	}
+}
+
+// Fetched returns what all classes took together.
+func (s *Stats) Fetched() (all Traffic) {
+	for c := range Class(numClasses) {
+		t := s.of(c)
+		all.Requests, all.Bytes, all.Chunks = all.Requests+t.Requests, all.Bytes+t.Bytes, all.Chunks+t.Chunks
+	}
+	return all
 }
 
 // Add adds o to s.

@@ -143,6 +143,9 @@ func (w *Watcher) take(n int) []int {
 func (w *Watcher) dispatch(ctx context.Context, slot int, e event) {
 	l := w.look(e.file)
 	if l.has(e) {
+		if b := l.blob(); b != nil && w.touched != nil {
+			w.touched(b, e.offset, e.count)
+		}
 		l.done()
 		w.ready.Add(1)
 		w.answer(slot, e, nil)

@@ -28,6 +28,8 @@ type Config struct {
 	// fails that read. It is called by many goroutines, at most one per slot of the
 	// table. When ctx ends it returns soon.
 	Ensure func(ctx context.Context, b *store.Blob, offset, length int64) error
+	// Touched, if not nil, is told of reads whose data was ready. It returns at once: others wait meanwhile.
+	Touched func(b *store.Blob, offset, length int64)
 	// Limit is how long a read waits at most, whatever Ensure does: one that is stuck goes on by itself, and its read fails. It keeps
 	// [Watcher.Remove] and the end of [Watcher.Run] waiting. 0: no bound.
 	Limit time.Duration
@@ -49,12 +51,13 @@ type Stats struct {
 // Watcher answers the events of data files. Its methods are safe for concurrent use; Run
 // is called once.
 type Watcher struct {
-	group  *fanotify.Group
-	table  *Table
-	ensure func(ctx context.Context, b *store.Blob, offset, length int64) error
-	log    *zap.Logger
-	most   time.Duration
-	wake   int // an eventfd: there is room again, or Run is to end; -1 when closed
+	group   *fanotify.Group
+	table   *Table
+	ensure  func(ctx context.Context, b *store.Blob, offset, length int64) error
+	touched func(b *store.Blob, offset, length int64) // nil: nobody is told
+	log     *zap.Logger
+	most    time.Duration
+	wake    int // an eventfd: there is room again, or Run is to end; -1 when closed
 
 	mu      sync.RWMutex // guards what follows, and is held while marks change
 	blobs   map[file]*watched
@@ -83,7 +86,7 @@ const share = 4
 // keeps the descriptor numbers that it needs: nothing may be read from the group before
 // New. The caller closes the Watcher.
 func New(c Config) (*Watcher, error) {
-	w := &Watcher{group: c.Group, table: c.Table, ensure: c.Ensure, most: c.Limit, log: c.Log, wake: -1, blobs: map[file]*watched{}, gone: map[file]gone{}, inherited: map[int]inherited{}}
+	w := &Watcher{group: c.Group, table: c.Table, ensure: c.Ensure, touched: c.Touched, most: c.Limit, log: c.Log, wake: -1, blobs: map[file]*watched{}, gone: map[file]gone{}, inherited: map[int]inherited{}}
 	if w.log == nil {
 		w.log = zap.NewNop()
 	}
