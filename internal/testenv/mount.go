@@ -1,21 +1,25 @@
 package testenv
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 
+	"github.com/moby/sys/mountinfo"
 	"golang.org/x/sys/unix"
 )
 
 // MountNamespace runs f on a thread of its own in a mount namespace of its own,
-// whose mounts end with it and reach nobody else. Commands that f starts are in
+// whose mounts end with it and reach nobody else. Images that were mounted before
+// are not in it ([DropImages]). Commands that f starts are in
 // that namespace too; goroutines that it starts are not. f must not call t.Fatal
 // and the like, which work on the test's goroutine only: it returns its error,
 // which fails the test. It needs root.
@@ -36,12 +40,37 @@ func MountNamespace(t testing.TB, f func() error) {
 			if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
 				return fmt.Errorf("make mounts private: %w", err)
 			}
+			if err := DropImages(); err != nil {
+				return err
+			}
 			return f()
 		}()
 	})
 	if err := <-done; err != nil {
 		t.Fatal(err)
 	}
+}
+
+// DropImages detaches the EROFS and FUSE mounts below the directory of temporary files in the mount namespace of this thread, which must be
+// private. They are copies of mounts that other tests unmount, and then wait for their ends.
+func DropImages() error {
+	text, err := os.ReadFile("/proc/thread-self/mountinfo")
+	if err != nil {
+		return err
+	}
+	all, err := mountinfo.GetMountsFromReader(bytes.NewReader(text), nil)
+	if err != nil {
+		return err
+	}
+	temp := strings.TrimSuffix(os.TempDir(), "/") + "/"
+	for _, m := range slices.Backward(all) { // what lies on others first
+		if (m.FSType == "erofs" || strings.HasPrefix(m.FSType, "fuse")) && strings.HasPrefix(m.Mountpoint, temp) {
+			if err := unix.Unmount(m.Mountpoint, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW); err != nil && !errors.Is(err, unix.EINVAL) && !errors.Is(err, unix.ENOENT) {
+				return &os.PathError{Op: "detach", Path: m.Mountpoint, Err: err}
+			}
+		}
+	}
+	return nil
 }
 
 // onOwnThread calls f on a thread that ends with it, and with the thread what it

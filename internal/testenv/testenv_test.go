@@ -2,6 +2,7 @@ package testenv_test
 
 import (
 	"errors"
+	"fmt"
 	"net"
 	"os"
 	"os/exec"
@@ -212,6 +213,12 @@ func TestMountEROFS(t *testing.T) {
 		t.Fatalf("mkfs.erofs: %v\n%s", err, out)
 	}
 	mnt := testenv.MountEROFS(t, image, blob)
+	testenv.MountNamespace(t, func() error { // a copy would outlive the unmount
+		if _, err := os.Stat(filepath.Join(mnt, "file")); !errors.Is(err, os.ErrNotExist) {
+			return fmt.Errorf("a private mount namespace has the mount of the image: %w", err)
+		}
+		return nil
+	})
 	got, err := os.ReadFile(filepath.Join(mnt, "file"))
 	if err != nil || string(got) != want {
 		t.Errorf("read through the mount: %d bytes, %v, want the %d bytes written", len(got), err, len(want))

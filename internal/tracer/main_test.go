@@ -54,6 +54,9 @@ func enterPrivate() error {
 	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
 		return err
 	}
+	if err := testenv.DropImages(); err != nil {
+		return err
+	}
 	return syscall.Exec("/proc/self/exe", os.Args, append(os.Environ(), envPrivate+"=1"))
 }
 

@@ -160,7 +160,7 @@ func TestOverlayFUSE(t *testing.T) {
 		t.Error(err)
 	}
 	const options = "ro,relatime fuse.headstart ro,user_id=0,group_id=0,default_permissions,allow_other,max_read=524288"
-	if got := mountinfo(t, m.Dir); got != options {
+	if got := optionsOf(t, m.Dir); got != options {
 		t.Errorf("mountinfo: %q, want %q", got, options)
 	}
 	if err := unix.Unmount(merged, 0); err != nil {
@@ -170,8 +170,8 @@ func TestOverlayFUSE(t *testing.T) {
 	b.unmount(m.Dir)
 }
 
-// mountinfo returns what the kernel says of the mount at dir: its options, its file system, and the options of that.
-func mountinfo(t testing.TB, dir string) string {
+// optionsOf returns what the kernel says of the mount at dir: its options, its file system, and the options of that.
+func optionsOf(t testing.TB, dir string) string {
 	t.Helper()
 	all, err := os.ReadFile("/proc/self/mountinfo")
 	if err != nil {
