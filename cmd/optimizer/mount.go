@@ -46,8 +46,9 @@ type mountOptions struct {
 	daemonArgs []string
 }
 
-func newMount(g *global) *cobra.Command {
-	o := &mountOptions{global: g}
+func newMount(g *global) *cobra.Command { return (&mountOptions{global: g}).command() }
+
+func (o *mountOptions) command() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "mount IMAGE DIR",
 		Short: "Mount a Nydus image before its data is there",
@@ -68,22 +69,11 @@ It takes root.`,
   optimizer umount /mnt`,
 		Args: atMost(2, "an image and a directory"),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			ref, dir, err := o.arguments(cmd, args)
+			r, dir, err := o.request(cmd, args)
 			if err != nil {
 				return err
 			}
-			if _, err := o.policy.policy(cmd, "cache-"); err != nil {
-				return err
-			}
-			o.daemonArgs = o.policy.args(cmd, "cache-")
-			rate, err := parseSize(o.rate)
-			if err != nil {
-				return usagef(cmd, "--rate: %w", err)
-			}
-			return o.run(cmd.Context(), dir, lazy.Request{
-				Reference: ref, Bootstrap: o.bootstrap, BlobDir: o.blobDir, Platform: o.platform, Remote: o.remote.lazy(),
-				Background: o.background, Share: o.share, Rate: int64(rate), NoPrefetch: o.noPrefetch, ReadAhead: o.kernelReadAhead(cmd.Flags().Changed("read-ahead")), Driver: lazy.Driver(o.driver), //nolint:gosec // parseSize bounds it
-			})
+			return o.run(cmd.Context(), dir, r)
 		},
 	}
 	o.lazy.addFlags(cmd)
@@ -103,6 +93,28 @@ It takes root.`,
 	fl.BoolVar(&o.wait, "wait", false, "return when all is local")
 	fl.StringVarP(&o.output, "output", "o", "text", "what standard output gets: text (nothing) or json")
 	return cmd
+}
+
+// request returns what the daemon is asked for, and where the mount goes.
+func (o *mountOptions) request(cmd *cobra.Command, args []string) (lazy.Request, string, error) {
+	ref, dir, err := o.arguments(cmd, args)
+	if err != nil {
+		return lazy.Request{}, "", err
+	}
+	if _, err := o.policy.policy(cmd, "cache-"); err != nil {
+		return lazy.Request{}, "", err
+	}
+	o.daemonArgs = o.policy.args(cmd, "cache-")
+	rate, err := parseSize(o.rate)
+	if err != nil {
+		return lazy.Request{}, "", usagef(cmd, "--rate: %w", err)
+	}
+	r := lazy.Request{
+		Reference: ref, Bootstrap: o.bootstrap, BlobDir: o.blobDir, Platform: o.platform, Remote: o.remote.lazy(), Background: o.background, Share: o.share,
+		Rate: int64(rate), NoPrefetch: o.noPrefetch, ReadAhead: o.kernelReadAhead(cmd.Flags().Changed("read-ahead")), Driver: lazy.Driver(o.driver), //nolint:gosec // parseSize bounds it
+	}
+	r.Remote.Proxy = o.proxy
+	return r, dir, nil
 }
 
 func (o *mountOptions) arguments(cmd *cobra.Command, args []string) (ref, dir string, err error) {

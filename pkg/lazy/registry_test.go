@@ -2,11 +2,13 @@ package lazy_test
 
 import (
 	"errors"
+	"fmt"
 	"net/http"
 	"net/http/httptest"
 	"net/http/httputil"
 	"net/url"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"sync/atomic"
@@ -113,6 +115,7 @@ func TestRegistry(t *testing.T) {
 	r.Reference, r.Remote.Proxy = "registry.invalid/zoo:nydus", g.URL
 	p := b.mount(b.mountpoint("proxied"), r)
 	compare(t, p.Dir)
+	viaCommand(t, b, g.URL)
 	r.Remote.Proxy = "http://user:secret@127.0.0.1:1"
 	if _, err := b.client.Mount(t.Context(), b.mountpoint("secret"), r); err == nil || strings.Contains(err.Error(), "secret") && !strings.Contains(err.Error(), "password") || strings.Contains(err.Error(), "user:secret") {
 		t.Errorf("Mount(proxy with a password) = %v, want a refusal without it", err)
@@ -121,6 +124,30 @@ func TestRegistry(t *testing.T) {
 	r.Remote.Proxy = g.URL
 	if _, err := b.client.Mount(t.Context(), b.mountpoint("none"), r); err == nil {
 		t.Error("Mount() from a registry that is down succeeded")
+	}
+}
+
+// viaCommand mounts by way of the command, whose --proxy is the only way to the image's host.
+func viaCommand(t *testing.T, b *box, proxy string) {
+	t.Helper()
+	mount := func(proxy, dir string) error {
+		out, err := exec.Command(b.binary, "mount", "--state-dir", b.state, "--run-dir", b.run, "--plain-http", "--retries", "0", "--platform", "linux/amd64",
+			"--background", "none", "--proxy", proxy, "other.invalid/zoo:nydus", dir).CombinedOutput()
+		if err != nil {
+			return fmt.Errorf("optimizer mount: %w\n%s", err, out)
+		}
+		return nil
+	}
+	dir := b.mountpoint("command")
+	if err := mount(proxy, dir); err != nil {
+		t.Error(err)
+	} else {
+		compare(t, dir)
+		b.unmount(dir)
+	}
+	err := mount("http://user:secret@127.0.0.1:1", dir)
+	if err == nil || !strings.Contains(err.Error(), "no user and password") || strings.Contains(err.Error(), "secret") {
+		t.Errorf("optimizer mount --proxy with a password: %v, want a refusal without it", err)
 	}
 }
 
