@@ -100,7 +100,7 @@ func (o *convertOptions) addFlags(cmd *cobra.Command) {
 	f.BoolVar(&o.markPrefetch, "mark-prefetch-blob", false, "set the feature flag of prefetch blobs (Nydus before 2.4 refuses such an image)")
 	f.StringVar(&o.batchSize, "batch-size", "0", "bytes of small chunks that are compressed together, a power of two from 4KiB to 16MiB (nydusd before 2.3 refuses such an image)")
 	f.StringVar(&o.prefetchBatch, "prefetch-batch-size", "0", "the same for the prefetch blob")
-	f.StringVar(&o.chunkDict, "chunk-dict", "", "Nydus image whose chunks are referred to and not stored again; auto: the one that the target names already")
+	f.StringVar(&o.chunkDict, "chunk-dict", "", "Nydus image whose chunks are referred to and not stored again; auto: the one that the target names already, and others kept beside it")
 	f.StringVar(&o.buildCache, "build-cache", "", "reference of the artifact that keeps built layers for later conversions; made if it is missing")
 	f.IntVar(&o.cacheMax, "build-cache-max-records", 200, "layers that the build cache keeps at most")
 	f.BoolVar(&o.ociRef, "oci-ref", false, "leave the data in the source's gzip or tar layers and refer to them; only tables that say where chunks are, and the bootstrap, are made")

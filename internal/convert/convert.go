@@ -55,7 +55,7 @@ type Options struct {
 	Build builder.Options
 	// ChunkDict is a reference to a Nydus image: chunks that it has are not stored again. Its blobs
 	// that the result refers to are brought to the target with it, and listed in its manifest. [DictAuto]: the image that
-	// Target names already; none when there is none, or one that cannot be referred to, which is a warning.
+	// Target names already, where it can be referred to, which else is a warning, and up to three others that are kept with it.
 	ChunkDict string
 	// BuildCache is a reference to the artifact that keeps what layers were built into, for later
 	// conversions: a registry's or a layout's. It is made when it is not there, and believed. BuildCacheMax is the

@@ -2,6 +2,7 @@ package convert_test
 
 import (
 	"bytes"
+	"encoding/json"
 	"errors"
 	"io"
 	"os"
@@ -10,11 +11,15 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
 	"github.com/headstart-oci/headstart/internal/convert"
 	"github.com/headstart-oci/headstart/internal/nydusimage"
 	"github.com/headstart-oci/headstart/internal/testcri"
 	"github.com/headstart-oci/headstart/internal/testcri/critest"
 	"github.com/headstart-oci/headstart/internal/testenv"
+	"github.com/headstart-oci/headstart/pkg/builder"
 	"github.com/headstart-oci/headstart/pkg/rafs"
 	"github.com/headstart-oci/headstart/pkg/remote"
 )
@@ -275,7 +280,7 @@ func TestChunkDict(t *testing.T) {
 	judge(t, o.Target)
 }
 
-// The image that the target names already is the dictionary of the one that replaces it, where it can be.
+// The image that the target names already, and those beside it, are the dictionary of the one that replaces it, where they can be.
 func TestChunkDictAuto(t *testing.T) {
 	testenv.Root(t)
 	r := critest.StartRegistry(t, testcri.RegistryOptions{})
@@ -294,6 +299,13 @@ func TestChunkDictAuto(t *testing.T) {
 				t.Errorf("replaced: %+v, want nothing sent but the prefetch blob and the bootstrap", again)
 			}
 			judge(t, o.Target)
+			// Another name, at which nothing is: the images beside it are the dictionary.
+			o.Target, o.Build.Compressor = target[:strings.LastIndex(target, ":")+1]+"new", rafs.CompressorGzip
+			beside := run(t, o)
+			if beside.DictChunks == 0 || beside.UploadedBytes > beside.Prefetch.Bytes+beside.BootstrapBytes+4096 || len(beside.Warnings) != 0 {
+				t.Errorf("beside: %+v, want nothing sent but the prefetch blob and the bootstrap", beside)
+			}
+			judge(t, o.Target)
 			o.Build.ChunkSize /= 2
 			other := run(t, o)
 			if other.DictBlobs != 0 || len(other.Warnings) != 1 || !strings.Contains(other.Warnings[0], "are not referred to") {
@@ -302,4 +314,55 @@ func TestChunkDictAuto(t *testing.T) {
 			judge(t, o.Target)
 		})
 	}
+}
+
+// An image at the target that contradicts itself is no dictionary, and no reason to fail.
+func TestChunkDictAutoDamage(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	o := options(t, "oci:"+dir+"/out:a")
+	o.ChunkDict = convert.DictAuto
+	first := run(t, o)
+	store := filepath.Join(dir, "out", "blobs", "sha256")
+	data, err := os.ReadFile(filepath.Join(store, first.TargetDigest.Encoded()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var m ocispec.Manifest
+	if err := json.Unmarshal(data, &m); err != nil {
+		t.Fatal(err)
+	}
+	m.Layers[0].Size = 1 // of a blob that has more, as the bootstrap says
+	if data, err = json.Marshal(m); err != nil {
+		t.Fatal(err)
+	}
+	bad := digest.FromBytes(data)
+	index, err := os.ReadFile(filepath.Join(dir, "out", "index.json"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var i ocispec.Index
+	if err := json.Unmarshal(index, &i); err != nil || len(i.Manifests) != 1 {
+		t.Fatalf("index %s: %v", index, err)
+	}
+	i.Manifests[0].Digest, i.Manifests[0].Size = bad, int64(len(data))
+	if index, err = json.Marshal(i); err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(os.WriteFile(filepath.Join(store, bad.Encoded()), data, 0o600), os.WriteFile(filepath.Join(dir, "out", "index.json"), index, 0o600)); err != nil {
+		t.Fatal(err)
+	}
+	again := run(t, o)
+	if again.TargetDigest != first.TargetDigest || again.DictChunks != 0 || len(again.Warnings) != 1 || !strings.Contains(again.Warnings[0], "its bootstrap says") {
+		t.Errorf("Summary = %+v, want the image %s and a warning", again, first.TargetDigest)
+	}
+	// Who names it is told.
+	if err := os.WriteFile(filepath.Join(dir, "out", "index.json"), index, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	o.ChunkDict, o.Target = o.Target, "oci:"+dir+"/other:a"
+	if _, err := convert.Run(t.Context(), o); !errors.Is(err, builder.ErrInvalid) {
+		t.Errorf("Run = %v, want ErrInvalid", err)
+	}
+	empty(t, o.Build.TempDir)
 }

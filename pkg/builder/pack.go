@@ -92,7 +92,9 @@ func writeLayerBootstrap(w io.Writer, img *rafs.Image, own *rafs.Blob, dict *dic
 		all = append(all, rafs.Blob{}) // no chunk is in it
 	}
 	if dict != nil {
-		all = append(all, dict.Image.Blobs...)
+		for i := range dict.blobs {
+			all = append(all, dict.blobs[i].Blob)
+		}
 	}
 	keepUsed(img, all, own != nil)
 	if len(img.Blobs) == 0 {

@@ -42,7 +42,7 @@ func FuzzRecord(f *testing.F) {
 	if err != nil {
 		f.Fatal(err)
 	}
-	d := &dict{Dict: &Dict{Blobs: make([]StoredBlob, 3)}}
+	d := &dict{blobs: make([]StoredBlob, 3)}
 	if _, _, err := decodeRecord(bytes.NewReader(seed), 0, 1, d); err != nil {
 		f.Fatal(err)
 	}

@@ -217,7 +217,7 @@ func (e *recordReader) chunk() rafs.Chunk {
 		}
 	}
 	if blob := e.uint(); blob != 0 {
-		if e.dict == nil || blob > uint64(len(e.dict.Blobs)) {
+		if e.dict == nil || blob > uint64(len(e.dict.blobs)) {
 			e.fail("a chunk of blob %d of a dictionary that has fewer", blob)
 			return c
 		}

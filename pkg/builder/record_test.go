@@ -241,6 +241,42 @@ func TestDict(t *testing.T) {
 	}
 }
 
+// TestDictOfSeveral refers to the blobs of three images: two share a blob, which is listed once, and of what two have the first
+// image's counts. Other chunks, and an image that says something else of a blob, are not referred to.
+func TestDictOfSeveral(t *testing.T) {
+	eachVersion(t, func(t *testing.T, o builder.Options) {
+		a, b, c := string(noise(1, 2*testChunk)), string(noise(2, 2*testChunk)), string(noise(3, 2*testChunk))
+		shared := makeTar(t, reg("a", a))
+		one := convert(t, tars(t, shared), o)
+		two := convert(t, tars(t, shared, makeTar(t, reg("b", b))), o)
+		three := convert(t, tars(t, makeTar(t, reg("other", b+c))), o)
+		o.Dict = dictOf(t, one)
+		o.Dict.More = []*builder.Dict{dictOf(t, two), dictOf(t, three)}
+		src := tars(t, makeTar(t, reg("new/a", a), reg("new/c", c), reg("new/b", b), reg("own", "own")))
+		res := convert(t, src, o)
+		if st := res.Stats; st.DictBlobs != 3 || st.DictChunks != 6 || st.Chunks != 1 {
+			t.Errorf("Stats = %+v, want 6 chunks of 3 blobs, and one stored", st)
+		}
+		together := withBlobs(res, one, two, three)
+		checkOCI(t, &together)
+		plain := o
+		plain.Dict = nil
+		if diff := cmp.Diff(dumpImage(t, convert(t, src, plain)), dumpImage(t, &together)); diff != "" {
+			t.Errorf("the tree differs with a dictionary:\n%s", diff)
+		}
+		for i := range o.Dict.More[0].Image.Blobs {
+			o.Dict.More[0].Image.Blobs[i].UncompressedSize += 4096
+		}
+		if st := convert(t, src, o).Stats; st.DictBlobs != 3 || st.DictChunks != 6 {
+			t.Errorf("with a blob that two images describe: Stats = %+v, want what there was", st)
+		}
+		o.Dict.More[1].Image.ChunkSize /= 2
+		if res, err := builder.Convert(t.Context(), src, o); res != nil || !errors.Is(err, builder.ErrUnsupported) {
+			t.Errorf("Convert = %v, %v, want ErrUnsupported", res, err)
+		}
+	})
+}
+
 // TestDictChunksThatNydusdMisreads: a file has two chunks of the dictionary that lie near each other in its blob, with a few
 // bytes between. The second one is stored again.
 func TestDictChunksThatNydusdMisreads(t *testing.T) {
@@ -285,13 +321,15 @@ func TestDictChunksThatNydusdMisreads(t *testing.T) {
 }
 
 // withBlobs is res with the paths of the blobs that base has stored.
-func withBlobs(res, base *builder.Result) builder.Result {
+func withBlobs(res *builder.Result, bases ...*builder.Result) builder.Result {
 	both := *res
 	both.Blobs = slices.Clone(res.Blobs)
 	for i := range both.Blobs {
-		for _, f := range base.Blobs {
-			if f.Descriptor.Digest == both.Blobs[i].Descriptor.Digest {
-				both.Blobs[i].Path = f.Path
+		for _, base := range bases {
+			for _, f := range base.Blobs {
+				if f.Descriptor.Digest == both.Blobs[i].Descriptor.Digest {
+					both.Blobs[i].Path = f.Path
+				}
 			}
 		}
 	}
@@ -305,7 +343,7 @@ func TestDictErrors(t *testing.T) {
 	for want, change := range map[string]func(o *builder.Options){
 		"chunks of 1048576 bytes":     func(o *builder.Options) { o.ChunkSize = 1 << 16 },
 		"digests blake3":              func(o *builder.Options) { o.Digester = rafs.DigesterSHA256 },
-		"dictionary is RAFS v5":       func(o *builder.Options) { o.Dict.Image.Version = rafs.V5 },
+		"it is RAFS v5":               func(o *builder.Options) { o.Dict.Image.Version = rafs.V5 },
 		"do not belong together":      func(o *builder.Options) { o.Dict.Blobs = nil },
 		"cannot be opened":            func(o *builder.Options) { o.Dict.Blobs[0].Open = nil },
 		"its bootstrap says sha256:x": func(o *builder.Options) { o.Dict.Blobs[0].Blob.ID = "x" },

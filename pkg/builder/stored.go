@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"os"
 	"slices"
 
@@ -44,13 +45,15 @@ func (s *StoredBlob) check() error {
 // Dict is a chunk dictionary: the chunks of an image that is kept where the result is going
 // to be. Chunks that it has are not stored again, but where nydusd would misread them: the result refers to its blobs.
 type Dict struct {
-	// ID names the dictionary, by its manifest's digest perhaps: the blobs of layers depend on it.
+	// ID names the dictionary, by its manifest's digest perhaps: the blobs of layers depend on it. It is to stand for More too.
 	ID string
 	// Image is the dictionary's bootstrap. Its chunk size, version and digester must be the result's;
 	// its compressor may be another.
 	Image *rafs.Image
 	// Blobs has one for each of Image.Blobs, in their order.
 	Blobs []StoredBlob
+	// More are further images. A chunk that several have is taken from the first of them.
+	More []*Dict
 }
 
 // Features of blobs whose chunks do not stand alone; rafs-format.md, 0.3.
@@ -64,7 +67,7 @@ type dictKey struct {
 
 // dict is a dictionary, indexed. Read only.
 type dict struct {
-	*Dict
+	blobs  []StoredBlob           // of all its images, each once
 	chunks map[dictKey]rafs.Chunk // Blob is the number in the conversion
 }
 
@@ -77,39 +80,93 @@ func (d *dict) find(sum rafs.Digest, size int) (rafs.Chunk, bool) {
 	return c, ok
 }
 
+// Check says why d cannot be the dictionary of a conversion with o: ErrInvalid for one that contradicts itself,
+// ErrUnsupported for other chunks or another version.
+func (d *Dict) Check(o Options) error {
+	o, err := o.complete()
+	if err != nil {
+		return err
+	}
+	return d.check(o)
+}
+
+// check is Check for complete options.
+func (d *Dict) check(o Options) error {
+	switch img := d.Image; {
+	case img == nil || len(d.Blobs) != len(img.Blobs):
+		return fmt.Errorf("%w: blobs and bootstrap do not belong together", ErrInvalid)
+	case img.Version.String() != o.FSVersion.String(): // 0 is a version too
+		return fmt.Errorf("%w: it is RAFS v%v, the image is to be v%v", ErrUnsupported, img.Version, o.FSVersion)
+	case img.ChunkSize != o.ChunkSize:
+		return fmt.Errorf("%w: it has chunks of %d bytes, the image is to have %d", ErrUnsupported, img.ChunkSize, o.ChunkSize)
+	case img.Digester != o.Digester:
+		return fmt.Errorf("%w: it has digests %v, the image is to have %v", ErrUnsupported, img.Digester, o.Digester)
+	}
+	for i := range d.Blobs {
+		if d.Image.Blobs[i].Features&dependentBlob != 0 {
+			continue
+		}
+		if err := d.Blobs[i].check(); err != nil {
+			return err
+		}
+	}
+	for _, m := range d.More {
+		if err := m.check(o); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// maxDictBlobs bounds the blobs of a dictionary: a chunk's number of its blob has 16 bits, and layers have some.
+const maxDictBlobs = 1 << 15
+
 // index makes the dictionary ready. first is the conversion's number of its first blob.
 // Of equal chunks the first in the tree's order counts.
 func (d *Dict) index(o Options, first int) (*dict, error) {
 	if d == nil {
 		return nil, nil
 	}
-	switch img := d.Image; {
-	case img == nil || len(d.Blobs) != len(img.Blobs):
-		return nil, fmt.Errorf("%w: chunk dictionary: blobs and bootstrap do not belong together", ErrInvalid)
-	case img.Version.String() != o.FSVersion.String(): // 0 is a version too
-		return nil, fmt.Errorf("%w: chunk dictionary is RAFS v%v, the image is to be v%v", ErrUnsupported, img.Version, o.FSVersion)
-	case img.ChunkSize != o.ChunkSize:
-		return nil, fmt.Errorf("%w: chunk dictionary has chunks of %d bytes, the image is to have %d", ErrUnsupported, img.ChunkSize, o.ChunkSize)
-	case img.Digester != o.Digester:
-		return nil, fmt.Errorf("%w: chunk dictionary has digests %v, the image is to have %v", ErrUnsupported, img.Digester, o.Digester)
+	if err := d.check(o); err != nil {
+		return nil, fmt.Errorf("chunk dictionary: %w", err)
 	}
-	out := &dict{Dict: d, chunks: map[dictKey]rafs.Chunk{}}
-	for i := range d.Blobs {
-		if d.Image.Blobs[i].Features&dependentBlob != 0 {
+	out := &dict{chunks: map[dictKey]rafs.Chunk{}}
+	out.add(d, map[string]int{}, first)
+	if n := len(out.blobs); n > maxDictBlobs || first+n > math.MaxUint16 {
+		return nil, fmt.Errorf("%w: chunk dictionary has %d blobs, at most %d", ErrUnsupported, n, maxDictBlobs)
+	}
+	return out, nil
+}
+
+// add adds the chunks of d. byID has the places of the blobs so far.
+func (d *dict) add(from *Dict, byID map[string]int, first int) {
+	for i := range from.Blobs {
+		b := &from.Image.Blobs[i]
+		n, known := byID[b.ID]
+		switch {
+		case known && d.blobs[n].Blob != *b:
+			continue // two images that say different things of one file
+		case !known:
+			n = len(d.blobs)
+			byID[b.ID] = n
+			stored := from.Blobs[i]
+			stored.Blob = *b
+			d.blobs = append(d.blobs, stored)
+		}
+		if b.Features&dependentBlob != 0 {
 			continue
 		}
-		if err := d.Blobs[i].check(); err != nil {
-			return nil, fmt.Errorf("chunk dictionary: %w", err)
-		}
-		for _, c := range d.Image.BlobChunks(i) {
+		for _, c := range from.Image.BlobChunks(i) {
 			key := dictKey{c.Digest, c.UncompressedSize}
-			if _, ok := out.chunks[key]; !ok && !c.Batch {
-				c.Blob = uint16(first + i) //nolint:gosec // completeLayers and the format bound it
-				out.chunks[key] = c
+			if _, ok := d.chunks[key]; !ok && !c.Batch {
+				c.Blob = uint16(first + n) //nolint:gosec // index bounds it
+				d.chunks[key] = c
 			}
 		}
 	}
-	return out, nil
+	for _, m := range from.More {
+		d.add(m, byID, first)
+	}
 }
 
 // builtBlob is a blob in a file of the conversion, or a stored one.
@@ -198,7 +255,7 @@ func (c *conversion) blobAt(n uint16) *builtBlob {
 		return c.layers[n].blob
 	}
 	i := int(n) - c.prefetchNumber() - 1
-	return &builtBlob{Blob: c.dict.Image.Blobs[i], stored: &c.dict.Blobs[i]}
+	return &builtBlob{Blob: c.dict.blobs[i].Blob, stored: &c.dict.blobs[i]}
 }
 
 // numberBlobs makes the blob table: the blobs that files refer to, those of the layers first,
@@ -207,7 +264,7 @@ func (c *conversion) blobAt(n uint16) *builtBlob {
 func (c *conversion) numberBlobs(ctx context.Context, files []*rafs.Inode, records map[rafs.Digest]rafs.Chunk) ([]rafs.Blob, error) {
 	prefetch, dictBlobs := c.prefetchNumber(), 0
 	if c.dict != nil {
-		dictBlobs = len(c.dict.Blobs)
+		dictBlobs = len(c.dict.blobs)
 	}
 	used := make([]bool, prefetch+1+dictBlobs)
 	pointAt(files, records, uint16(prefetch), used) //nolint:gosec // completeLayers bounds it

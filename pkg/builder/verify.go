@@ -172,8 +172,8 @@ func (c *conversion) blobByID(id string) *builtBlob {
 			return b
 		}
 	}
-	for i := range c.dict.Blobs {
-		if c.dict.Image.Blobs[i].ID == id {
+	for i := range c.dict.blobs {
+		if c.dict.blobs[i].Blob.ID == id {
 			return c.blobAt(uint16(c.prefetchNumber() + 1 + i)) //nolint:gosec // a blob's number
 		}
 	}
