@@ -186,6 +186,16 @@ func (g *Group) Flush(k Kind) error {
 	return nil
 }
 
+// Queued returns how many events are waiting, of a group without PreContent; it takes the longer the more there are, some
+// nanoseconds each, in which none can be added. Source: fs/notify/fanotify/fanotify_user.c fanotify_ioctl; TIOCINQ is FIONREAD.
+func (g *Group) Queued() (int, error) {
+	n, err := unix.IoctlGetInt(g.fd, unix.TIOCINQ)
+	if err != nil {
+		return 0, fmt.Errorf("count fanotify events: %w", err)
+	}
+	return n / MetadataSize, nil
+}
+
 // Read fills events with what is waiting and returns how many there were; it does not
 // block. Every event read opens one descriptor, so len(events) bounds how many are open
 // at once; the caller closes them. A file the kernel could not open is an event with

@@ -65,6 +65,28 @@ func read(t *testing.T, names ...string) {
 	}
 }
 
+func TestQueued(t *testing.T) {
+	g := newGroup(t, fanotify.Options{})
+	dir := watched(t, g, 3)
+	events := make([]fanotify.Event, 2)
+	for _, want := range []int{0, 3, 1} {
+		if n, err := g.Queued(); n != want || err != nil {
+			t.Errorf("Queued() = %d, %v; want %d", n, err, want)
+		}
+		if want == 0 {
+			read(t, filepath.Join(dir, "0"), filepath.Join(dir, "1"), filepath.Join(dir, "2"))
+			continue
+		}
+		n, err := g.Read(events)
+		for i := range events[:n] {
+			err = errors.Join(err, events[i].Close())
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
 func TestGroup(t *testing.T) {
 	g := newGroup(t, fanotify.Options{})
 	dir := watched(t, g, 3)

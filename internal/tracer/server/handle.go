@@ -125,7 +125,7 @@ func (s *session) again(i uint32, fd int, how trace.How, links uint32) {
 	if e.how&trace.Read != 0 || e.state == left {
 		mask |= fanotify.Access
 	}
-	if mask != 0 && s.group.Mark(fanotify.Mark{Kind: fanotify.Inode, Mask: mask, Dir: fd, Ignore: true}) != nil {
+	if mask != 0 && s.current().group.Mark(fanotify.Mark{Kind: fanotify.Inode, Mask: mask, Dir: fd, Ignore: true}) != nil {
 		s.cool = false // before Linux 5.19; events just keep coming
 	}
 }
@@ -147,7 +147,7 @@ func (s *session) first(f file, fd int, raw string, how trace.How, pid int32, st
 	e := entry{ino: f.ino, id: s.nextID, how: how}
 	s.nextID++
 	a := trace.Access{
-		How: how, Size: size(st), Elapsed: s.since(), PID: pid,
+		How: how, Size: size(st), Elapsed: s.now, PID: pid,
 		Command: s.comms.of(pid, how&trace.Executed != 0),
 	}
 	if raw == "" {

@@ -156,7 +156,7 @@ func (s *session) firstLean(ino uint64, fd int, how trace.How, pid int32, st *un
 	l := s.lean
 	i := s.entries.add(entry{ino: ino, id: s.nextID, how: how, state: waiting})
 	n := l.firsts.add(first{
-		ino: ino, size: size(st), at: s.since(), entry: i, pid: pid, comm: s.comms.number(s.comms.of(pid, how&trace.Executed != 0)),
+		ino: ino, size: size(st), at: s.now, entry: i, pid: pid, comm: s.comms.number(s.comms.of(pid, how&trace.Executed != 0)),
 		// Changing a file makes a copy of it, whose change is dated then.
 		settled: time.Unix(st.Ctime.Sec, int64(st.Ctime.Nsec)).Before(s.armed.Add(-settling)),
 	})

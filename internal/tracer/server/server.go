@@ -110,7 +110,7 @@ func arm(c Config, out *output) (*session, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open process %d: %w", c.PID, err)
 	}
-	g, err := fanotify.New(fanotify.Options{})
+	g, err := newGroup()
 	if err != nil {
 		return nil, errors.Join(err, t.close())
 	}

@@ -9,6 +9,7 @@ import (
 	"slices"
 	"time"
 
+	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 
 	"github.com/headstart-oci/headstart/internal/tracer/stream"
@@ -33,7 +34,8 @@ const (
 type session struct {
 	c       Config
 	t       *target
-	group   *fanotify.Group
+	queues  []*queue       // the last one is that of new events
+	closing errgroup.Group // of queues
 	out     *output
 	names   *namer
 	origin  *origin
@@ -47,6 +49,10 @@ type session struct {
 	self    int32
 	armed   time.Time
 	events  []fanotify.Event // the batch being handled
+	busy    func() bool      // reports whether there is no CPU to spare
+	now     time.Duration    // when the event being handled came, after arming
+	owed    bool             // events were held, and not all of them were handled since
+	touched bool             // a file was touched for the first time since this was last asked
 	seed    maphash.Seed
 	known   map[file]uint32 // index into entries
 	entries blocks[entry]
@@ -98,7 +104,7 @@ type pending struct {
 
 func newSession(c Config, t *target, g *fanotify.Group, out *output) *session {
 	s := &session{
-		c: c, t: t, group: g, out: out,
+		c: c, t: t, queues: []*queue{{group: g}}, out: out,
 		names:   newNamer(t),
 		others:  newOutsiders(t),
 		comms:   newComms(t.proc, c.PID),
@@ -111,6 +117,7 @@ func newSession(c Config, t *target, g *fanotify.Group, out *output) *session {
 		known:   make(map[file]uint32),
 		pending: make(map[inode][]pending),
 		cool:    true,
+		busy:    t.busy,
 	}
 	s.origin = newOrigin(t)
 	return s
@@ -148,18 +155,34 @@ func (s *session) loop(ctx context.Context, stdin *os.File) error {
 		if err := s.wait(wake, in); err != nil {
 			return err
 		}
-		before := s.seen
-		if err := s.drain(burst); err != nil {
+		if err := s.look(wake, in); err != nil {
 			return err
-		}
-		n := s.seen - before
-		s.pace.keep(n)
-		if s.reason == "" && n > 0 && n < burst {
-			s.rest(n, wake, in)
 		}
 	}
 	s.pace.end()
 	return s.finish()
+}
+
+// look handles what there is and then lets more gather.
+func (s *session) look(wake, in int) error {
+	before := s.seen
+	s.touched = false
+	empty, err := s.drain(burst)
+	if err != nil {
+		return err
+	}
+	s.owed = s.owed && !empty
+	n := s.seen - before
+	s.pace.keep(n)
+	switch {
+	case s.reason != "" || n == 0:
+	case n >= rush && !s.owed && s.busy():
+		s.owed = true
+		return s.hold(s.touched, wake, in)
+	case n < burst:
+		s.rest(n, wake, in)
+	}
+	return nil
 }
 
 // workNice is the nice value of the thread that handles events while the workload runs: the
@@ -212,7 +235,7 @@ const niceBase = 20
 // A reason found before a drain covers everything that happened before it.
 func (s *session) wait(wake, in int) error {
 	fds := []unix.PollFd{
-		{Fd: pollFD(s.group.FD()), Events: unix.POLLIN},
+		{Fd: pollFD(s.current().group.FD()), Events: unix.POLLIN},
 		{Fd: pollFD(s.t.pidfd), Events: unix.POLLIN},
 		{Fd: pollFD(wake), Events: unix.POLLIN},
 		{Fd: pollFD(in), Events: unix.POLLIN}, // -1 is left out by poll(2)
@@ -291,48 +314,21 @@ func isStream(f *os.File) bool {
 	return err == nil && st.Mode()&(os.ModeNamedPipe|os.ModeSocket) != 0
 }
 
-// drain handles events until the queue is empty or, if limit is not 0, limit were handled.
-func (s *session) drain(limit int) error {
-	for n := 0; limit == 0 || n < limit; {
-		got, err := s.group.Read(s.events)
-		if errors.Is(err, fanotify.ErrEmpty) {
-			return nil
-		}
-		if err != nil {
-			return err
-		}
-		for i := range s.events[:got] {
-			s.handle(&s.events[i])
-			if err := s.events[i].Close(); err != nil {
-				return err
-			}
-		}
-		if s.lean != nil && s.lean.fresh {
-			s.lean.fresh = false
-			s.out.send(stream.Pending{})
-		}
-		if n += got; n >= crowd {
-			s.pace.end()
-		}
-		if s.out.full() {
-			s.out.flush()
-		}
-	}
-	return nil
-}
-
 // finish takes what is still queued and looks for the paths that are missing.
 func (s *session) finish() error {
 	// Without marks the queue is finite, even when others go on using the root.
-	err := errors.Join(s.group.Flush(fanotify.Filesystem), s.group.Flush(fanotify.Mount))
-	if err != nil {
+	g := s.current().group
+	if err := errors.Join(g.Flush(fanotify.Filesystem), g.Flush(fanotify.Mount)); err != nil {
 		return err
 	}
-	if err := s.drain(0); err != nil {
+	if err := s.drainRest(); err != nil {
 		return err
 	}
 	s.out.idle, s.beaten = true, time.Now()
 	s.resolvePending()
+	if s.lean != nil { // what is missing now is looked for in the layers
+		s.t.part(&s.closing)
+	}
 	if s.pages != nil {
 		for _, l := range s.pages.stop() {
 			s.losses.Lose(l)
@@ -397,7 +393,7 @@ func (s *session) release() error {
 		// Else the parent does it, beside other work: it takes the kernel tens of milliseconds.
 		err = s.pages.instance.Disarm()
 	}
-	return errors.Join(err, s.closePages(), s.group.Close(), s.t.leave(), s.t.close())
+	return errors.Join(err, s.closePages(), s.closeQueues(), s.t.leave(), s.t.close())
 }
 
 // end is the last frame.

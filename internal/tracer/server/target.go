@@ -9,6 +9,7 @@ import (
 	"strings"
 
 	"github.com/moby/sys/mountinfo"
+	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 
 	"github.com/headstart-oci/headstart/pkg/fanotify"
@@ -29,6 +30,7 @@ type target struct {
 	view  int  // the same directory without whatever is mounted below it
 	upper int  // the overlay's writable layer, -1 when there is none or it is not visible
 	host  int  // the host's mountinfo: whatever reads it sees the namespace it was opened in
+	load  int  // the host's loadavg, -1 when there is none
 
 	hostDev string            // "major:minor" of the server's own root
 	layers  []layer           // where the image's files come from; none when that is not known
@@ -41,7 +43,7 @@ type target struct {
 // openTarget opens what is needed of process pid while still outside the container. A
 // process id that is reused meanwhile is noticed: the pidfd is opened first and asked last.
 func openTarget(pid int) (*target, error) {
-	t := &target{pid: pid, pidfd: -1, proc: -1, fds: -1, home: -1, ns: -1, root: -1, view: -1, upper: -1, host: -1}
+	t := &target{pid: pid, pidfd: -1, proc: -1, fds: -1, home: -1, ns: -1, root: -1, view: -1, upper: -1, host: -1, load: -1}
 	if err := t.open(); err != nil {
 		return nil, errors.Join(err, t.close())
 	}
@@ -80,6 +82,9 @@ func (t *target) open() (err error) {
 	}
 	if t.fds, err = unix.Openat(t.proc, "self/fd", dir, 0); err != nil {
 		return fmt.Errorf("open own descriptors: %w", err)
+	}
+	if t.load, err = unix.Openat(t.proc, "loadavg", unix.O_RDONLY|unix.O_CLOEXEC, 0); err != nil {
+		t.load = -1
 	}
 	var st unix.Stat_t
 	if err := unix.Stat("/", &st); err != nil {
@@ -241,6 +246,20 @@ func (t *target) ended() bool {
 	return err == nil && n > 0
 }
 
+// part moves the thread back to where it came from and gives up the container's root and namespace by others. Where nothing else
+// holds them any more the kernel takes a while to forget what was touched. Layers stay.
+func (t *target) part(others *errgroup.Group) {
+	if t.home < 0 || unix.Setns(t.home, unix.CLONE_NEWNS) != nil {
+		return // leave tries it again
+	}
+	for _, fd := range []*int{&t.ns, &t.root, &t.view} {
+		if old := *fd; old >= 0 {
+			others.Go(func() error { return unix.Close(old) })
+		}
+		*fd = -1
+	}
+}
+
 // leave gives up everything that would keep the container's namespace or root busy and
 // moves the thread back to where it came from. The pidfd stays.
 func (t *target) leave() error {
@@ -248,7 +267,7 @@ func (t *target) leave() error {
 	if t.home >= 0 {
 		err = unix.Setns(t.home, unix.CLONE_NEWNS)
 	}
-	for _, fd := range []*int{&t.ns, &t.root, &t.view, &t.upper, &t.host} {
+	for _, fd := range []*int{&t.ns, &t.root, &t.view, &t.upper, &t.host, &t.load} {
 		err = errors.Join(err, replace(fd, -1))
 	}
 	return errors.Join(err, closeLayers(t.layers))
@@ -256,7 +275,7 @@ func (t *target) leave() error {
 
 func (t *target) close() error {
 	err := closeLayers(t.layers)
-	for _, fd := range []*int{&t.pidfd, &t.proc, &t.fds, &t.home, &t.ns, &t.root, &t.view, &t.upper, &t.host} {
+	for _, fd := range []*int{&t.pidfd, &t.proc, &t.fds, &t.home, &t.ns, &t.root, &t.view, &t.upper, &t.host, &t.load} {
 		err = errors.Join(err, replace(fd, -1))
 	}
 	return err
