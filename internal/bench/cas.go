@@ -61,7 +61,16 @@ func benchCAS(ctx context.Context, b *bench) error {
 	if err := casLookup(ctx, b); err != nil {
 		return err
 	}
-	for _, part := range []func(context.Context, *casRig) error{casMount, casPair, casLayers, casFlat, casWays, casPages} {
+	return casParts(ctx, b, casMount, casPair, casWays, casPages)
+}
+
+// benchDisk prints what the caches of ten images of one base take.
+func benchDisk(ctx context.Context, b *bench) error {
+	return casParts(ctx, b, casLayers, casFlat, casXFS, casBtrfs)
+}
+
+func casParts(ctx context.Context, b *bench, parts ...func(context.Context, *casRig) error) error {
+	for _, part := range parts {
 		if err := casIn(ctx, b, part); err != nil {
 			return err
 		}
@@ -252,18 +261,13 @@ func casPair(ctx context.Context, r *casRig) error {
 	return nil
 }
 
-// casLayers and casFlat print what ten images of one base take: with the base as a layer of each, and in one layer each, where
-// only a file system that shares blocks could keep the base once.
+// casLayers prints what ten images of one base take where the base is a layer of each.
 func casLayers(ctx context.Context, r *casRig) error {
-	fmt.Fprintf(r.b.out, "\nten images of one base, all read: caches against the unique chunks (want at most 1.02 where the base is a layer)\n")
-	return r.ten(ctx, "the base is a layer of each", func(base, own []casFile) [][]casFile { return [][]casFile{base, own} })
+	fmt.Fprintf(r.b.out, "\nten images of one base, all read: caches against the unique chunks (want at most 1.02)\n")
+	return r.ten(ctx, "the base is a layer of each", func(base, own []casFile) [][]casFile { return [][]casFile{base, own} }, r.disk)
 }
 
-func casFlat(ctx context.Context, r *casRig) error {
-	return r.ten(ctx, "flattened, one layer each (ext4 copies)", func(base, own []casFile) [][]casFile { return [][]casFile{slices.Concat(base, own)} })
-}
-
-func (r *casRig) ten(ctx context.Context, what string, layers func(base, own []casFile) [][]casFile) error {
+func (r *casRig) ten(ctx context.Context, what string, layers func(base, own []casFile) [][]casFile, disk func() (int64, error)) error {
 	base := casContent(0, casFiles, func(int) bool { return true })
 	var images []casImage
 	fetchedAll := int64(0)
@@ -290,7 +294,7 @@ func (r *casRig) ten(ctx context.Context, what string, layers func(base, own []c
 		}
 		fetchedAll += fetched(m)
 	}
-	size, err := r.disk()
+	size, err := disk()
 	if err != nil {
 		return err
 	}
