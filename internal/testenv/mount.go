@@ -200,16 +200,38 @@ func Unmount(dir string) error {
 // unmounted when the test ends. A kernel that has no such file system, or no loop devices, skips the test.
 func MountDisk(t testing.TB, size int64, mkfs ...string) string {
 	t.Helper()
+	return MountImage(t, NewDisk(t, size, mkfs...), "")
+}
+
+// NewDisk makes a file system of size bytes with mkfs, a command with its arguments, in a file, which it returns. mkfs.ext4, which is in every
+// installation, need not be a path.
+func NewDisk(t testing.TB, size int64, mkfs ...string) string {
+	t.Helper()
 	Root(t)
-	disk, dir := filepath.Join(t.TempDir(), "disk"), t.TempDir()
+	if mkfs[0] == "mkfs.ext4" {
+		path, err := exec.LookPath(mkfs[0])
+		if err != nil {
+			Missing(t, "no mkfs.ext4")
+		}
+		mkfs = append([]string{path}, mkfs[1:]...)
+	}
+	disk := filepath.Join(t.TempDir(), "disk")
 	if err := errors.Join(os.WriteFile(disk, nil, 0o600), os.Truncate(disk, size)); err != nil {
 		t.Fatal(err)
 	}
 	if out, err := exec.Command(mkfs[0], append(mkfs[1:], disk)...).CombinedOutput(); err != nil {
 		t.Fatalf("%s: %v\n%s", mkfs, err, out)
 	}
-	if out, err := exec.Command("mount", "-o", "loop", disk, dir).CombinedOutput(); err != nil {
-		Kernel(t, "file systems of "+mkfs[0]+" in loop devices", fmt.Errorf("%w: %s", err, out))
+	return disk
+}
+
+// MountImage mounts the file system in the file image with options, such as "commit=300", and returns where. It is unmounted when the
+// test ends.
+func MountImage(t testing.TB, image, options string) string {
+	t.Helper()
+	dir := t.TempDir()
+	if out, err := exec.Command("mount", "-o", "loop,"+options, image, dir).CombinedOutput(); err != nil {
+		Kernel(t, "the file system of "+image+" in a loop device", fmt.Errorf("%w: %s", err, out))
 	}
 	t.Cleanup(func() {
 		if err := Unmount(dir); err != nil {

@@ -36,10 +36,13 @@ type rig struct {
 	share *share.Share
 	o     share.Options
 	bad   []rafs.Chunk
+	gone  func(name string, forget func() error) error // what the store tells of a cache that goes; nil: forget
 }
 
-func newRig(t *testing.T) *rig {
-	r := &rig{t: t, dir: t.TempDir()}
+func newRig(t *testing.T) *rig { return newRigIn(t, t.TempDir()) }
+
+func newRigIn(t *testing.T, dir string) *rig {
+	r := &rig{t: t, dir: dir}
 	r.open()
 	t.Cleanup(func() { r.close() })
 	return r
@@ -49,7 +52,11 @@ func newRig(t *testing.T) *rig {
 type indexed struct{ r *rig }
 
 func (i indexed) RemoveCache(name string) error {
-	return i.r.index.RemoveCache(context.Background(), name)
+	forget := func() error { return i.r.index.RemoveCache(context.Background(), name) }
+	if i.r.gone != nil {
+		return i.r.gone(name, forget)
+	}
+	return forget()
 }
 
 func (r *rig) open() {

@@ -297,47 +297,12 @@ func TestSyncFails(t *testing.T) {
 	}
 }
 
-// mountFS makes a file system on a file and mounts it. When it cannot be had the test is skipped.
-func mountFS(t *testing.T, image string, options string, mkfs ...string) string {
-	t.Helper()
-	testenv.Root(t)
-	if len(mkfs) > 0 {
-		tool := mkfs[0]
-		if tool == "mkfs.ext4" {
-			path, err := exec.LookPath(tool)
-			if err != nil {
-				testenv.Missing(t, "no %s", tool)
-			}
-			tool = path
-		} else {
-			tool = testenv.Tool(t, tool)
-		}
-		if out, err := exec.Command(tool, append(mkfs[1:], image)...).CombinedOutput(); err != nil {
-			t.Fatalf("%v: %v\n%s", mkfs, err, out)
-		}
-	}
-	dir := t.TempDir()
-	if out, err := exec.Command("mount", "-o", "loop"+options, image, dir).CombinedOutput(); err != nil {
-		testenv.Kernel(t, "loop mounts", errors.New(string(out)))
-	}
-	t.Cleanup(func() { must(t, testenv.Unmount(dir)) })
-	return dir
-}
-
-func newImage(t *testing.T, size int64) string {
-	t.Helper()
-	name := filepath.Join(t.TempDir(), "disk")
-	must(t, os.WriteFile(name, nil, 0o600))
-	must(t, os.Truncate(name, size))
-	return name
-}
-
 // TestPowerCut copies the disk below the file system, where nothing arrives that was not synced (the journal's
 // timer is off and pages are not old enough to be written back), and looks at what a machine would find there
 // after the power was cut.
 func TestPowerCut(t *testing.T) {
-	disk := newImage(t, 64<<20)
-	dir := mountFS(t, disk, ",commit=300", "mkfs.ext4", "-q", "-F")
+	disk := testenv.NewDisk(t, 64<<20, "mkfs.ext4", "-q", "-F")
+	dir := testenv.MountImage(t, disk, "commit=300")
 	b, chunks := numbered(600, 20_000)
 	s, err := Open(filepath.Join(dir, "state"), Options{})
 	must(t, err)
@@ -350,7 +315,7 @@ func TestPowerCut(t *testing.T) {
 		must(t, err)
 		copied := filepath.Join(t.TempDir(), "copy")
 		must(t, os.WriteFile(copied, p, 0o600))
-		cut := mountFS(t, copied, "")
+		cut := testenv.MountImage(t, copied, "")
 		s, err := Open(filepath.Join(cut, "state"), Options{})
 		must(t, err)
 		defer s.Close()
@@ -389,7 +354,7 @@ func TestPowerCut(t *testing.T) {
 
 // TestDiskFull holds that what does not fit fails by itself.
 func TestDiskFull(t *testing.T) {
-	dir := mountFS(t, newImage(t, 16<<20), "", "mkfs.ext4", "-q", "-F", "-m", "0")
+	dir := testenv.MountDisk(t, 16<<20, "mkfs.ext4", "-q", "-F", "-m", "0")
 	s, err := Open(filepath.Join(dir, "state"), Options{})
 	must(t, err)
 	defer s.Close()

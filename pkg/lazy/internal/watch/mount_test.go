@@ -331,11 +331,7 @@ func TestFileSystems(t *testing.T) {
 // TestDiskFull holds that a read for which there is no room fails, that others go on, and that it works when
 // there is room again.
 func TestDiskFull(t *testing.T) {
-	mkfs, err := exec.LookPath("mkfs.ext4")
-	if err != nil {
-		testenv.Missing(t, "no mkfs.ext4")
-	}
-	state := testenv.MountDisk(t, 64<<20, mkfs, "-q", "-F", "-m", "0")
+	state := testenv.MountDisk(t, 64<<20, "mkfs.ext4", "-q", "-F", "-m", "0")
 	needKernel(t, state)
 	group, table := newGroup(t), newTable(t, 0)
 	m := openImage(t, "v6-zstd", state, store.Options{})
