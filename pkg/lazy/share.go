@@ -50,6 +50,8 @@ type sharing struct {
 	feeds chan string   // caches that were closed, to be fed
 	sweep chan struct{} // something was condemned
 	bad   chan badPlace // chunks that are not what they should be
+
+	others others
 }
 
 // badPlace is where a chunk is that is not what it should be.
@@ -109,7 +111,7 @@ func (d *daemon) startSharing(ci *cacheIndex) {
 		return
 	}
 	s := &sharing{index: x, feeds: make(chan string, 1024), sweep: make(chan struct{}, 1), bad: make(chan badPlace, 1024)}
-	s.Share = share.New(share.Options{Store: d.store, Index: x, Scopes: d.scopesOf, Closed: d.keptBack, Bad: s.tellBad, OpenOnly: d.lost, Log: d.log})
+	s.Share = share.New(share.Options{Store: d.store, Index: x, Scopes: d.scopesOf, Closed: d.keptBack, Bad: s.tellBad, Elsewhere: d.askOthers, OpenOnly: d.lost, Log: d.log})
 	if err := ci.use(s); err != nil {
 		d.log.Error("mounts do not share chunks", zap.Error(errors.Join(err, s.Close(), x.Close())))
 		return
@@ -308,6 +310,7 @@ func (d *daemon) tidyShared() {
 	if d.sharing == nil {
 		return
 	}
+	d.sharing.others.tidy()
 	closed, err := d.sharing.Tidy()
 	if err != nil {
 		d.log.Warn("close a cache", zap.Error(err))

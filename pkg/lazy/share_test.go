@@ -47,6 +47,12 @@ func mixed(seed uint64, n, shared int) content {
 // image converts a tree to an image of one layer in a layout, and returns the request that mounts it.
 func (b *box) image(name string, files content, flags ...string) lazy.Request {
 	b.t.Helper()
+	return b.imageAt("oci:"+filepath.Join(b.dir, name)+":v1", files, flags...)
+}
+
+// imageAt is image for any target.
+func (b *box) imageAt(dst string, files content, flags ...string) lazy.Request {
+	b.t.Helper()
 	var buf bytes.Buffer
 	w := tar.NewWriter(&buf)
 	paths := []string{}
@@ -76,7 +82,10 @@ func (b *box) image(name string, files content, flags ...string) lazy.Request {
 	if err != nil {
 		b.t.Fatal(err)
 	}
-	src := filepath.Join(b.dir, name+"-src")
+	src, err := os.MkdirTemp(b.dir, "source-")
+	if err != nil {
+		b.t.Fatal(err)
+	}
 	path, err := ggcrlayout.Write(src, empty.Index)
 	if err == nil {
 		err = path.AppendImage(img)
@@ -84,12 +93,11 @@ func (b *box) image(name string, files content, flags ...string) lazy.Request {
 	if err != nil {
 		b.t.Fatal(err)
 	}
-	dst := "oci:" + filepath.Join(b.dir, name)
-	args := append([]string{"convert", "-q", "oci:" + src, dst + ":v1", "--chunk-size", "64KiB"}, flags...)
+	args := append([]string{"convert", "-q", "oci:" + src, dst, "--chunk-size", "64KiB"}, flags...)
 	if out, err := exec.Command(b.binary, args...).CombinedOutput(); err != nil {
 		b.t.Fatalf("optimizer %q: %v: %s", args, err, out)
 	}
-	return lazy.Request{Reference: dst + ":v1", Platform: "linux/amd64", Background: "none"}
+	return lazy.Request{Reference: dst, Platform: "linux/amd64", Background: "none"}
 }
 
 func must2(c *ggcr.ConfigFile, err error) *ggcr.ConfigFile {

@@ -13,6 +13,8 @@ import (
 type Access struct {
 	// Repository is the registry's host and the repository, "registry.example/app"; empty: the content is on this machine.
 	Repository string
+	// Store is which store of this machine holds it: containerd's socket and namespace, "containerd:/run/containerd/containerd.sock/k8s.io"; empty: files.
+	Store string
 	// Anonymous: no secret of ours was handed out for it so far, whether the registry asked for one or not.
 	Anonymous bool
 }
@@ -32,7 +34,9 @@ func (s registrySource) Access() Access {
 func (s *layoutSource) Access() Access { return Access{Anonymous: true} }
 
 // Access implements [Accessor].
-func (s containerdSource) Access() Access { return Access{Anonymous: true} }
+func (s containerdSource) Access() Access {
+	return Access{Anonymous: true, Store: "containerd:" + s.o.ContainerdAddress + "/" + s.namespace}
+}
 
 // Access implements [Accessor]: what came from where is not known, so it is the registry's. It is not anonymous, even if the registry was
 // never told a secret: what first has may have taken one when somebody pulled it.

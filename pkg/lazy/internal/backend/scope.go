@@ -9,11 +9,11 @@ import (
 // Scopes of what is no registry's secret.
 const (
 	ScopePublic = "public" // share.ScopePublic
-	ScopeLocal  = "local"
+	ScopeLocal  = "local"  // share.ScopeLocal
 )
 
 // Scope names who can read what the blobs have: everybody who reaches the registry ([ScopePublic]), whoever may read this machine's files ([ScopeLocal]), or
-// who has credentials for a repository, "registry.example/app". It is what opening the image took: after [Reopen] nobody knows yet, and it is empty.
+// who has a namespace of containerd ("containerd:/run/containerd/containerd.sock/k8s.io"), or credentials for a repository, "registry.example/app". It is what opening the image took: after [Reopen] nobody knows yet, and it is empty.
 func (b *Blobs) Scope() string {
 	if b.src == nil {
 		return ScopeLocal
@@ -23,6 +23,8 @@ func (b *Blobs) Scope() string {
 		return ""
 	}
 	switch access := a.Access(); {
+	case access.Repository == "" && access.Anonymous && access.Store != "":
+		return strings.ToValidUTF8(access.Store, "?")
 	case access.Repository == "" && access.Anonymous:
 		return ScopeLocal
 	case access.Repository == "":

@@ -27,6 +27,7 @@ func TestNarrow(t *testing.T) {
 		"reopened, a secret":   {&Blobs{reopened: true, src: asked{access: remote.Access{Repository: app}}}, ScopePublic, "", app},
 		"private":              {&Blobs{reopened: true, src: asked{access: remote.Access{Repository: app, Anonymous: true}}}, app, "", app},
 		"local":                {&Blobs{src: asked{access: remote.Access{Anonymous: true}}}, ScopeLocal, ScopeLocal, ScopeLocal},
+		"containerd":           {&Blobs{src: asked{access: remote.Access{Anonymous: true, Store: "containerd:s/n"}}}, "containerd:s/n", "containerd:s/n", "containerd:s/n"},
 		"loose":                {&Blobs{}, ScopeLocal, ScopeLocal, ScopeLocal},
 		"nobody knows":         {&Blobs{src: asked{}}, ScopePublic, "", ""},
 		"does not say":         {&Blobs{src: struct{ remote.Source }{}}, ScopePublic, "", ""},

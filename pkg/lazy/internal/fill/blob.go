@@ -157,8 +157,9 @@ func (b *Blob) Extend(ctx context.Context, chunks []rafs.Chunk) error {
 // Complete reports whether every chunk that an image uses is in the cache.
 func (b *Blob) Complete() bool { return !b.missing(b.view.Load().chunks) }
 
-// prepare returns the view with its units, which for some blobs takes reading a table. It gives up at the deadline.
-func (b *Blob) prepare(ctx context.Context, deadline time.Time, class Class) (*view, error) {
+// prepare returns the view with its units, which for some blobs takes reading a table. It gives up at the deadline, and, with errElsewhere, when the chunks
+// of want, of which there may be none, came from elsewhere meanwhile.
+func (b *Blob) prepare(ctx context.Context, deadline time.Time, class Class, want ...rafs.Chunk) (*view, error) {
 	if v := b.view.Load(); v.reader != nil {
 		return v, nil
 	}
@@ -189,6 +190,9 @@ func (b *Blob) prepare(ctx context.Context, deadline time.Time, class Class) (*v
 				return nil, err
 			}
 			continue
+		}
+		if b.elsewhere(ctx, want, err) {
+			return nil, errElsewhere
 		}
 		if err := b.s.pause(ctx, b, attempt, deadline, err); err != nil {
 			return nil, err

@@ -88,6 +88,11 @@ func (b *Blob) collect(ctx context.Context, want []rafs.Chunk) {
 		return
 	}
 	b.borrower.Borrow(ctx, want)
+	b.count(want)
+}
+
+// count counts those of chunks that are there by now as reused.
+func (b *Blob) count(want []rafs.Chunk) {
 	var chunks, bytes int64
 	for i := range want {
 		if b.cache.Ready(want[i]) {

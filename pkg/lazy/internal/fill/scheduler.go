@@ -149,7 +149,10 @@ func (b *Blob) ensure(ctx context.Context, chunks []rafs.Chunk, until time.Time)
 		return nil
 	}
 	for attempt := 0; ; attempt++ {
-		v, err := b.prepare(ctx, until, Demand)
+		v, err := b.prepare(ctx, until, Demand, chunks...)
+		if errors.Is(err, errElsewhere) {
+			return nil
+		}
 		if err != nil {
 			return err
 		}

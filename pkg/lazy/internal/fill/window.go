@@ -39,6 +39,9 @@ func (b *Blob) fetch(ctx context.Context, w *window) {
 			attempt = -1
 			continue
 		}
+		if b.rescue(ctx, w, err); len(w.flights) == 0 {
+			return
+		}
 		if w.class != Demand {
 			b.end(w, err)
 			return

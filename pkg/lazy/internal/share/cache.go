@@ -191,3 +191,13 @@ func (c *Cache) wrong(chunk *rafs.Chunk, b *store.Blob, offset int64) {
 		c.s.o.Bad(b.Name(), rafs.Chunk{Digest: chunk.Digest, UncompressedOffset: uint64(offset), UncompressedSize: chunk.UncompressedSize}) //nolint:gosec // not below 0
 	}
 }
+
+// Elsewhere implements fill.Asker: other mounts are asked to fetch chunks, from where their images are, and lend them.
+func (c *Cache) Elsewhere(ctx context.Context, chunks []rafs.Chunk) {
+	if c.s.o.Elsewhere == nil || len(chunks) == 0 || !c.borrows() {
+		return
+	}
+	if c.s.o.Elsewhere(ctx, c.Name(), c.claims(), c.digester, chunks) {
+		c.Borrow(ctx, chunks)
+	}
+}

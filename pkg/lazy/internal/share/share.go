@@ -19,6 +19,9 @@ import (
 // ScopePublic is the scope of what a registry gave to somebody it did not know: everybody could have fetched it.
 const ScopePublic = "public"
 
+// ScopeLocal is the scope of what is in files of this machine.
+const ScopeLocal = "local"
+
 // Policy is whose chunks a mount uses.
 type Policy string
 
@@ -57,6 +60,23 @@ func may(claims []Claim, scopes []string) bool {
 	return len(claims) > 0
 }
 
+// MayAsk reports whether the backend of a mount may be asked for what mounts with claims want. By default that is one that answers everybody, or the files
+// of this machine, for images of these: a registry that wants to know who asks is asked for its own image's mounts alone.
+func (c Claim) MayAsk(claims []Claim) bool {
+	if c.Policy == None || c.Scope == "" {
+		return false
+	}
+	for _, o := range claims {
+		switch {
+		case o.Policy == All:
+		case o.Policy == Allowed && (c.Scope == ScopePublic || c.Scope == ScopeLocal && o.Scope == ScopeLocal):
+		default:
+			return false
+		}
+	}
+	return len(claims) > 0
+}
+
 // Options configures [New]. Store and Index are required.
 type Options struct {
 	Store *store.Store
@@ -65,6 +85,9 @@ type Options struct {
 	Scopes func(name string) []string
 	// Closed reports whether a cache lends nothing now, whatever its scopes; nil: none does.
 	Closed func(name string) bool
+	// Elsewhere has others fetch chunks that the sources of the cache called name did not give, for mounts with claims, and reports whether they got any;
+	// nil: nobody does.
+	Elsewhere func(ctx context.Context, name string, claims []Claim, d rafs.Digester, chunks []rafs.Chunk) bool
 	// Bad is told of a chunk of a cache that is not what it should be; nil: nobody. It must not wait for the Share.
 	Bad func(name string, c rafs.Chunk)
 	// OpenOnly leaves alone what no mount has: it may have a mark of a process that is gone.
