@@ -123,20 +123,30 @@ func (d *daemon) hangUp(m *mount, c *connection) error {
 		d.stuck.Store(true)
 	}
 	err = errors.Join(err, d.link.Drop(keptFUSE+m.rec.ID, keptRequests+m.rec.ID))
+	closed := closeAfter(c.server.Ended(), c.close)
 	limit := time.NewTimer(disconnectLimit)
 	defer limit.Stop()
 	select {
-	case <-c.server.Ended():
-		return errors.Join(err, c.close())
+	case closeErr := <-closed:
+		return errors.Join(err, closeErr)
 	case <-limit.C:
 	}
 	go func() {
-		<-c.server.Ended()
-		if err := c.close(); err != nil {
+		if err := <-closed; err != nil {
 			d.log.Warn("close a connection", zap.String("dir", m.rec.Dir), zap.Error(err))
 		}
 	}()
 	return errors.Join(err, fmt.Errorf("the connection of %s does not end yet", m.rec.Dir))
+}
+
+// closeAfter calls end once ended is closed, not before, and gives what it returned.
+func closeAfter(ended <-chan struct{}, end func() error) <-chan error {
+	closed := make(chan error, 1)
+	go func() {
+		<-ended
+		closed <- end()
+	}()
+	return closed
 }
 
 // close closes what the connection has. Its server has ended.

@@ -68,3 +68,25 @@ func TestDriversAgain(t *testing.T) {
 		t.Errorf("drivers() = %v, %v, want what is absent to be so", noEROFS, noFUSE)
 	}
 }
+
+// A device is closed after its server has let go of its number, however long that takes, and once.
+func TestCloseAfter(t *testing.T) {
+	t.Parallel()
+	ended, calls := make(chan struct{}), make(chan struct{}, 2)
+	closed := closeAfter(ended, func() error {
+		calls <- struct{}{}
+		return unix.EBADF
+	})
+	select {
+	case <-calls:
+		t.Error("closed while the server has it")
+	case <-time.After(20 * time.Millisecond):
+	}
+	close(ended)
+	if err := <-closed; !errors.Is(err, unix.EBADF) {
+		t.Errorf("what the end says is %v, want EBADF", err)
+	}
+	if len(calls) != 1 {
+		t.Errorf("closed %d times", len(calls))
+	}
+}
