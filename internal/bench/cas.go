@@ -158,8 +158,11 @@ func (img casImage) check(dir string) error {
 	for _, files := range img.layers {
 		for _, f := range files {
 			p, err := os.ReadFile(filepath.Join(dir, f.name))
-			if err != nil || !bytes.Equal(p, f.bytes()) {
-				return fmt.Errorf("%s: wrong bytes: %w", f.name, err)
+			if err != nil {
+				return err
+			}
+			if !bytes.Equal(p, f.bytes()) {
+				return fmt.Errorf("%s: wrong bytes", f.name)
 			}
 		}
 	}
@@ -403,8 +406,11 @@ func casPages(ctx context.Context, r *casRig) error {
 		pages = append(pages, n)
 	}
 	data, err := filepath.Glob(filepath.Join(r.dir, "state", "blobs", "*", "data"))
-	if err != nil || len(data) != 1 {
-		return fmt.Errorf("%d cache files, want 1: %w", len(data), err)
+	if err != nil {
+		return err
+	}
+	if len(data) != 1 {
+		return fmt.Errorf("%d cache files, want 1", len(data))
 	}
 	below, err := cached(data[0])
 	if err != nil {

@@ -78,6 +78,24 @@ func rows() []row {
 	}
 }
 
+// choose returns the rows of these comma-separated names in the order of [rows], all for none.
+func choose(names string) ([]row, error) {
+	if names == "" {
+		return rows(), nil
+	}
+	want := strings.Split(names, ",")
+	var chosen []row
+	for _, r := range rows() {
+		if i := slices.Index(want, r.name); i >= 0 {
+			chosen, want = append(chosen, r), slices.Delete(want, i, i+1)
+		}
+	}
+	if len(want) > 0 {
+		return nil, fmt.Errorf("no row %q", want[0])
+	}
+	return chosen, nil
+}
+
 func run(ctx context.Context, args []string, stdout, stderr io.Writer) (err error) {
 	fs := flag.NewFlagSet("bench", flag.ContinueOnError)
 	fs.SetOutput(stderr)
@@ -85,6 +103,13 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) (err erro
 	runs := fs.Int("runs", 7, "timed runs of each side")
 	if err := fs.Parse(args); err != nil {
 		return flag.ErrHelp
+	}
+	if *runs < 1 {
+		return fmt.Errorf("-runs %d: want at least 1", *runs)
+	}
+	wanted, err := choose(*want)
+	if err != nil {
+		return err
 	}
 	b := &bench{out: stdout, log: stderr, runs: *runs}
 	if b.dir, err = os.MkdirTemp("", "headstart-bench-"); err != nil {
@@ -98,10 +123,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) (err erro
 		return err
 	}
 	b.machine()
-	for _, r := range rows() {
-		if *want != "" && !slices.Contains(strings.Split(*want, ","), r.name) {
-			continue
-		}
+	for _, r := range wanted {
 		if err := r.run(ctx, b); err != nil {
 			return fmt.Errorf("%s: %w", r.name, err)
 		}

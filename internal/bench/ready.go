@@ -88,8 +88,15 @@ func interval(v []float64) (mean, half float64) {
 	for _, x := range v {
 		sum += (x - mean) * (x - mean)
 	}
-	const normal = 1.96 // two-sided 95 % quantile; the samples are many
-	return mean, normal * math.Sqrt(sum/float64(len(v)-1)/float64(len(v)))
+	return mean, student(float64(len(v)-1)) * math.Sqrt(sum/float64(len(v)-1)/float64(len(v)))
+}
+
+// student returns the two-sided 95 % quantile of Student's distribution of so many degrees of freedom, from the
+// normal one (Abramowitz and Stegun, 26.7.5): within 0.2 % of tables from five on.
+func student(free float64) float64 {
+	const z = 1.959964
+	z3, z5, z7 := math.Pow(z, 3), math.Pow(z, 5), math.Pow(z, 7)
+	return z + (z3+z)/(4*free) + (5*z5+16*z3+3*z)/(96*free*free) + (3*z7+19*z5+17*z3-15*z)/(384*free*free*free)
 }
 
 // readyRun starts one program again and again.

@@ -34,9 +34,9 @@ func benchStart(ctx context.Context, b *bench) (err error) {
 	names := []string{"without the plugin", "with the plugin"}
 	pods := make([]*testcri.Pod, len(sides))
 	for i, o := range sides {
-		env, err := testcri.Start(ctx, o)
-		if err != nil {
-			return fmt.Errorf("%s: %w", names[i], err)
+		env, failure := testcri.Start(ctx, o)
+		if failure != nil {
+			return fmt.Errorf("%s: %w", names[i], failure)
 		}
 		defer func() { err = errors.Join(err, env.Close()) }()
 		if err := env.ImportOCI(ctx, img.Dir, img.Reference); err != nil {
