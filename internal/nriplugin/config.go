@@ -1,6 +1,7 @@
 package nriplugin
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"math"
@@ -147,25 +148,6 @@ func (c *Config) faults() []*keyError {
 	bad := func(key, format string, a ...any) {
 		faults = append(faults, &keyError{key: key, text: fmt.Sprintf(format, a...)})
 	}
-	absolute := func(key, path string) {
-		if !filepath.IsAbs(path) {
-			bad(key, "got %q, want an absolute path", path)
-		} else if strings.ContainsAny(path, "\x00\n") {
-			bad(key, "got %q, which holds a control character", path)
-		}
-	}
-	absolute("persist_dir", c.PersistDir)
-	absolute("server_path", c.ServerPath)
-	absolute("containerd_address", c.ContainerdAddress)
-	if c.HostsDir != "" {
-		absolute("hosts_dir", c.HostsDir)
-	}
-	if c.DockerConfig != "" {
-		absolute("docker_config", c.DockerConfig)
-	}
-	if c.LogFile != "" && c.LogFile != LogFileNone {
-		absolute("log_file", c.LogFile)
-	}
 	if c.ContainerdNamespace == "" {
 		bad("containerd_namespace", "is empty")
 	}
@@ -192,17 +174,35 @@ func (c *Config) faults() []*keyError {
 			bad(fmt.Sprintf("override[%d]", i), "%s", text)
 		}
 	}
-	for _, p := range c.Images {
-		if p == "" {
-			bad("images", "holds an empty pattern")
+	if slices.Contains(c.Images, "") {
+		bad("images", "holds an empty pattern")
+	}
+	if slices.Contains(c.Namespaces, "") {
+		bad("namespaces", "holds an empty pattern")
+	}
+	return slices.Concat(c.pathFaults(), faults, c.Rebuild.faults())
+}
+
+// pathFaults is faults of the keys that are paths.
+func (c *Config) pathFaults() []*keyError {
+	var faults []*keyError
+	for _, k := range []struct{ key, path, fine string }{ // fine without a look: what stands for none, where there may be none
+		{"persist_dir", c.PersistDir, "/"},
+		{"server_path", c.ServerPath, "/"},
+		{"containerd_address", c.ContainerdAddress, "/"},
+		{"hosts_dir", c.HostsDir, ""},
+		{"docker_config", c.DockerConfig, ""},
+		{"log_file", cmp.Or(c.LogFile, LogFileNone), LogFileNone},
+	} {
+		switch {
+		case k.path == k.fine:
+		case !filepath.IsAbs(k.path):
+			faults = append(faults, &keyError{key: k.key, text: fmt.Sprintf("got %q, want an absolute path", k.path)})
+		case strings.ContainsAny(k.path, "\x00\n"):
+			faults = append(faults, &keyError{key: k.key, text: fmt.Sprintf("got %q, which holds a control character", k.path)})
 		}
 	}
-	for _, p := range c.Namespaces {
-		if p == "" {
-			bad("namespaces", "holds an empty pattern")
-		}
-	}
-	return append(faults, c.Rebuild.faults()...)
+	return faults
 }
 
 // checkLimit returns nil for the length of a recording that may be asked for.
