@@ -24,6 +24,7 @@ const (
 const (
 	Built     = "built"
 	NotBuilt  = "failed"
+	Unchanged = "unchanged"  // the image was built for what the run read already
 	NotQueued = "not_queued" // nothing was to be built, or the queue did not take it
 )
 
@@ -62,7 +63,7 @@ func New() *Metrics {
 			Name: "headstart_losses_total", Help: "Losses that lists say of themselves, by reason; one loss may be of many events.",
 		}, []string{"reason"}),
 		rebuilds: prometheus.NewCounterVec(prometheus.CounterOpts{
-			Name: "headstart_rebuilds_total", Help: "Rebuilds of images, by result: built, failed, not_queued.",
+			Name: "headstart_rebuilds_total", Help: "Rebuilds of images, by result: built, failed, unchanged, not_queued.",
 		}, []string{"result"}),
 		events: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: "headstart_events_total", Help: "Kernel events that recordings were made from.",
@@ -89,7 +90,7 @@ func New() *Metrics {
 	for _, v := range []string{Complete, Incomplete, Failed} {
 		m.runs.WithLabelValues(v)
 	}
-	for _, v := range []string{Built, NotBuilt, NotQueued} {
+	for _, v := range []string{Built, NotBuilt, Unchanged, NotQueued} {
 		m.rebuilds.WithLabelValues(v)
 	}
 	return m

@@ -67,11 +67,12 @@ headstart_losses_total{reason="overflow"} 1
 # HELP headstart_lost_events_total Events known to be lost; losses of an unknown number are in headstart_losses_total only.
 # TYPE headstart_lost_events_total counter
 headstart_lost_events_total 9
-# HELP headstart_rebuilds_total Rebuilds of images, by result: built, failed, not_queued.
+# HELP headstart_rebuilds_total Rebuilds of images, by result: built, failed, unchanged, not_queued.
 # TYPE headstart_rebuilds_total counter
 headstart_rebuilds_total{result="built"} 1
 headstart_rebuilds_total{result="failed"} 0
 headstart_rebuilds_total{result="not_queued"} 0
+headstart_rebuilds_total{result="unchanged"} 0
 # HELP headstart_recordings Recordings that go on or are being saved.
 # TYPE headstart_recordings gauge
 headstart_recordings 0

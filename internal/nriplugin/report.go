@@ -137,6 +137,10 @@ func verdict(d rebuild.Decision) string {
 		if d.Result != nil {
 			return string(d.Verdict) + ": " + d.Result.Target
 		}
+	case rebuild.Unchanged:
+		if d.Result != nil {
+			return fmt.Sprintf("%s, but for %.1f %% of it: %s", d.Verdict, 100*d.Lacks, d.Result.Target)
+		}
 	case rebuild.FailedBefore:
 		if d.Failure != nil {
 			return string(d.Verdict) + ": " + oneLine(d.Failure.Error)

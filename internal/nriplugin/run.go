@@ -329,27 +329,29 @@ func (r *run) list(res tracer.Result, image Image) *persist.List {
 
 // queue asks for a rebuild and returns what the log says about it.
 func (r *run) queue(l *persist.List, rec rebuild.Recording, found resolution) string {
-	outcome, queued := r.enqueue(l, rec, found)
-	if !queued && r.settings.backend.Builds != nil {
-		r.plugin.o.Metrics.Rebuild(metrics.NotQueued)
+	outcome, count := r.enqueue(l, rec, found)
+	if count != "" {
+		r.plugin.o.Metrics.Rebuild(count)
 	}
 	return outcome
 }
 
-func (r *run) enqueue(l *persist.List, rec rebuild.Recording, found resolution) (outcome string, queued bool) {
+// enqueue asks for a rebuild and returns what the log says about it, and what is counted, "" for nothing: a job that was queued
+// counts when it ends.
+func (r *run) enqueue(l *persist.List, rec rebuild.Recording, found resolution) (outcome, count string) {
 	b := r.settings.backend
 	switch {
 	case b.Builds == nil:
-		return "off", false
+		return "off", ""
 	case !l.Complete():
-		return "not queued: the list is incomplete", false
+		return "not queued: the list is incomplete", metrics.NotQueued
 	case !slices.ContainsFunc(l.Accesses, func(a trace.Access) bool { return a.How != trace.Runtime }):
 		// Nothing, or what is read of every image: the container was gone before it did anything.
-		return "not queued: the list is empty", false
+		return "not queued: the list is empty", metrics.NotQueued
 	case found.image.Optimized:
-		return "not queued: the image is a Nydus image already", false
+		return "not queued: the image is a Nydus image already", metrics.NotQueued
 	case found.image.Digest == "":
-		return "not queued: the image's digest is not known: " + oneLine(fmt.Sprint(found.err)), false
+		return "not queued: the image's digest is not known: " + oneLine(fmt.Sprint(found.err)), metrics.NotQueued
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), queueLimit)
 	defer cancel()
@@ -362,7 +364,14 @@ func (r *run) enqueue(l *persist.List, rec rebuild.Recording, found resolution) 
 		Overwrite: r.settings.cfg.Overwrite,
 	})
 	if err != nil {
-		return "not queued: " + oneLine(err.Error()), false
+		return "not queued: " + oneLine(err.Error()), metrics.NotQueued
 	}
-	return verdict(d), d.Verdict == rebuild.Queued || d.Verdict == rebuild.Replaced
+	switch d.Verdict {
+	case rebuild.Queued, rebuild.Replaced:
+	case rebuild.Unchanged:
+		count = metrics.Unchanged
+	default:
+		count = metrics.NotQueued
+	}
+	return verdict(d), count
 }

@@ -8,6 +8,7 @@
 //	lists/KEY.list      the job's list (a hard link; the list store may retire its own)
 //	work/               the build's temporary files, the child's log and its error
 //	done/KEY.json       what was built, and where
+//	built/IMAGE.list    the list that an image was built for last
 //	failed/KEY.json     what was given up, with the error's text
 //	lock, state.lock    held during a build; held while the files above change
 //
@@ -88,7 +89,8 @@ type Request struct {
 	ListHash  string // hash of the list's accesses: equal lists are built once
 	Options   Options
 	Recording Recording
-	// Overwrite builds an image again for another list than the one it was built for.
+	// Overwrite builds an image again, for its lists together, when this one names more than 1 % in chunks that the image was not
+	// built for.
 	Overwrite bool
 }
 

@@ -17,6 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/headstart-oci/headstart/internal/atomicfile"
+	"github.com/headstart-oci/headstart/pkg/persist"
 )
 
 // Names under the queue's directory.
@@ -25,6 +26,7 @@ const (
 	dirLists  = "lists"
 	dirWork   = "work"
 	dirDone   = "done"
+	dirBuilt  = "built"
 	dirFailed = "failed"
 	dirTemp   = "tmp"
 	fileLock  = "lock"
@@ -81,7 +83,7 @@ func Open(dir string, o QueueOptions) (*Queue, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open queue: %w", err)
 	}
-	for _, d := range []string{dirJobs, dirLists, dirWork, dirDone, dirFailed, dirTemp} {
+	for _, d := range []string{dirJobs, dirLists, dirWork, dirDone, dirBuilt, dirFailed, dirTemp} {
 		if err := root.Mkdir(d, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
 			return nil, fmt.Errorf("open queue: %w", errors.Join(err, root.Close()))
 		}
@@ -126,6 +128,7 @@ const (
 	AlreadyQueued   Verdict = "not queued: a rebuild of this image is waiting already"
 	AlreadyBuilt    Verdict = "not queued: built from an equal list already"
 	BuiltForAnother Verdict = "not queued: this image was built for another list already (overwrite = true builds it again)"
+	Unchanged       Verdict = "not queued: this image was built for what this run read already"
 	FailedBefore    Verdict = "not queued: the same rebuild failed a short while ago"
 )
 
@@ -134,7 +137,8 @@ type Decision struct {
 	Verdict Verdict
 	Key     string
 	Target  string
-	Result  *Result  // of AlreadyBuilt and BuiltForAnother
+	Result  *Result  // of AlreadyBuilt, BuiltForAnother and Unchanged
+	Lacks   float64  // of Unchanged: the share of the run's chunks that the image was not built for
 	Failure *Failure // of FailedBefore
 }
 
@@ -160,27 +164,29 @@ func (q *Queue) Add(ctx context.Context, r Request) (Decision, error) {
 	if stop, err := q.refuse(&d, image, r.Overwrite); stop || err != nil {
 		return d, err
 	}
-	job := Job{
-		Version: version, Key: d.Key, Created: time.Now().UTC(), Image: r.Image,
-		List: filepath.Join(q.dir, dirLists, d.Key+".list"), ListHash: r.ListHash,
-		Target: target, Options: r.Options, Recording: r.Recording, Overwrite: r.Overwrite,
-	}
 	d.Verdict = Queued
 	old, exists, err := q.readJob(image + ".json")
 	switch {
 	case err != nil:
 		q.setAside(image+".json", err)
-	case exists && (old.Key == job.Key || !r.Overwrite):
+	case exists && (old.Key == d.Key || !r.Overwrite):
 		d.Verdict = AlreadyQueued
 		return d, nil
 	case exists:
 		d.Verdict = Replaced
 	}
-	if err := q.keepList(r.List, d.Key); err != nil {
-		return Decision{}, fmt.Errorf("queue rebuild: %w", err)
+	var union *persist.List
+	if r.Overwrite {
+		base := filepath.Join(dirBuilt, image+".list")
+		if d.Verdict == Replaced {
+			base = filepath.Join(dirLists, old.Key+".list")
+		}
+		if union = q.extend(&d, image, base, &r); d.Verdict == Unchanged || d.Verdict == AlreadyQueued {
+			return d, nil
+		}
 	}
-	if err := q.writeJSON(filepath.Join(dirJobs, image+".json"), &job); err != nil {
-		return Decision{}, fmt.Errorf("queue rebuild: %w", errors.Join(err, q.remove(filepath.Join(dirLists, d.Key+".list"))))
+	if err := q.put(&d, image, union, &r); err != nil {
+		return Decision{}, fmt.Errorf("queue rebuild: %w", err)
 	}
 	// The list of a replaced job stays: its build may be going on. See dropLists.
 	select {
@@ -190,25 +196,37 @@ func (q *Queue) Add(ctx context.Context, r Request) (Decision, error) {
 	return d, nil
 }
 
+// put writes the files of a job that was accepted, whose list is union, or r's where that is nil.
+func (q *Queue) put(d *Decision, image string, union *persist.List, r *Request) error {
+	name := filepath.Join(dirLists, d.Key+".list")
+	job := Job{
+		Version: version, Key: d.Key, Created: time.Now().UTC(), Image: r.Image,
+		List: filepath.Join(q.dir, name), ListHash: r.ListHash,
+		Target: d.Target, Options: r.Options, Recording: r.Recording, Overwrite: r.Overwrite,
+	}
+	if err := q.keepList(r.List, name, union); err != nil {
+		return err
+	}
+	if err := q.writeJSON(filepath.Join(dirJobs, image+".json"), &job); err != nil {
+		return errors.Join(err, q.remove(name))
+	}
+	return nil
+}
+
 // refuse fills d and returns true when the job must not be queued.
 func (q *Queue) refuse(d *Decision, image string, overwrite bool) (bool, error) {
 	if res, ok := q.result(d.Key); ok {
 		d.Verdict, d.Result = AlreadyBuilt, &res
 		return true, nil
 	}
-	done, err := q.names(dirDone)
-	if err != nil {
-		return false, err
-	}
 	if !overwrite {
-		for _, n := range done {
-			if !strings.HasPrefix(n, image+"-") {
-				continue
-			}
-			if res, ok := q.result(strings.TrimSuffix(n, ".json")); ok {
-				d.Verdict, d.Result = BuiltForAnother, &res
-				return true, nil
-			}
+		res, ok, err := q.last(image)
+		if err != nil {
+			return false, err
+		}
+		if ok {
+			d.Verdict, d.Result = BuiltForAnother, &res
+			return true, nil
 		}
 	}
 	var f Failure
@@ -226,6 +244,23 @@ func (q *Queue) refuse(d *Decision, image string, overwrite bool) (bool, error) 
 		return false, fmt.Errorf("%w: %d jobs are waiting", ErrFull, len(jobs))
 	}
 	return false, nil
+}
+
+// last returns the latest result of an image; false when there is none.
+func (q *Queue) last(image string) (last Result, ok bool, err error) {
+	done, err := q.names(dirDone)
+	if err != nil {
+		return Result{}, false, err
+	}
+	for _, n := range done {
+		if !strings.HasPrefix(n, image+"-") {
+			continue
+		}
+		if res, there := q.result(strings.TrimSuffix(n, ".json")); there && (!ok || res.Finished.After(last.Finished)) {
+			last, ok = res, true
+		}
+	}
+	return last, ok, nil
 }
 
 // result returns the result of key, unless it is a layout whose image is gone.
@@ -252,15 +287,25 @@ func layoutOf(target string) (string, bool) {
 	return rest, ok
 }
 
-// keepList makes the queue's own link of a list, or a copy where links do not work.
-func (q *Queue) keepList(path, key string) error {
-	name := filepath.Join(dirLists, key+".list")
+// keepList makes the queue's own link of the list at path, or a copy where links do not work; union is written in its place if there
+// is one.
+func (q *Queue) keepList(path, name string, union *persist.List) error {
 	if err := q.remove(name); err != nil {
 		return err
+	}
+	if union != nil {
+		return atomicfile.Write(q.root, dirTemp, name, 0o600, func(w io.Writer) error {
+			_, err := union.WriteTo(w)
+			return err
+		})
 	}
 	if err := os.Link(path, filepath.Join(q.dir, name)); err == nil {
 		return atomicfile.SyncDir(q.root, dirLists)
 	}
+	return q.copyList(path, name)
+}
+
+func (q *Queue) copyList(path, name string) error {
 	f, err := os.Open(path)
 	if err != nil {
 		return err

@@ -146,11 +146,14 @@ func (q *Queue) settle(ctx context.Context, job Job, buildErr error) (ended bool
 
 // finish removes a job that was built, and tells of it.
 func (q *Queue) finish(ctx context.Context, job Job, res Result) error {
+	if err := q.keepBuilt(&job); !errors.Is(err, fs.ErrNotExist) { // it was finished before
+		q.warn("keep the list of an image", err)
+	}
 	if err := q.drop(ctx, job); err != nil {
 		return err
 	}
 	q.warn("clean queue", q.cleanWork())
-	q.warn("clean queue", q.prune(dirDone, maxDone))
+	q.warn("clean queue", errors.Join(q.prune(dirDone, maxDone), q.prune(dirBuilt, maxDone)))
 	q.warn("clean queue", q.remove(filepath.Join(dirFailed, job.Key+".json")))
 	if q.o.Built != nil {
 		q.o.Built(job, res)
