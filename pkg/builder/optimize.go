@@ -10,6 +10,7 @@ import (
 	"strings"
 
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"golang.org/x/sync/errgroup"
 
 	"github.com/headstart-oci/headstart/pkg/persist"
 	"github.com/headstart-oci/headstart/pkg/rafs"
@@ -193,16 +194,29 @@ func (c *optimization) run(ctx context.Context) error {
 		return fmt.Errorf("bootstrap: %w", err)
 	}
 	c.progress(Event{Stage: StageVerify})
-	if err := c.verify(ctx); err != nil {
-		return fmt.Errorf("verify the result: %w", err)
-	}
-	if c.doc == nil {
+	return c.complete(ctx)
+}
+
+// complete verifies what was written, and meanwhile packs it into documents and a layer, if the source has them.
+func (c *optimization) complete(ctx context.Context) error {
+	want := summarize(c.img)
+	c.img = nil // for the garbage collector
+	g, ctx := errgroup.WithContext(ctx)
+	g.Go(func() error {
+		if err := c.verify(ctx, want); err != nil {
+			return fmt.Errorf("verify the result: %w", err)
+		}
 		return nil
+	})
+	if c.doc != nil {
+		g.Go(func() error {
+			if err := c.describe(ctx); err != nil {
+				return fmt.Errorf("bootstrap layer: %w", err)
+			}
+			return nil
+		})
 	}
-	if err := c.describe(ctx); err != nil {
-		return fmt.Errorf("bootstrap layer: %w", err)
-	}
-	return nil
+	return g.Wait()
 }
 
 // open reads the source's documents and its bootstrap.

@@ -171,9 +171,9 @@ func (c *optimization) writeBootstrap() error {
 	return nil
 }
 
-// verify reads the bootstrap and the prefetch blob back. Chunks that are stored as in the source, where they
+// verify reads the bootstrap and the prefetch blob back; the former must be what want says. Chunks that are stored as in the source, where they
 // were verified, are compared as they are stored.
-func (c *optimization) verify(ctx context.Context) (err error) {
+func (c *optimization) verify(ctx context.Context, want summary) (err error) {
 	f, err := os.Open(c.res.BootstrapPath)
 	if err != nil {
 		return err
@@ -185,8 +185,6 @@ func (c *optimization) verify(ctx context.Context) (err error) {
 		}
 		return os.Open(c.blob.path)
 	}
-	want := summarize(c.img)
-	c.img = nil // for the garbage collector
 	img, err := readBack(ctx, f, c.res.Stats.BootstrapBytes, open, c.o.Workers, want)
 	if err != nil {
 		return err

@@ -151,8 +151,9 @@ func (p *prefetchPlan) writeChunks(ctx context.Context, pool *pool, w *rafs.Blob
 		}
 		return err
 	}
-	// A ring of jobs: each is committed before its slot is used again.
-	ring := make([]*copyJob, pool.workers+1)
+	// A ring of jobs: each is committed before its slot is used again. Chunks take unequal times: behind one that takes long, the
+	// others go on.
+	ring := make([]*copyJob, 2*pool.workers)
 	for i, c := range p.chunks {
 		slot := &ring[i%len(ring)]
 		if *slot == nil {
