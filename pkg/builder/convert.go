@@ -224,7 +224,9 @@ func (c *conversion) assemble(ctx context.Context, cfg sourceConfig) error {
 	for _, f := range final.files {
 		c.res.Stats.FileBytes += int64(f.Size) //nolint:gosec // came from an int64
 	}
-	plan.follow(final.files)
+	if err := plan.follow(ctx, final.files); err != nil {
+		return err
+	}
 	records, err := c.writePrefetch(ctx, plan)
 	if err != nil {
 		return fmt.Errorf("prefetch blob: %w", err)

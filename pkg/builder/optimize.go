@@ -179,7 +179,9 @@ func (c *optimization) run(ctx context.Context) error {
 	c.res.Stats.MissingPaths = plan.missing
 	var files []*rafs.Inode
 	c.eachFile(func(ino *rafs.Inode) { files = append(files, ino) })
-	plan.follow(files)
+	if err := plan.follow(ctx, files); err != nil {
+		return err
+	}
 	records, err := c.writeBlob(ctx, plan)
 	if err != nil {
 		return fmt.Errorf("prefetch blob: %w", err)

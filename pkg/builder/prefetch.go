@@ -13,32 +13,53 @@ import (
 
 // prefetchPlan says what the prefetch blob is to hold. It is pure data.
 type prefetchPlan struct {
-	chunks []rafs.Chunk                  // one per digest, in the order of the list
-	inodes []*rafs.Inode                 // regular files with data, in the order of the list, each once
-	before map[rafs.Digest][]rafs.Digest // of chunks: those that some file has in front of them
+	chunks []rafs.Chunk  // one per digest, in the order of the list
+	inodes []*rafs.Inode // regular files with data, in the order of the list, each once
+	before []uint64      // pairs of indexes of chunks that some file has in a row, the second<<32 | the first; sorted, each once
 	stats  PrefetchStats
 
 	missing []string // the first of the listed paths that are not in the image, at most MaxMissingPaths
 	copies  *copies  // chunks of the blob that are stored as in the source
 }
 
-// follow finds which chunks of the plan follow each other in files.
-func (p *prefetchPlan) follow(files []*rafs.Inode) {
-	planned := make(map[rafs.Digest]struct{}, len(p.chunks))
+// follow finds which chunks of the plan follow each other in files. Its time and memory grow with the chunks of the
+// files, however many different ones a chunk follows.
+func (p *prefetchPlan) follow(ctx context.Context, files []*rafs.Inode) error {
+	planned := make(map[rafs.Digest]uint64, len(p.chunks))
 	for i := range p.chunks {
-		planned[p.chunks[i].Digest] = struct{}{}
+		planned[p.chunks[i].Digest] = uint64(i)
 	}
-	p.before = map[rafs.Digest][]rafs.Digest{}
 	for _, f := range files {
-		for i := 1; i < len(f.Chunks); i++ {
-			first, second := f.Chunks[i-1].Digest, f.Chunks[i].Digest
-			if _, ok := planned[second]; !ok || slices.Contains(p.before[second], first) {
-				continue
-			}
-			if _, ok := planned[first]; ok {
-				p.before[second] = append(p.before[second], first)
-			}
+		if err := ctx.Err(); err != nil {
+			return err
 		}
+		p.before = appendPairs(p.before, f.Chunks, planned)
+	}
+	slices.Sort(p.before)
+	p.before = slices.Clip(slices.Compact(p.before))
+	return nil
+}
+
+// appendPairs appends the pairs of planned chunks that follow each other in list.
+func appendPairs(pairs []uint64, list []rafs.Chunk, planned map[rafs.Digest]uint64) []uint64 {
+	var first uint64
+	ok := false
+	for i := range list {
+		second, found := planned[list[i].Digest]
+		// Holes repeat one pair many times.
+		if pair := second<<32 | first; ok && found && (len(pairs) == 0 || pairs[len(pairs)-1] != pair) {
+			pairs = append(pairs, pair)
+		}
+		first, ok = second, found
+	}
+	return pairs
+}
+
+// ahead calls yield with the index of every chunk that some file has in front of chunk i.
+func (p *prefetchPlan) ahead(i int, yield func(first int)) {
+	n, _ := slices.BinarySearch(p.before, uint64(i)<<32)           //nolint:gosec // an index of chunks
+	for ; n < len(p.before) && p.before[n]>>32 == uint64(i); n++ { //nolint:gosec // an index of chunks
+		yield(int(p.before[n] & (1<<32 - 1)))
 	}
 }
 
@@ -56,6 +77,7 @@ func touched(spans []trace.Range, off, length int64) bool {
 type copyJob struct {
 	ctx   context.Context //nolint:containedctx // a unit of work of one call
 	src   *rafs.BlobReader
+	index int // of the plan's chunks
 	chunk rafs.Chunk
 	best  bool // compress anew
 
@@ -165,7 +187,7 @@ func (p *prefetchPlan) writeChunks(ctx context.Context, pool *pool, w *rafs.Blob
 		if err != nil {
 			return nil, err
 		}
-		(*slot).src, (*slot).chunk = src, c
+		(*slot).src, (*slot).index, (*slot).chunk = src, i, c
 		select {
 		case pool.jobs <- *slot:
 		case <-ctx.Done():
@@ -195,11 +217,11 @@ func (p *prefetchPlan) commit(ctx context.Context, j *copyJob, w *rafs.BlobWrite
 		return fmt.Errorf("copy chunk %x: %w", j.chunk.Digest[:8], j.err)
 	}
 	var before []rafs.Chunk
-	for _, d := range p.before[j.chunk.Digest] {
-		if rec, ok := records[d]; ok {
+	p.ahead(j.index, func(first int) {
+		if rec, ok := records[p.chunks[first].Digest]; ok {
 			before = append(before, rec)
 		}
-	}
+	})
 	rec, err := w.AppendAfter(before, j.out)
 	if err != nil {
 		return fmt.Errorf("write blob: %w", err)
