@@ -198,17 +198,25 @@ func testSameImageTwice(t *testing.T, b *box) {
 	}
 }
 
-// Fifty at once, of five images.
+// Fifty at once, of five images; behind FUSE v5 ones are among them.
 func TestMany(t *testing.T) {
-	b := newBox(t)
+	for _, driver := range []lazy.Driver{lazy.DriverEROFS, lazy.DriverFUSE} {
+		t.Run(string(driver), func(t *testing.T) { testMany(t, newBoxOf(t, driver)) })
+	}
+}
+
+func testMany(t *testing.T, b *box) {
 	requests := []lazy.Request{layout(t), loose(t, "v6-zstd"), loose(t, "v6-lz4_block"), loose(t, "v6-zstd-batch"), loose(t, "v6-zstd-sha256-64k")}
+	if b.driver == lazy.DriverFUSE {
+		requests[1], requests[2] = loose(t, "v5-zstd"), loose(t, "v5-lz4-sha256")
+	}
 	var g errgroup.Group
 	const n = 50
 	dirs := make([]string, n)
 	for i := range n {
 		dirs[i] = b.mountpoint(fmt.Sprintf("mnt-%d", i))
 		g.Go(func() error {
-			_, err := b.client.Mount(t.Context(), dirs[i], requests[i%len(requests)])
+			_, err := b.client.Mount(t.Context(), dirs[i], b.of(requests[i%len(requests)]))
 			return err
 		})
 	}

@@ -149,6 +149,7 @@ func TestShare(t *testing.T) {
 		"sha256":     {background: "none", flags: []string{"--digester", "sha256"}},
 		"closed":     {background: "none", restart: true},
 		"fuse":       {background: "none", driver: lazy.DriverFUSE},
+		"v5":         {background: "none", driver: lazy.DriverFUSE, flags: []string{"--fs-version", "5"}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()

@@ -27,10 +27,10 @@ func kill(t *testing.T, pid int) {
 
 // killUnderLoad reads the image by 8 processes over a link that is slow enough for it to take a while, and kills daemon or holder at random
 // moments meanwhile. No reader sees a wrong byte or an error, and none hangs.
-func killUnderLoad(t *testing.T, img *images, kills int) (done int) {
+func killUnderLoad(t *testing.T, driver string, img *images, kills int) (done int) {
 	t.Helper()
 	ref, _ := inRegistry(t, img, img.ours(t, "plain"), linksim.Profile{RTT: 2 * time.Millisecond, BitsPerSecond: 200e6})
-	r := newRig(t)
+	r := newRigOf(t, driver)
 	dir := r.mount(t, "--background", "none", "--plain-http", ref)
 	type end struct {
 		sums map[string]string
@@ -85,11 +85,13 @@ func TestKill(t *testing.T) {
 		t.Skip("reads for a while")
 	}
 	img := newImages(t)
-	if done := killUnderLoad(t, img, 6); done == 0 {
-		t.Error("the readers were faster than the first kill: nothing was shown")
-	} else {
-		t.Logf("%d kills", done)
-	}
+	eachDriver(t, func(t *testing.T, driver string) {
+		if done := killUnderLoad(t, driver, img, 6); done == 0 {
+			t.Error("the readers were faster than the first kill: nothing was shown")
+		} else {
+			t.Logf("%d kills", done)
+		}
+	})
 }
 
 // TestSoakKill does it for as long as SOAK says, and a hundred times at least.
@@ -99,14 +101,16 @@ func TestSoakKill(t *testing.T) {
 		t.Skip("SOAK is not set to a duration")
 	}
 	img := newImages(t)
-	began, done := time.Now(), 0
-	for round := 0; done < 100 || time.Since(began) < limit; round++ {
-		t.Run(fmt.Sprint(round), func(t *testing.T) { done += killUnderLoad(t, img, 25) })
-		if t.Failed() {
-			break
+	eachDriver(t, func(t *testing.T, driver string) {
+		began, done := time.Now(), 0
+		for round := 0; done < 100 || time.Since(began) < limit; round++ {
+			t.Run(fmt.Sprint(round), func(t *testing.T) { done += killUnderLoad(t, driver, img, 25) })
+			if t.Failed() {
+				break
+			}
 		}
-	}
-	t.Logf("%d kills", done)
+		t.Logf("%d kills", done)
+	})
 }
 
 // TestBackendDown breaks the link to the registry under readers: they wait, and go on when it is back, with nothing mounted

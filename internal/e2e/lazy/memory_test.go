@@ -19,7 +19,7 @@ func TestSoakMemory(t *testing.T) {
 	if os.Getenv("SOAK") == "" {
 		t.Skip("SOAK is not set")
 	}
-	servesInLittle(t, 1_000_000_000, 4, 20)
+	eachDriver(t, func(t *testing.T, driver string) { servesInLittle(t, driver, 1_000_000_000, 4, 20) })
 }
 
 // TestMemory is the same with 20 mounts of small images.
@@ -27,10 +27,10 @@ func TestMemory(t *testing.T) {
 	if testing.Short() {
 		t.Skip("reads for a while")
 	}
-	servesInLittle(t, 20_000_000, 2, 20)
+	eachDriver(t, func(t *testing.T, driver string) { servesInLittle(t, driver, 20_000_000, 2, 20) })
 }
 
-func servesInLittle(t *testing.T, size int64, images, mounts int) {
+func servesInLittle(t *testing.T, driver string, size int64, images, mounts int) {
 	testenv.Root(t)
 	source, root := large(t, size, 100, 5_000, 20_000, 50_000, 175_000)
 	want := sums(t, root)
@@ -41,7 +41,7 @@ func servesInLittle(t *testing.T, size int64, images, mounts int) {
 		run(t, testenv.Binary(t, "optimizer"), "convert", "--quiet", "--chunk-size", fmt.Sprintf("%dKiB", 64<<i), "oci:"+source, ref)
 		refs = append(refs, ref)
 	}
-	r := newRig(t)
+	r := newRigOf(t, driver)
 	var dirs []string
 	for i := range mounts {
 		dirs = append(dirs, r.mount(t, "--background", "idle", refs[i%images]))

@@ -52,6 +52,7 @@ type status struct {
 // rig is a state directory and a run directory, with the daemon that the command starts for them.
 type rig struct {
 	optimizer  string
+	driver     string // of its mounts; empty: what mount takes by itself
 	state, run string
 	dirs       []string // where something was mounted
 }
@@ -87,6 +88,21 @@ func newRig(t *testing.T) *rig {
 		}
 	})
 	return r
+}
+
+// newRigOf is newRig for mounts of one driver.
+func newRigOf(t *testing.T, driver string) *rig {
+	t.Helper()
+	r := newRig(t)
+	r.driver = driver
+	return r
+}
+
+// eachDriver runs a test once for each driver.
+func eachDriver(t *testing.T, f func(t *testing.T, driver string)) {
+	for _, driver := range []string{"erofs", "fuse"} {
+		t.Run(driver, func(t *testing.T) { f(t, driver) })
+	}
 }
 
 // end kills a daemon and its holder. Each would start the other again: both are stopped first.
@@ -136,6 +152,9 @@ func (r *rig) command(verb string, args ...string) ([]byte, error) {
 func (r *rig) mount(t *testing.T, args ...string) string {
 	t.Helper()
 	dir := t.TempDir()
+	if r.driver != "" {
+		args = append([]string{"--driver", r.driver}, args...)
+	}
 	_, err := r.command("mount", append(args, dir)...)
 	if err != nil && strings.Contains(err.Error(), "not supported by this kernel") {
 		testenv.Kernel(t, "file-backed EROFS and pre-content events (Linux 6.14)", err)

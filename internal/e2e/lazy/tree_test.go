@@ -86,20 +86,23 @@ func TestWholeTree(t *testing.T) {
 	list := filepath.Join(t.TempDir(), "list")
 	must(t, os.WriteFile(list, []byte(strings.Join(sorted(img.want)[:2000], "\n")+"\n"), 0o600))
 	for _, c := range []struct {
-		name string
-		args []string
+		name   string
+		args   []string
+		driver string
 	}{
-		{"ours", []string{img.ours(t, "plain")}},
-		{"optimized", []string{img.ours(t, "fast", "--chunk-size", "64KiB", "--profile", list)}},
-		{"nydus-image", img.theirs(t)},
+		{"ours", []string{img.ours(t, "plain")}, ""},
+		{"ours, FUSE", []string{img.ours(t, "plain")}, "fuse"},
+		{"ours, v5, FUSE", []string{img.ours(t, "old", "--fs-version", "5")}, "fuse"},
+		{"optimized", []string{img.ours(t, "fast", "--chunk-size", "64KiB", "--profile", list)}, ""},
+		{"nydus-image", img.theirs(t), ""},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			for _, n := range []struct{ readers, part int }{{1, 1}, {8, 2}, {64, 16}} {
-				if testing.Short() && n.readers != 8 {
+				if testing.Short() && (n.readers != 8 || c.name == "ours, v5, FUSE") {
 					continue
 				}
 				t.Run(fmt.Sprint(n.readers), func(t *testing.T) {
-					r := newRig(t)
+					r := newRigOf(t, c.driver)
 					dir := r.mount(t, append([]string{"--background", "none"}, c.args...)...)
 					readAll(t, dir, img.want, n.readers, n.part)
 					s, err := r.status()
