@@ -79,7 +79,11 @@ func (d *daemon) newFUSE(m *mount, tree *rafs.Image) (_ *fuse.Detached, err erro
 
 // connect gives m a connection, which owns dev and table. On an error they stay the caller's.
 func (d *daemon) connect(m *mount, tree *rafs.Image, dev *os.File, table *fuse.Table) (*connection, error) {
-	config := fuse.Config{Device: dev, Table: table, Tree: fuse.NewTree(tree), Limit: d.o.Limit + limitGrace, Log: d.log}
+	files, err := d.trees.get(m.rec.Bootstrap, tree)
+	if err != nil {
+		return nil, err
+	}
+	config := fuse.Config{Device: dev, Table: table, Tree: files, Limit: d.o.Limit + limitGrace, Log: d.log}
 	for _, u := range m.uses {
 		config.Blobs = append(config.Blobs, fuseBlob{d, u.b.st})
 	}

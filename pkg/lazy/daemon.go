@@ -105,6 +105,7 @@ type daemon struct {
 	bootstraps map[string]int // users by digest
 
 	keeper *keeper // of the cache
+	trees  trees   // of FUSE mounts
 
 	stuck      atomic.Bool // some mount is
 	calls      sync.WaitGroup

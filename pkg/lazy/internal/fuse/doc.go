@@ -12,7 +12,8 @@
 //	table, err := fuse.NewTable()
 //	… keep dev and table.File() somewhere that outlives this process …
 //	d, err := fuse.New(dev, fuse.Options{Source: "registry.example/app:v1"})
-//	s, err := fuse.NewServer(fuse.Config{Device: dev, Table: table, Tree: fuse.NewTree(img), Blobs: blobs})
+//	tree, err := fuse.NewTree(img)
+//	s, err := fuse.NewServer(fuse.Config{Device: dev, Table: table, Tree: tree, Blobs: blobs})
 //	go s.Run()
 //	err = d.Identify()
 //	… attach d.File() somewhere …

@@ -77,7 +77,11 @@ func newFake(t testing.TB, fd int) *Server {
 	if err != nil {
 		t.Fatal(err)
 	}
-	s, err := NewServer(Config{Device: os.NewFile(uintptr(fd), "device"), Table: table, Tree: NewTree(fakeImage()), Blobs: []Blob{&fakeBlob{cache, 1 << 20}}})
+	tree, err := NewTree(fakeImage())
+	if err != nil {
+		t.Fatal(err)
+	}
+	s, err := NewServer(Config{Device: os.NewFile(uintptr(fd), "device"), Table: table, Tree: tree, Blobs: []Blob{&fakeBlob{cache, 1 << 20}}})
 	if err != nil {
 		t.Fatal(err)
 	}

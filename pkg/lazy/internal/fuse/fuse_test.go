@@ -143,7 +143,9 @@ func openImage(t testing.TB, variant string) *rig {
 		}
 		r.blobs = append(r.blobs, &blob{file: c, reader: reader, chunks: r.img.BlobChunks(n), ready: map[uint64]bool{}})
 	}
-	r.tree = fuse.NewTree(r.img)
+	if r.tree, err = fuse.NewTree(r.img); err != nil {
+		t.Fatal(err)
+	}
 	return r
 }
 

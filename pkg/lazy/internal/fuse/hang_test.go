@@ -136,8 +136,12 @@ func TestNoConnection(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer table.Close()
+	tree, err := fuse.NewTree(&rafs.Image{Root: &rafs.Inode{}})
+	if err != nil {
+		t.Fatal(err)
+	}
 	for _, run := range []bool{true, false} {
-		s, err := fuse.NewServer(fuse.Config{Device: dev, Table: table, Tree: fuse.NewTree(&rafs.Image{Root: &rafs.Inode{}})})
+		s, err := fuse.NewServer(fuse.Config{Device: dev, Table: table, Tree: tree})
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -47,15 +47,15 @@ func (s *Server) find(in *fuse.ReadIn, into []extent) (where []extent, n int64, 
 	switch {
 	case node == nil:
 		return nil, 0, unix.ESTALE
-	case node.ino.IsDir():
+	case node.isDir():
 		return nil, 0, unix.EISDIR
-	case !node.ino.IsRegular() || in.Offset > 1<<62:
+	case !node.isRegular() || in.Offset > 1<<62:
 		return nil, 0, unix.EINVAL
 	}
-	if node.ino.Size > in.Offset && min(uint64(in.Size), node.ino.Size-in.Offset) > maxRead {
+	if node.size > in.Offset && min(uint64(in.Size), node.size-in.Offset) > maxRead {
 		return nil, 0, unix.EIO // it was agreed on otherwise; less than what is asked for would be taken as the end of the file
 	}
-	where, n, ok := s.c.Tree.extents(node.ino, int64(in.Offset), int64(in.Size), into)
+	where, n, ok := s.c.Tree.extents(node, int64(in.Offset), int64(in.Size), into)
 	if !ok {
 		return nil, 0, unix.EIO
 	}

@@ -65,18 +65,18 @@ func (s *Server) answer(h *fuse.InHeader, in, out []byte) (n int, errno unix.Err
 		s.c.Tree.attr(h.NodeId, &a.Attr)
 		return len(raw(a)), 0
 	case opReadlink:
-		if node.ino.Mode&modeType != modeLink {
+		if node.mode&modeType != modeLink {
 			return 0, unix.EINVAL
 		}
-		return copy(out, node.ino.Target), 0
+		return copy(out, s.c.Tree.target(node)), 0
 	case opStatfs:
 		a := view[fuse.StatfsOut](out)
 		s.c.Tree.statfs(a)
 		return len(raw(a)), 0
 	case opGetxattr, opListxattr:
-		return xattrs(h, node.ino, in, out)
+		return xattrs(h, s.c.Tree.xattrs[h.NodeId], in, out)
 	case opReaddir, opReaddirplus:
-		return s.readdir(h, node.ino, in, out)
+		return s.readdir(h, node, in, out)
 	}
 	return 0, unix.ENOSYS // what has no other meaning than "not here": the kernel does not ask again
 }
@@ -123,10 +123,10 @@ func (s *Server) lookup(h *fuse.InHeader, name, out []byte) (int, unix.Errno) {
 	case len(name) > rafs.MaxName:
 		return 0, unix.ENAMETOOLONG
 	case string(name) == ".": // of a handle that was made of a file (fs/fuse/inode.c fuse_get_dentry)
-	case !s.c.Tree.node(h.NodeId).ino.IsDir():
+	case !s.c.Tree.node(h.NodeId).isDir():
 		return 0, unix.ENOTDIR
 	default:
-		id = s.c.Tree.child(h.NodeId, string(name))
+		id = s.c.Tree.child(h.NodeId, name)
 	}
 	a := view[fuse.EntryOut](out)
 	if id == 0 {
@@ -143,12 +143,12 @@ func cut(p []byte) []byte {
 	return name
 }
 
-func (s *Server) readdir(h *fuse.InHeader, ino *rafs.Inode, in, out []byte) (int, unix.Errno) {
+func (s *Server) readdir(h *fuse.InHeader, dir *node, in, out []byte) (int, unix.Errno) {
 	q := view[fuse.ReadIn](in)
 	switch {
 	case q == nil:
 		return 0, unix.EINVAL
-	case !ino.IsDir():
+	case !dir.isDir():
 		return 0, unix.ENOTDIR
 	}
 	entries := fuse.NewDirEntryList(out[:min(int(q.Size), len(out))], q.Offset)
@@ -157,7 +157,7 @@ func (s *Server) readdir(h *fuse.InHeader, ino *rafs.Inode, in, out []byte) (int
 }
 
 // xattrs answers for the value of one xattr, or the names of all.
-func xattrs(h *fuse.InHeader, ino *rafs.Inode, in, out []byte) (int, unix.Errno) {
+func xattrs(h *fuse.InHeader, all []rafs.Xattr, in, out []byte) (int, unix.Errno) {
 	q := view[fuse.GetXAttrIn](in)
 	if q == nil {
 		return 0, unix.EINVAL
@@ -170,7 +170,7 @@ func xattrs(h *fuse.InHeader, ino *rafs.Inode, in, out []byte) (int, unix.Errno)
 		n += len(p)
 	}
 	name := string(cut(in[len(raw(q)):]))
-	for _, x := range ino.Xattrs {
+	for _, x := range all {
 		switch {
 		case h.Opcode == opListxattr && (h.Uid == 0 || !bytes.HasPrefix([]byte(x.Name), []byte("trusted."))):
 			// As elsewhere, only who may read them sees trusted ones (xattr(7)); whose capabilities these are is not told here.

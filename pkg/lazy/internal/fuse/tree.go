@@ -1,7 +1,11 @@
 package fuse
 
 import (
+	"bytes"
+	"cmp"
+	"fmt"
 	"math"
+	"slices"
 	"strings"
 
 	"github.com/hanwen/go-fuse/v2/fuse"
@@ -12,6 +16,7 @@ import (
 const (
 	blockSize = 4096
 	modeType  = 0o170000 // S_IFMT
+	modeDir   = 0o040000 // S_IFDIR
 	modeFile  = 0o100000 // S_IFREG
 	modeLink  = 0o120000 // S_IFLNK
 
@@ -20,62 +25,157 @@ const (
 	forever = math.MaxInt32
 )
 
-// Tree is a file tree whose inodes have numbers: 1 is the root, others follow level by level. It does not change.
+// Tree is a file tree whose inodes have numbers: 1 is the root, others follow level by level. It does not change, and has nothing of the
+// image that it was made of: some 110 bytes for a file of one piece with a name of 12.
 type Tree struct {
-	img   *rafs.Image
-	nodes []node // inode n is at n-1
-	bytes uint64 // of all files
-	acls  bool   // some inode has a POSIX ACL
+	nodes   []node  // inode n is at n-1
+	entries []entry // of all directories, those of one side by side, in the order of their names
+	pieces  []piece // of all files, those of one side by side, in the order of the file
+	text    []byte  // names of entries and targets of links
+	bytes   uint64  // of all files
+	acls    bool    // some inode has a POSIX ACL
+	xattrs  map[uint64][]rafs.Xattr
 }
 
 // node is one inode.
 type node struct {
-	ino    *rafs.Inode
-	parent uint64   // of a directory
-	links  uint32   // st_nlink
-	kids   []uint64 // of a directory: the numbers of its children, in their order
+	size         uint64
+	mtime        int64
+	first, count uint32 // of a directory: its entries; of a file: its pieces; of a link: the bytes of its target
+	parent       uint32 // of a directory
+	links        uint32 // st_nlink
+	mode         uint32
+	uid, gid     uint32
+	rdev, nsec   uint32
 }
 
-// NewTree numbers the inodes of img, which must not change any more.
-func NewTree(img *rafs.Image) *Tree {
-	t := &Tree{img: img, nodes: []node{{ino: img.Root, parent: fuse.FUSE_ROOT_ID, links: 2}}}
-	known := map[*rafs.Inode]uint64{} // of those that may have several names
-	for i := 0; i < len(t.nodes); i++ {
-		ino := t.nodes[i].ino
-		t.count(ino)
-		if len(ino.Children) == 0 {
-			continue
+func (n *node) isDir() bool     { return n.mode&modeType == modeDir }
+func (n *node) isRegular() bool { return n.mode&modeType == modeFile }
+
+// entry is one name in a directory.
+type entry struct {
+	name   uint32 // where in the text
+	length uint32
+	id     uint32 // of its inode
+}
+
+// piece is where a part of a file begins, in the file and in the cache file of its blob. It ends where the next one begins, or the file ends.
+type piece struct {
+	at    uint64
+	where uint64 // the blob in the upper bits; nowhere
+}
+
+const (
+	pieceBits = 48        // of an offset in a blob; far above what a cache file may have
+	nowhere   = 1<<64 - 1 // no blob of this index
+	mostText  = 1<<32 - 1 // bytes, and entries, pieces and inodes
+)
+
+// NewTree numbers the inodes of img, which must not change meanwhile. It is ErrImage when there are more than 2^32 of anything.
+func NewTree(img *rafs.Image) (*Tree, error) {
+	t := &Tree{xattrs: map[uint64][]rafs.Xattr{}}
+	inodes := []*rafs.Inode{img.Root}
+	t.add(img.Root)
+	t.nodes[0].parent, t.nodes[0].links = fuse.FUSE_ROOT_ID, 2
+	known := map[*rafs.Inode]uint32{} // of those that may have several names
+	for i := 0; i < len(inodes); i++ {
+		ino := inodes[i]
+		if err := t.fill(i, ino, uint64(img.ChunkSize)); err != nil {
+			return nil, err
 		}
-		kids := make([]uint64, len(ino.Children))
-		for k, c := range ino.Children {
+		for _, c := range ino.Children {
 			id := known[c.Inode]
 			if id == 0 {
-				t.nodes = append(t.nodes, node{ino: c.Inode})
-				id = uint64(len(t.nodes))
+				t.add(c.Inode)
+				inodes = append(inodes, c.Inode)
+				id = uint32(len(inodes)) //nolint:gosec // fill bounds it
 				if !c.Inode.IsDir() {
 					known[c.Inode] = id
 				}
 			}
-			kids[k] = id
+			t.entries = append(t.entries, entry{uint32(len(t.text)), uint32(len(c.Name)), id}) //nolint:gosec // fill bounds them
+			t.text = append(t.text, c.Name...)
 			if child := &t.nodes[id-1]; c.Inode.IsDir() {
-				child.parent, child.links = uint64(i)+1, 2
+				child.parent, child.links = uint32(i)+1, 2 //nolint:gosec // fill bounds it
 				t.nodes[i].links++
 			} else {
 				child.links++
 			}
 		}
-		t.nodes[i].kids = kids
 	}
-	return t
+	t.nodes, t.entries, t.pieces, t.text = slices.Clone(t.nodes), slices.Clone(t.entries), slices.Clone(t.pieces), slices.Clone(t.text)
+	return t, nil
 }
 
-// count notes what ino has.
-func (t *Tree) count(ino *rafs.Inode) {
+// add appends an inode, but for what fill knows.
+func (t *Tree) add(ino *rafs.Inode) {
+	t.nodes = append(t.nodes, node{size: ino.Size, mtime: ino.Mtime, mode: ino.Mode, uid: ino.UID, gid: ino.GID, rdev: ino.Rdev, nsec: ino.MtimeNsec})
 	if ino.IsRegular() {
 		t.bytes += ino.Size
 	}
-	for _, x := range ino.Xattrs {
+	if len(ino.Xattrs) == 0 {
+		return
+	}
+	own := make([]rafs.Xattr, len(ino.Xattrs)) // the image's may lie in the bytes of all
+	for i, x := range ino.Xattrs {
+		own[i] = rafs.Xattr{Name: strings.Clone(x.Name), Value: slices.Clone(x.Value)}
 		t.acls = t.acls || strings.HasPrefix(x.Name, "system.posix_acl_")
+	}
+	t.xattrs[uint64(len(t.nodes))] = own
+}
+
+// fill says where the entries, the pieces or the target of an inode are. Entries are appended after it.
+func (t *Tree) fill(index int, ino *rafs.Inode, unit uint64) error {
+	text := len(ino.Target)
+	for _, c := range ino.Children {
+		text += len(c.Name)
+	}
+	for _, n := range []int{len(t.text) + text, len(t.entries) + len(ino.Children), len(t.pieces) + len(ino.Chunks) + 1, len(t.nodes) + len(ino.Children)} {
+		if n > mostText {
+			return fmt.Errorf("%w: %d bytes of names, entries, chunks or inodes, want at most %d", ErrImage, n, uint64(mostText))
+		}
+	}
+	n := &t.nodes[index]
+	//nolint:gosec // all are below mostText
+	switch {
+	case n.isDir():
+		n.first, n.count = uint32(len(t.entries)), uint32(len(ino.Children))
+	case n.mode&modeType == modeLink:
+		n.first, n.count = uint32(len(t.text)), uint32(len(ino.Target))
+		t.text = append(t.text, ino.Target...)
+	case n.isRegular():
+		n.first = uint32(len(t.pieces))
+		t.place(ino, unit)
+		n.count = uint32(len(t.pieces)) - n.first
+	}
+	return nil
+}
+
+// place appends the pieces of a file: chunks that lie side by side are one.
+func (t *Tree) place(ino *rafs.Inode, unit uint64) {
+	last, end := uint64(nowhere), uint64(nowhere) // where of the last piece, and of its end
+	put := func(at, where, n uint64) {
+		if at == 0 || where == nowhere && last != nowhere || where != nowhere && (last == nowhere || where != end) {
+			t.pieces = append(t.pieces, piece{at, where})
+		}
+		last, end = where, where+n
+	}
+	at := uint64(0)
+	for i := range ino.Chunks {
+		c := &ino.Chunks[i]
+		if at >= ino.Size || unit == 0 {
+			break
+		}
+		n := min(unit, ino.Size-at)
+		if uint64(c.UncompressedSize) < n || c.UncompressedOffset >= 1<<pieceBits-n {
+			put(at, nowhere, n)
+		} else {
+			put(at, uint64(c.Blob)<<pieceBits|c.UncompressedOffset, n)
+		}
+		at += n
+	}
+	if at < ino.Size {
+		put(at, nowhere, 0)
 	}
 }
 
@@ -87,42 +187,43 @@ func (t *Tree) node(id uint64) *node {
 	return &t.nodes[id-1]
 }
 
+// of returns the entries of a directory.
+func (t *Tree) of(n *node) []entry { return t.entries[n.first : uint64(n.first)+uint64(n.count)] }
+
+func (t *Tree) name(e entry) []byte { return t.text[e.name : uint64(e.name)+uint64(e.length)] }
+
+// target returns what a link points to.
+func (t *Tree) target(n *node) []byte { return t.name(entry{name: n.first, length: n.count}) }
+
 // child returns the number of the entry name of directory id; 0 when there is none.
-func (t *Tree) child(id uint64, name string) uint64 {
+func (t *Tree) child(id uint64, name []byte) uint64 {
 	n := t.node(id)
-	if n == nil || !n.ino.IsDir() {
+	if n == nil || !n.isDir() {
 		return 0
 	}
-	if name == ".." { // fs/fuse/inode.c fuse_get_parent
-		return n.parent
+	if string(name) == ".." { // fs/fuse/inode.c fuse_get_parent
+		return uint64(n.parent)
 	}
-	lo, hi := 0, len(n.kids)
-	for lo < hi {
-		mid := int(uint(lo+hi) / 2)
-		if n.ino.Children[mid].Name < name {
-			lo = mid + 1
-		} else {
-			hi = mid
-		}
-	}
-	if lo == len(n.kids) || n.ino.Children[lo].Name != name {
+	all := t.of(n)
+	at, found := slices.BinarySearchFunc(all, name, func(e entry, name []byte) int { return bytes.Compare(t.name(e), name) })
+	if !found {
 		return 0
 	}
-	return n.kids[lo]
+	return uint64(all[at].id)
 }
 
 // attr fills in what stat(2) shows of inode id.
 func (t *Tree) attr(id uint64, out *fuse.Attr) {
 	n := t.node(id)
-	size := n.ino.Size
-	if n.ino.IsDir() {
+	size := n.size
+	if n.isDir() {
 		size = blockSize
 	}
-	seconds := uint64(n.ino.Mtime) //nolint:gosec // the kernel takes the same bits as signed
+	seconds := uint64(n.mtime) //nolint:gosec // the kernel takes the same bits as signed
 	*out = fuse.Attr{
-		Ino: id, Size: size, Blocks: (size + 511) / 512, Mode: n.ino.Mode, Nlink: n.links, Rdev: n.ino.Rdev, Blksize: blockSize,
-		Atime: seconds, Mtime: seconds, Ctime: seconds, Atimensec: n.ino.MtimeNsec, Mtimensec: n.ino.MtimeNsec, Ctimensec: n.ino.MtimeNsec,
-		Owner: fuse.Owner{Uid: n.ino.UID, Gid: n.ino.GID},
+		Ino: id, Size: size, Blocks: size/512 + min(size%512, 1), Mode: n.mode, Nlink: n.links, Rdev: n.rdev, Blksize: blockSize,
+		Atime: seconds, Mtime: seconds, Ctime: seconds, Atimensec: n.nsec, Mtimensec: n.nsec, Ctimensec: n.nsec,
+		Owner: fuse.Owner{Uid: n.uid, Gid: n.gid},
 	}
 }
 
@@ -141,17 +242,18 @@ func (t *Tree) statfs(out *fuse.StatfsOut) {
 // would tell.
 func (t *Tree) list(id, offset uint64, plus bool, out *fuse.DirEntryList) {
 	n := t.node(id)
-	for at := offset; at < uint64(len(n.kids))+2; at++ {
+	all := t.of(n)
+	for at := offset; at < uint64(len(all))+2; at++ {
 		e := fuse.DirEntry{Off: at + 1}
 		switch at {
 		case 0:
 			e.Name, e.Ino = ".", id
 		case 1:
-			e.Name, e.Ino = "..", n.parent
+			e.Name, e.Ino = "..", uint64(n.parent)
 		default:
-			e.Name, e.Ino = n.ino.Children[at-2].Name, n.kids[at-2]
+			e.Name, e.Ino = string(t.name(all[at-2])), uint64(all[at-2].id)
 		}
-		e.Mode = t.node(e.Ino).ino.Mode
+		e.Mode = t.node(e.Ino).mode
 		if !plus {
 			if !out.AddDirEntry(e) {
 				return
@@ -175,29 +277,29 @@ type extent struct {
 }
 
 // extents appends where the n bytes at off of a regular file are, at most what it has; false when they are nowhere.
-func (t *Tree) extents(ino *rafs.Inode, off, n int64, into []extent) (_ []extent, length int64, ok bool) {
-	size := int64(min(ino.Size, math.MaxInt64))
+func (t *Tree) extents(f *node, off, n int64, into []extent) (_ []extent, length int64, ok bool) {
+	size := int64(min(f.size, math.MaxInt64)) //nolint:gosec // bounded here
 	if off < 0 || n < 0 || off >= size {
 		return into, 0, true
 	}
-	n = min(n, size-off)
-	unit := int64(t.img.ChunkSize)
-	for done := int64(0); done < n; {
-		index, from := (off+done)/unit, (off+done)%unit
-		if index >= int64(len(ino.Chunks)) {
-			return into, 0, false
-		}
-		c := &ino.Chunks[index]
-		e := extent{int(c.Blob), int64(c.UncompressedOffset) + from, min(n-done, int64(c.UncompressedSize)-from)} //nolint:gosec // below 2^44
-		if e.n <= 0 {
-			return into, 0, false
-		}
-		done += e.n
-		if last := len(into) - 1; last >= 0 && into[last].blob == e.blob && into[last].off+into[last].n == e.off {
-			into[last].n += e.n
-		} else {
-			into = append(into, e)
-		}
+	end := uint64(off + min(n, size-off)) //nolint:gosec // not negative
+	all := t.pieces[f.first : uint64(f.first)+uint64(f.count)]
+	// The last piece that begins at off or before; the first begins at 0.
+	i, found := slices.BinarySearchFunc(all, uint64(off), func(p piece, at uint64) int { return cmp.Compare(p.at, at) })
+	if !found {
+		i--
 	}
-	return into, n, true
+	for at := uint64(off); at < end; i++ {
+		stop := end
+		if i+1 < len(all) {
+			stop = min(stop, all[i+1].at)
+		}
+		p := all[i]
+		if p.where == nowhere {
+			return into, 0, false
+		}
+		into = append(into, extent{int(p.where >> pieceBits), int64(p.where&(1<<pieceBits-1) + at - p.at), int64(stop - at)}) //nolint:gosec // below 2^48
+		at = stop
+	}
+	return into, int64(end) - off, true //nolint:gosec // not negative
 }
