@@ -118,12 +118,7 @@ func (d *daemon) mayAsk(name string, claims []share.Claim, digester rafs.Digeste
 // asked is the claim of who is asked: its scope is not what it was when a secret was handed out since.
 func (u *use) asked() share.Claim {
 	c := u.claim
-	if c.Scope == share.ScopePublic {
-		c.Scope = ""
-		if u.narrow != nil {
-			c.Scope = u.narrow(share.ScopePublic)
-		}
-	}
+	c.Lends = u.lends()
 	return c
 }
 

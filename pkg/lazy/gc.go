@@ -233,8 +233,8 @@ func (d *daemon) gcRun(ctx context.Context, short *bool) error {
 			p.Limit, p.Low = p.store().Mark(), 0 // go on to the mark that the first step had
 			p.Low = p.Limit
 		}
-		if err == nil && c.More && ctx.Err() == nil {
-			continue
+		if c.More && ctx.Err() == nil && (err == nil || len(c.Removed) > 0 || c.Freed > 0) {
+			continue // one that cannot be removed does not keep the others
 		}
 		if removed > 0 {
 			d.log.Info("collected what nobody uses", zap.Int("blobs", removed), zap.Int64("bytes", freed), zap.Int64("left", c.After))

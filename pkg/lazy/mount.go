@@ -46,6 +46,8 @@ type record struct {
 	BDIInode uint64 `json:"bdi_inode,omitempty"`
 	// Scope is that of the image: see backend.Blobs.Scope.
 	Scope string `json:"scope,omitempty"`
+	// Own is what the mount may borrow from besides what is public: see backend.Blobs.Own. Empty in the records of daemons that did not tell them apart.
+	Own string `json:"own_scope,omitempty"`
 }
 
 // driver is what answers the mount's reads.
@@ -132,9 +134,9 @@ func (d *daemon) mount(ctx context.Context, r *Request, dir string) (_ *mount, _
 		ID: rand.Text(), Boot: d.boot, Dir: dir, Since: time.Now().UTC(), Request: *r, Reference: img.Reference, Origin: img.Origin(),
 		Driver: driver, Reason: why,
 	}}
-	m.rec.Scope = img.Scope()
+	m.rec.Scope, m.rec.Own = img.Scope(), img.Own()
 	m.narrow = img.Narrow
-	m.claim, err = r.claim(m.rec.Scope)
+	m.claim, err = r.claim(m.rec.Scope, m.rec.Own)
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, d.end(m))

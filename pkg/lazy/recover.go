@@ -143,7 +143,7 @@ func (d *daemon) adopt(ctx context.Context, m *mount) (*rafs.Image, error) {
 	if err != nil {
 		return nil, err
 	}
-	if m.claim, err = m.rec.Request.claim(m.rec.Scope); err != nil {
+	if m.claim, err = m.rec.Request.claim(m.rec.Scope, m.rec.Own); err != nil {
 		d.log.Warn("a mount shares nothing", zap.Error(err)) // a record of another version
 	}
 	tree, err := readBootstrap(path)

@@ -30,13 +30,13 @@ const (
 	ShareNone = "none"
 )
 
-// claim is what the request says about sharing; scope is that of its image.
-func (r *Request) claim(scope string) (share.Claim, error) {
+// claim is what the request says about sharing; lends is the scope of its image, and own what it has shown that it may read besides what is public.
+func (r *Request) claim(lends, own string) (share.Claim, error) {
 	switch r.Share {
 	case "", ShareAllowed:
-		return share.Claim{Scope: scope, Policy: share.Allowed}, nil
+		return share.Claim{Scope: own, Lends: lends, Policy: share.Allowed}, nil
 	case ShareAll:
-		return share.Claim{Scope: scope, Policy: share.All}, nil
+		return share.Claim{Scope: own, Lends: lends, Policy: share.All}, nil
 	case ShareNone:
 		return share.Claim{Policy: share.None}, nil
 	}
@@ -47,6 +47,7 @@ func (r *Request) claim(scope string) (share.Claim, error) {
 type sharing struct {
 	*share.Share
 	index *index.Index
+	log   *zap.Logger
 	feeds chan string   // caches that were closed, to be fed
 	sweep chan struct{} // something was condemned
 	bad   chan badPlace // chunks that are not what they should be
@@ -86,15 +87,23 @@ func (c *cacheIndex) use(s *sharing) error {
 	for _, name := range c.pending {
 		errs = append(errs, s.condemn(name))
 	}
+	if err := errors.Join(errs...); err != nil {
+		return err
+	}
 	c.s, c.pending = s, nil
-	return errors.Join(errs...)
+	return nil
 }
 
-// condemn has the index forget a cache at once, and its entries soon. One that is broken has forgotten all, and is begun anew.
+// condemn has the index forget a cache at once, and its entries soon. One that is broken has forgotten all, and is begun anew, later if not now: it is a hint,
+// and nothing else may fail for it.
 func (s *sharing) condemn(name string) error {
+	s.Forget(name)
 	err := s.index.Condemn(name)
 	if errors.Is(err, index.ErrBroken) {
-		err = s.index.Reset()
+		if err = s.index.Reset(); err != nil {
+			s.log.Warn("begin the index of chunks anew", zap.Error(err))
+			err = nil
+		}
 	}
 	select {
 	case s.sweep <- struct{}{}:
@@ -110,7 +119,7 @@ func (d *daemon) startSharing(ci *cacheIndex) {
 		d.log.Error("mounts do not share chunks", zap.Error(err))
 		return
 	}
-	s := &sharing{index: x, feeds: make(chan string, 1024), sweep: make(chan struct{}, 1), bad: make(chan badPlace, 1024)}
+	s := &sharing{index: x, log: d.log, feeds: make(chan string, 1024), sweep: make(chan struct{}, 1), bad: make(chan badPlace, 1024)}
 	s.Share = share.New(share.Options{Store: d.store, Index: x, Scopes: d.scopesOf, Closed: d.keptBack, Bad: s.tellBad, Elsewhere: d.askOthers, OpenOnly: d.lost, Log: d.log})
 	if err := ci.use(s); err != nil {
 		d.log.Error("mounts do not share chunks", zap.Error(errors.Join(err, s.Close(), x.Close())))
@@ -173,13 +182,18 @@ func (u *use) scope() string {
 	if u.f == nil || u.claim.Policy == share.None || !u.f.fb.Proven(u.src) {
 		return ""
 	}
-	if u.claim.Scope != share.ScopePublic {
-		return u.claim.Scope
+	return u.lends()
+}
+
+// lends is the scope of u's image: what was public when it was opened may not be any more.
+func (u *use) lends() string {
+	if u.claim.Lends != share.ScopePublic {
+		return u.claim.Lends
 	}
 	if u.narrow == nil {
 		return ""
 	}
-	return u.narrow(u.claim.Scope)
+	return u.narrow(share.ScopePublic)
 }
 
 // feed has the index know what became durable of a cache that mounts have.
@@ -279,6 +293,7 @@ func (d *daemon) shareEvents(ctx context.Context) bool {
 			return false
 		case name := <-s.feeds:
 			d.fed(name, s.FeedNamed(name))
+			s.Forget(name)  // what the index does not have of it by now it will not get
 			d.collectSoon() // it may have found the cache open here
 		case p := <-s.bad:
 			d.dropShared(ctx, p)

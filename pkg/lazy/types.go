@@ -111,7 +111,7 @@ func (r *Request) check() error {
 	case r.ReadAhead > 1<<20:
 		return fmt.Errorf("read-ahead of %d KiB, want at most %d", r.ReadAhead, 1<<20)
 	}
-	if _, err := r.claim(""); err != nil {
+	if _, err := r.claim("", ""); err != nil {
 		return err
 	}
 	_, err := r.background()

@@ -17,6 +17,8 @@ type Access struct {
 	Store string
 	// Anonymous: no secret of ours was handed out for it so far, whether the registry asked for one or not.
 	Anonymous bool
+	// Shown: all of it came from Repository, or Store, which gave it to us: we may read there.
+	Shown bool
 }
 
 // Accessor is a [Source] that knows what it took. Those of [OpenSource] do.
@@ -27,19 +29,19 @@ type Accessor interface {
 
 // Access implements [Accessor].
 func (s registrySource) Access() Access {
-	return Access{Repository: s.ref.Host + "/" + s.ref.Repository, Anonymous: !s.told.Load()}
+	return Access{Repository: s.ref.Host + "/" + s.ref.Repository, Anonymous: !s.told.Load(), Shown: true}
 }
 
 // Access implements [Accessor].
-func (s *layoutSource) Access() Access { return Access{Anonymous: true} }
+func (s *layoutSource) Access() Access { return Access{Anonymous: true, Shown: true} }
 
 // Access implements [Accessor].
 func (s containerdSource) Access() Access {
-	return Access{Anonymous: true, Store: "containerd:" + s.o.ContainerdAddress + "/" + s.namespace}
+	return Access{Anonymous: true, Shown: true, Store: "containerd:" + s.o.ContainerdAddress + "/" + s.namespace}
 }
 
 // Access implements [Accessor]: what came from where is not known, so it is the registry's. It is not anonymous, even if the registry was
-// never told a secret: what first has may have taken one when somebody pulled it.
+// never told a secret: what first has may have taken one when somebody pulled it. Nor has it shown that the registry gives us anything.
 func (s *fallbackSource) Access() Access {
 	a, ok := s.second.(Accessor)
 	if !ok {

@@ -36,6 +36,15 @@ func (b *Blobs) Scope() string {
 	}
 }
 
+// Own is Scope as far as the blobs' source has shown that it gives us what it has: others that came from there we could have had too. Where
+// something stands in for a registry (containerd, with the registry to fall back to) it has not.
+func (b *Blobs) Own() string {
+	if a, ok := b.src.(remote.Accessor); ok && !a.Access().Shown {
+		return ""
+	}
+	return b.Scope()
+}
+
 // Narrow returns scope, which [Blobs.Scope] returned, here or before [Reopen], or where that is [ScopePublic] and a secret was handed out since, the repository's:
 // an endpoint may give everybody the manifest, and another one the blobs to those that it knows. It never widens.
 func (b *Blobs) Narrow(scope string) string {

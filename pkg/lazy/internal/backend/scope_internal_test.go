@@ -14,6 +14,25 @@ type asked struct {
 
 func (a asked) Access() remote.Access { return a.access }
 
+// A mount may use what another one fetched from a place that it has read from itself, not from one that something else stood in for.
+func TestOwn(t *testing.T) {
+	const app = "registry.example/app"
+	for name, tt := range map[string]struct {
+		b    *Blobs
+		want string
+	}{
+		"private":           {&Blobs{src: asked{access: remote.Access{Repository: app, Shown: true}}}, app},
+		"public":            {&Blobs{src: asked{access: remote.Access{Repository: app, Anonymous: true, Shown: true}}}, ScopePublic},
+		"containerd before": {&Blobs{src: asked{access: remote.Access{Repository: app}}}, ""},
+		"files":             {&Blobs{}, ScopeLocal},
+		"does not say":      {&Blobs{src: struct{ remote.Source }{}}, ""},
+	} {
+		if got := tt.b.Own(); got != tt.want {
+			t.Errorf("%s: Own() = %q, want %q", name, got, tt.want)
+		}
+	}
+}
+
 // A scope is narrowed by a secret that was handed out since, also after a new start of the daemon, and never widened.
 func TestNarrow(t *testing.T) {
 	const app = "registry.example/app"

@@ -37,8 +37,9 @@ type Index struct {
 	path string
 	log  *zap.Logger
 
-	mu sync.RWMutex // held for writing while there is no file, or another one
-	db *bolt.DB     // nil: closed
+	mu     sync.RWMutex // held for writing while there is no file, or another one
+	db     *bolt.DB     // nil: there is no file, which is closed, or broken
+	closed bool
 
 	broken atomic.Bool
 	torn   atomic.Bool // the file's own locks may be held for ever: it cannot be closed
@@ -182,7 +183,8 @@ func (x *Index) Filled() { x.fresh.Store(false) }
 // Broken reports whether calls return [ErrBroken].
 func (x *Index) Broken() bool { return x.broken.Load() }
 
-// Reset throws everything away and begins anew. It waits for calls that are running.
+// Reset throws everything away and begins anew. It waits for calls that are running. On an error there is no file, nothing is in the index, and calls return
+// [ErrBroken] until a Reset succeeds.
 func (x *Index) Reset() error {
 	x.changes.Lock()
 	defer x.changes.Unlock()
@@ -193,16 +195,19 @@ func (x *Index) Reset() error {
 func (x *Index) reset() error {
 	x.mu.Lock()
 	defer x.mu.Unlock()
+	if x.closed {
+		return ErrClosed
+	}
 	if err := x.drop(); err != nil {
 		x.log.Warn("close a broken index", zap.Error(err))
-	}
-	if err := os.RemoveAll(x.path); err != nil {
-		return fmt.Errorf("index: %w", err)
 	}
 	x.namesMu.Lock()
 	x.contents = contents{last: x.last} // also if there will be no file
 	x.namesMu.Unlock()
 	x.fresh.Store(true)
+	if err := os.RemoveAll(x.path); err != nil {
+		return fmt.Errorf("index: %w", err)
+	}
 	return x.open()
 }
 
@@ -237,6 +242,7 @@ func wasted(db *bolt.DB) bool {
 func (x *Index) Close() error {
 	x.mu.Lock()
 	defer x.mu.Unlock()
+	x.closed = true
 	return x.drop()
 }
 
@@ -320,9 +326,9 @@ func (x *Index) do(f func(*bolt.DB) error) error {
 	x.mu.RLock()
 	defer x.mu.RUnlock()
 	switch {
-	case x.db == nil:
+	case x.closed:
 		return ErrClosed
-	case x.broken.Load():
+	case x.db == nil || x.broken.Load():
 		return ErrBroken
 	}
 	err := shield(func() error { return f(x.db) })

@@ -3,6 +3,7 @@ package index_test
 import (
 	"errors"
 	"fmt"
+	"os"
 	"path/filepath"
 	"sync"
 	"testing"
@@ -101,5 +102,41 @@ func TestPlacesOfTheDying(t *testing.T) {
 	}
 	if diff := cmp.Diff(want, places(t, x, 3)); diff != "" {
 		t.Errorf("Lookup after Sweep (-want +got):\n%s", diff)
+	}
+}
+
+// An index that cannot be begun anew has nothing, says that it is broken, and works once it can be.
+func TestResetFails(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "dir")
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	x := open(t, filepath.Join(dir, "index"))
+	if err := x.Add("one", entries(0, 10), 1); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Rename(dir, dir+"-away"); err != nil {
+		t.Fatal(err)
+	}
+	if err := x.Reset(); err == nil {
+		t.Error("Reset() where there is no directory succeeded")
+	}
+	lookup := x.Lookup([]index.Key{key(1)}, func(int, []index.Place) bool { t.Error("an index without a file knows something"); return true })
+	for _, err := range []error{lookup, x.Condemn("two"), x.Add("two", entries(0, 1), 1)} {
+		if !errors.Is(err, index.ErrBroken) && !(err == nil && len(x.Caches()) == 0) {
+			t.Errorf("without a file: %v, want ErrBroken", err)
+		}
+	}
+	if err := os.Rename(dir+"-away", dir); err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(x.Reset(), x.Add("two", entries(0, 5), 1)); err != nil || len(places(t, x, 7)) != 0 || len(places(t, x, 3)) != 1 {
+		t.Errorf("after another Reset(): %v, %v, want what was added since", err, places(t, x, 7))
+	}
+	if err := x.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := x.Reset(); !errors.Is(err, index.ErrClosed) {
+		t.Errorf("Reset() after Close() = %v, want ErrClosed", err)
 	}
 }

@@ -29,8 +29,23 @@ func (c *Cache) Put(chunk rafs.Chunk, p []byte) error {
 	if err := c.Blob.Put(chunk, p); err != nil {
 		return err
 	}
+	if !c.lends() {
+		return nil
+	}
 	c.s.stored(index.KeyOf(c.digester, &chunk), index.Place{Cache: c.Name(), Offset: int64(chunk.UncompressedOffset)}) //nolint:gosec // below the blob's size
 	return nil
+}
+
+// lends reports whether what the cache gets may be lent.
+func (c *Cache) lends() bool {
+	known := false
+	for _, claim := range c.claims() {
+		if claim.Policy == None {
+			return false
+		}
+		known = known || claim.Lends != ""
+	}
+	return known
 }
 
 // borrows reports whether any mount of the cache may borrow.

@@ -35,10 +35,11 @@ const (
 	None Policy = "none"
 )
 
-// Claim is what one mount brings: its scope, and whose chunks it uses.
+// Claim is what one mount brings.
 type Claim struct {
-	Scope  string
-	Policy Policy
+	Scope  string // what it has shown that it may read, besides what is public
+	Lends  string // where what it fetches comes from; empty: nobody knows, and it lends nothing
+	Policy Policy // whose chunks it uses
 }
 
 // may reports whether all of claims may use a cache of scopes.
@@ -63,13 +64,13 @@ func may(claims []Claim, scopes []string) bool {
 // MayAsk reports whether the backend of a mount may be asked for what mounts with claims want. By default that is one that answers everybody, or the files
 // of this machine, for images of these: a registry that wants to know who asks is asked for its own image's mounts alone.
 func (c Claim) MayAsk(claims []Claim) bool {
-	if c.Policy == None || c.Scope == "" {
+	if c.Policy == None || c.Lends == "" {
 		return false
 	}
 	for _, o := range claims {
 		switch {
 		case o.Policy == All:
-		case o.Policy == Allowed && (c.Scope == ScopePublic || c.Scope == ScopeLocal && o.Scope == ScopeLocal):
+		case o.Policy == Allowed && (c.Lends == ScopePublic || c.Lends == ScopeLocal && o.Scope == ScopeLocal):
 		default:
 			return false
 		}
@@ -275,6 +276,13 @@ func (s *Share) stored(k index.Key, p index.Place) {
 	if len(s.recent) < maxRecent {
 		s.recent[k] = p
 	}
+}
+
+// Forget forgets what is in a cache and not in the index.
+func (s *Share) Forget(name string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	maps.DeleteFunc(s.recent, func(_ index.Key, p index.Place) bool { return p.Cache == name })
 }
 
 // indexed forgets what the index has by now.

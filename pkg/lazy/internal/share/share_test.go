@@ -145,7 +145,7 @@ func (r *rig) remove(name string) {
 	must(r.t, r.store.Remove(name))
 }
 
-var public = share.Claim{Scope: share.ScopePublic, Policy: share.Allowed}
+var public = share.Claim{Scope: share.ScopePublic, Lends: share.ScopePublic, Policy: share.Allowed}
 
 func TestBorrow(t *testing.T) {
 	r := newRig(t)
@@ -203,6 +203,37 @@ func TestRecent(t *testing.T) {
 	must(t, r.share.Feed(b, nil))
 	if n, ok := r.index.Known(b.Name()); !ok || n == 0 {
 		t.Errorf("Known() = %d, %t after a feed", n, ok)
+	}
+}
+
+// What a mount gets that lends nothing is not remembered, and what a cache had is forgotten with it.
+func TestRecentIsForgotten(t *testing.T) {
+	r := newRig(t)
+	info, chunks, data := blob(1, 1, 2)
+	b, err := r.store.OpenBlob(info, chunks)
+	must(t, err)
+	defer func() { must(t, b.Close()) }()
+	r.o.Scopes = func(string) []string { return []string{share.ScopePublic} }
+	r.share = share.New(r.o)
+	for i, claim := range []share.Claim{{Policy: share.None}, {Scope: share.ScopePublic, Policy: share.Allowed}} {
+		c := r.share.Cache(b, info.Digester, func() []share.Claim { return []share.Claim{public, claim} })
+		if claim.Policy != share.None {
+			c = r.share.Cache(b, info.Digester, func() []share.Claim { return []share.Claim{claim} })
+		}
+		must(t, c.Put(chunks[0], data[0]))
+		if got := r.borrow(10+i, public, 1, 2); got != 0 {
+			t.Errorf("%d chunks were borrowed of a cache with a mount %+v that lends nothing", got, claim)
+		}
+	}
+	c := r.share.Cache(b, info.Digester, func() []share.Claim { return []share.Claim{public} })
+	must(t, c.Put(chunks[1], data[1]))
+	if got := r.borrow(20, public, 1, 2); got != 1 {
+		t.Errorf("%d chunks were borrowed, want one", got)
+	}
+	r.share.Forget(info.ID)
+	r.share.Forget(fmt.Sprintf("%064x", 20))
+	if got := r.borrow(21, public, 1, 2); got != 0 {
+		t.Errorf("%d chunks were borrowed that were forgotten", got)
 	}
 }
 

@@ -37,10 +37,11 @@ type Blob struct {
 	missing atomic.Int64 // needed blocks that are not ready
 	written atomic.Int64 // length of the data file
 
-	// mu guards done and which view there is. Put holds it for reading, so that missing
+	// mu guards done, gone and which view there is. Put holds it for reading, so that missing
 	// counts what one view needs.
 	mu   sync.RWMutex
 	done chan struct{}
+	gone bool     // ready is not mapped any more
 	old  []*table // tables that a reader of an older view may be using
 
 	syncMu  sync.Mutex
@@ -121,13 +122,13 @@ func (b *Blob) Descriptors() Kept { return Kept{Data: b.data, Bits: b.ready.File
 // blocks.
 func (b *Blob) Total() int64 { return b.view.Load().total * BlockSize }
 
-// Local returns how many of [Blob.Total] bytes are there, ready or claimed.
+// Local returns how many of [Blob.Total] bytes are there, ready or claimed; after the last Close those that were ready.
 func (b *Blob) Local() int64 {
 	b.mu.RLock()
 	defer b.mu.RUnlock()
 	v := b.view.Load()
 	local := v.total - b.missing.Load()
-	if b.claimed.Load() > 0 {
+	if b.claimed.Load() > 0 && !b.gone {
 		ready := b.ready.Words()
 		for w, need := range v.need {
 			if need != 0 {
@@ -271,8 +272,9 @@ func (b *Blob) write(data []byte, offset, end int64) error {
 	if _, err := b.data.WriteAt(data, offset); err != nil {
 		return err
 	}
-	if b.written.Load() < end && offset+int64(len(data)) < end {
-		if _, err := b.data.WriteAt([]byte{0}, end-1); err != nil {
+	if at := offset + int64(len(data)); at < end && (b.written.Load() < end || !b.store.copies.Load()) {
+		// All of it, where a clone may have been cut short: what it left is another chunk's.
+		if _, err := b.data.WriteAt(make([]byte, end-at), at); err != nil {
 			return err
 		}
 	}
@@ -352,7 +354,10 @@ func (b *Blob) release() error {
 		errs = append(errs, t.file.Close())
 	}
 	if b.ready != nil {
+		b.mu.Lock() // status may be looking
+		b.gone = true
 		errs = append(errs, b.ready.Close())
+		b.mu.Unlock()
 	}
 	if b.data != nil {
 		errs = append(errs, b.data.Close())

@@ -107,8 +107,8 @@ func (b *Blob) settleClaim(r *chunkRecord, good bool) error {
 	b.feedMu.Lock() // who feeds the index does it before, or without the chunk
 	defer b.feedMu.Unlock()
 	b.fed = nil
-	if err := b.store.forget(b.name); err != nil {
-		return err
+	if err := b.store.forget(b.name); err != nil { // whoever follows it compares what is there
+		b.store.log.Warn("the index does not forget a cache", zap.String("blob", b.name), zap.Error(err))
 	}
 	if err := b.clearPad(r); err != nil {
 		return fmt.Errorf("blob %s: %w", b.name, err)

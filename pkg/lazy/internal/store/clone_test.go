@@ -190,6 +190,26 @@ func TestCloneBesidePut(t *testing.T) {
 	must(t, to.Close())
 }
 
+// A clone that was cut short leaves another chunk's bytes behind: what is stored there has zeros behind its end.
+func TestPutAfterClone(t *testing.T) {
+	t.Parallel()
+	dir := testenv.MountDisk(t, 400<<20, testenv.Tool(t, reflinking[0]))
+	s := open(t, filepath.Join(dir, "state"), store.Options{})
+	b, chunks, data := layout(5000, 4096, 1)
+	blob := openBlob(t, s, b, chunks)
+	_, err := blob.File().WriteAt(bytes.Repeat([]byte{9}, int(b.UncompressedSize)), 0)
+	must(t, err)
+	must(t, blob.Close())
+	blob = openBlob(t, s, b, chunks)
+	for i := range chunks {
+		must(t, blob.Put(chunks[i], data[i]))
+	}
+	if c, err := blob.Verify(t.Context(), 0); err != nil || len(c.Bad) != 0 || c.Chunks != 3 {
+		t.Errorf("Verify() = %+v, %v, want three good chunks", c, err)
+	}
+	must(t, blob.Close())
+}
+
 // Where files cannot share blocks, nothing is tried twice, and what is copied is right.
 func TestCloneUnable(t *testing.T) {
 	t.Parallel()

@@ -140,8 +140,8 @@ func inUse(f *os.File) bool {
 
 // putAside takes a blob's directory out of use; see removeAside.
 func (s *Store) putAside(name string, cut bool) error {
-	if err := s.forget(name); err != nil {
-		return err
+	if err := s.forget(name); err != nil { // nobody may go without a cache for it: whoever follows it compares what is there
+		s.log.Warn("the index does not forget a cache", zap.String("blob", name), zap.Error(err))
 	}
 	aside, err := s.rename(name)
 	if err != nil {

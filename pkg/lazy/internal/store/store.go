@@ -100,6 +100,11 @@ func Open(path string, o Options) (_ *Store, err error) {
 	if s.log == nil {
 		s.log = zap.NewNop()
 	}
+	defer func() {
+		if err == nil {
+			s.copies.Store(!s.sharing())
+		}
+	}()
 	if s.lock == nil {
 		if s.lock, err = takeLock(root); err != nil {
 			return nil, fmt.Errorf("state directory %s: %w", path, errors.Join(err, root.Close()))
