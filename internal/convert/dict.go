@@ -161,6 +161,10 @@ func (h *helpers) fits(d *builder.Dict, b builder.Options) error {
 	if err := d.Check(b); err != nil {
 		return err
 	}
+	// Who asks for another compressor wants the data in it; the dictionary would keep them as they are, from image to image.
+	if got := d.Image.Compressor; got != b.Compressor {
+		return fmt.Errorf("it is compressed with %v, the image is to be with %v", got, b.Compressor)
+	}
 	blobs := map[string]bool{}
 	count := func(of []rafs.Blob) {
 		for i := range of {

@@ -341,9 +341,12 @@ func TestDictErrors(t *testing.T) {
 	o := builder.DefaultOptions()
 	base := convert(t, tars(t, layer), o)
 	for want, change := range map[string]func(o *builder.Options){
-		"chunks of 1048576 bytes":     func(o *builder.Options) { o.ChunkSize = 1 << 16 },
-		"digests blake3":              func(o *builder.Options) { o.Digester = rafs.DigesterSHA256 },
-		"it is RAFS v5":               func(o *builder.Options) { o.Dict.Image.Version = rafs.V5 },
+		"chunks of 1048576 bytes": func(o *builder.Options) { o.ChunkSize = 1 << 16 },
+		"digests blake3":          func(o *builder.Options) { o.Digester = rafs.DigesterSHA256 },
+		"it is RAFS v5":           func(o *builder.Options) { o.Dict.Image.Version = rafs.V5 },
+		"is compressed with zstd": func(o *builder.Options) {
+			o.FSVersion, o.Compressor, o.Dict.Image.Version = rafs.V5, rafs.CompressorLZ4, rafs.V5
+		},
 		"do not belong together":      func(o *builder.Options) { o.Dict.Blobs = nil },
 		"cannot be opened":            func(o *builder.Options) { o.Dict.Blobs[0].Open = nil },
 		"its bootstrap says sha256:x": func(o *builder.Options) { o.Dict.Blobs[0].Blob.ID = "x" },

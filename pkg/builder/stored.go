@@ -47,8 +47,8 @@ func (s *StoredBlob) check() error {
 type Dict struct {
 	// ID names the dictionary, by its manifest's digest perhaps: the blobs of layers depend on it. It is to stand for More too.
 	ID string
-	// Image is the dictionary's bootstrap. Its chunk size, version and digester must be the result's;
-	// its compressor may be another.
+	// Image is the dictionary's bootstrap. Its chunk size, version and digester must be the result's, and in v5 its compressor;
+	// in v6 that may be another.
 	Image *rafs.Image
 	// Blobs has one for each of Image.Blobs, in their order.
 	Blobs []StoredBlob
@@ -101,6 +101,8 @@ func (d *Dict) check(o Options) error {
 		return fmt.Errorf("%w: it has chunks of %d bytes, the image is to have %d", ErrUnsupported, img.ChunkSize, o.ChunkSize)
 	case img.Digester != o.Digester:
 		return fmt.Errorf("%w: it has digests %v, the image is to have %v", ErrUnsupported, img.Digester, o.Digester)
+	case img.Version == rafs.V5 && img.Compressor != o.Compressor: // a v5 image has one for all its blobs
+		return fmt.Errorf("%w: it is compressed with %v, the image is to be with %v, and a v5 image has one for all blobs", ErrUnsupported, img.Compressor, o.Compressor)
 	}
 	for i := range d.Blobs {
 		if d.Image.Blobs[i].Features&dependentBlob != 0 {
