@@ -342,7 +342,7 @@ func (c *conversion) buildLayer(ctx context.Context, p *pool, free chan *batch, 
 	defer out.abort()
 
 	ck := newChunker(p, free, c.o, c.dict, uint16(i), out.BlobWriter) //nolint:gosec // completeLayers bounds it
-	ck.stream = stream
+	ck.stream, ck.place = stream, stream.place
 	reader, err := c.readLayer(ctx, stream, ck, i)
 	if err != nil {
 		return builtLayer{}, err

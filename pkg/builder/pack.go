@@ -54,7 +54,10 @@ func PackLayer(ctx context.Context, w io.Writer, r io.Reader, o Options) (rafs.B
 	if err != nil {
 		return rafs.Blob{}, err
 	}
+	counted := &countingReader{r: r}
+	r = counted
 	ck := newChunker(p, newBatches(o.Workers, 1), o, dict, 0, blob)
+	ck.place = func() int64 { return counted.n }
 	reader := layerReader{tree: newTree(), sink: ck, chunkSize: int64(o.ChunkSize)}
 	g, gctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return ck.commit(gctx) })

@@ -74,6 +74,7 @@ type piece struct {
 	chunk  rafs.EncodedChunk
 	known  *rafs.Chunk    // the dictionary's chunk; nil: chunk is to be stored
 	place  *rafs.RefPlace // where the chunk is in the layer, when it stays there
+	zero   *zeroChunk     // what the chunk is, instead of bytes of raw
 }
 
 func newBatch(size int, d rafs.Digester, dict *dict, together uint32) *batch {
@@ -110,7 +111,12 @@ func (b *batch) run(enc *rafs.Encoder) {
 	defer func() { b.done <- struct{}{} }()
 	for i := range b.pieces {
 		p := &b.pieces[i]
-		sum := b.digester.Sum(b.raw[p.off : p.off+p.n])
+		var sum rafs.Digest
+		if p.zero != nil {
+			sum = p.zero.sum()
+		} else {
+			sum = b.digester.Sum(b.raw[p.off : p.off+p.n])
+		}
 		if known, ok := b.dict.find(sum, p.n); ok {
 			p.known = &known
 			continue
@@ -124,10 +130,20 @@ func (b *batch) run(enc *rafs.Encoder) {
 // encode makes the chunk of piece i as it is to be stored, in the batch's own array where there is room.
 func (b *batch) encode(enc *rafs.Encoder, i int, sum rafs.Digest) error {
 	p := &b.pieces[i]
-	src := b.raw[p.off : p.off+p.n]
+	var src []byte
+	if p.zero != nil {
+		src = p.zero.raw
+	} else {
+		src = b.raw[p.off : p.off+p.n]
+	}
 	p.chunk = rafs.EncodedChunk{Digest: sum, Data: src, UncompressedSize: uint32(p.n)} //nolint:gosec // at most the chunk size
 	if p.chunk.UncompressedSize < b.together {
 		return nil
+	}
+	if p.zero != nil {
+		var err error
+		p.chunk.Data, p.chunk.Compressed, err = p.zero.encode(enc)
+		return err
 	}
 	tail := b.out[len(b.out):]
 	data, compressed, err := enc.EncodeMatches(tail, src, b.matchesOf(i))
@@ -157,6 +173,8 @@ type chunker struct {
 	together  uint32        // smaller chunks go into batches of the blob
 
 	stream *layerStream // what the tar is read from; nil: nothing is known of its bytes
+	place  func() int64 // how many bytes of the tar were read; nil: that is not known, and holes are read as data
+	zero   *zeroChunk   // of holes; made when first needed
 
 	free  chan *batch // batches that any layer may fill; their number is the bound
 	order chan *batch // batches in the order of the layer, for commit
@@ -191,7 +209,7 @@ func newChunker(p *pool, free chan *batch, o Options, dict *dict, layer uint16, 
 func (c *chunker) writeFile(ctx context.Context, ino *rafs.Inode, r io.Reader, size int64) error {
 	for size > 0 {
 		n := int(min(size, int64(c.chunkSize)))
-		if c.cur != nil && cap(c.cur.raw)-len(c.cur.raw) < n {
+		if c.cur != nil && (cap(c.cur.raw)-len(c.cur.raw) < n || len(c.cur.pieces) >= maxPieces) {
 			if err := c.flush(ctx); err != nil {
 				return err
 			}
@@ -225,8 +243,16 @@ func (c *chunker) readPiece(ino *rafs.Inode, r io.Reader, n int) error {
 		place = c.stream.place()
 		c.stream.log.keep(place)
 	}
-	if _, err := io.ReadFull(r, b.raw[off:off+n]); err != nil {
+	hole, err := readHoles(r, b.raw[off:off+n], c.place)
+	if err != nil {
 		return cutOff(err)
+	}
+	if hole && n == c.chunkSize {
+		if c.zero == nil {
+			c.zero = newZeroChunk(n, c.digester)
+		}
+		b.pieces = append(b.pieces, piece{ino: ino, off: off, n: n, first: len(b.matches), zero: c.zero})
+		return nil
 	}
 	b.raw = b.raw[:off+n]
 	b.pieces = append(b.pieces, piece{ino: ino, off: off, n: n, first: len(b.matches)})
@@ -313,7 +339,7 @@ func (c *chunker) commit(ctx context.Context) error {
 			if err := c.store(p); err != nil {
 				return fmt.Errorf("write blob: %w", err)
 			}
-			p.ino, p.chunk.Data, p.known, p.place = nil, nil, nil, nil
+			p.ino, p.chunk.Data, p.known, p.place, p.zero = nil, nil, nil, nil, nil
 		}
 		c.free <- b // never blocks: it has room for all batches there are
 	}
