@@ -73,6 +73,14 @@ func DropImages() error {
 	return nil
 }
 
+// OwnThread calls f on a thread that ends with it, and with the thread whatever of it f changed, such as its user. Goroutines that f
+// starts are on others. It returns when f has, with its error.
+func OwnThread(f func() error) error {
+	done := make(chan error, 1)
+	go onOwnThread(func() { done <- f() })
+	return <-done
+}
+
 // onOwnThread calls f on a thread that ends with it, and with the thread what it
 // unshared. The first thread of a process never ends before the process, and is
 // the one that /proc/self shows: f never gets it.

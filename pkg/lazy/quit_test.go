@@ -5,11 +5,12 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"runtime"
 	"strings"
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/headstart-oci/headstart/internal/testenv"
 )
 
 // A daemon that is to end waits for no client: not for one that says nothing, nor for one that stops in the middle.
@@ -72,39 +73,29 @@ func TestOtherUser(t *testing.T) {
 // asUser connects to a socket as another user and returns what is said to him, who says nothing.
 func asUser(t *testing.T, uid int, path string) string {
 	t.Helper()
-	type result struct {
-		said string
-		err  error
-	}
-	done := make(chan result)
-	go func() {
-		runtime.LockOSThread() // for good: the thread ends with the goroutine, and the user with the thread
-		var r result
-		defer func() { done <- r }()
+	said := ""
+	err := testenv.OwnThread(func() error {
 		if _, _, errno := unix.RawSyscall(unix.SYS_SETRESUID, ^uintptr(0), uintptr(uid), ^uintptr(0)); errno != 0 {
-			r.err = errno
-			return
+			return errno
 		}
 		fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
 		if err != nil {
-			r.err = err
-			return
+			return err
 		}
 		defer unix.Close(fd)
-		r.err = errors.Join(unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Sec: 20}), unix.Connect(fd, &unix.SockaddrUnix{Name: path}))
-		for r.err == nil {
+		err = errors.Join(unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Sec: 20}), unix.Connect(fd, &unix.SockaddrUnix{Name: path}))
+		for err == nil {
 			p := make([]byte, 4096)
-			n, err := unix.Read(fd, p)
-			if err != nil || n <= 0 {
-				r.err = err
-				return
+			var n int
+			if n, err = unix.Read(fd, p); err != nil || n <= 0 {
+				return err
 			}
-			r.said += string(p[:n])
+			said += string(p[:n])
 		}
-	}()
-	r := <-done
-	if r.err != nil {
-		t.Error(r.err)
+		return err
+	})
+	if err != nil {
+		t.Error(err)
 	}
-	return r.said
+	return said
 }
