@@ -75,7 +75,17 @@ func chunkSet(chunks []rafs.Chunk) (sum [sha256.Size]byte) {
 
 // openBlob opens the cache file of blob n of img for m and has it watched. name is that of the file which
 // a mount has already, empty for a new mount.
-func (d *daemon) openBlob(m *mount, img *rafs.Image, n int, src fill.Source, name string) (_ *use, err error) {
+func (d *daemon) openBlob(m *mount, img *rafs.Image, n int, src fill.Source, name string) (*use, error) {
+	u, err := d.openUse(m, img, n, src, name)
+	if err != nil && u != nil {
+		err = errors.Join(err, d.letGo(m.rec.Dir, parts{uses: []*use{u}}))
+		u = nil
+	}
+	return u, err
+}
+
+// openUse is openBlob. What it returns with an error is the caller's to let go.
+func (d *daemon) openUse(m *mount, img *rafs.Image, n int, src fill.Source, name string) (u *use, err error) {
 	info, chunks := img.Blobs[n], img.BlobChunks(n)
 	d.blobMu.Lock()
 	defer d.blobMu.Unlock()
@@ -99,21 +109,21 @@ func (d *daemon) openBlob(m *mount, img *rafs.Image, n int, src fill.Source, nam
 	b.syncMu.Lock()
 	b.settled = false // this image may use more of it
 	b.syncMu.Unlock()
-	u := &use{b: b, src: src, share: m.share, claim: m.claim, narrow: m.narrow}
+	u = &use{b: b, src: src, share: m.share, claim: m.claim, narrow: m.narrow}
 	if err := d.attachSource(u, info, chunks); err != nil {
-		return nil, errors.Join(err, d.closeUse(u))
+		return u, err
 	}
 	d.usedMu.Lock()
 	b.users = append(b.users, u)
 	d.usedMu.Unlock()
 	if err := d.guard(b); err != nil {
-		return nil, errors.Join(err, d.closeUse(u))
+		return u, err
 	}
 	if m.rec.driver() == DriverFUSE {
 		return u, nil // who reads asks before
 	}
 	if err := d.watch.Add(b.st); err != nil {
-		return nil, errors.Join(err, d.closeUse(u))
+		return u, err
 	}
 	u.watched = true
 	return u, nil
@@ -240,39 +250,4 @@ func (d *daemon) fillingsOf(st *store.Blob) []*filling {
 		return b.fillings
 	}
 	return nil
-}
-
-// closeUse gives a mount's part in a blob back. The last one closes the blob; no mount has it then. The caller holds blobMu.
-func (d *daemon) closeUse(u *use) error {
-	var errs []error
-	d.noteScope(u, u.b.st)
-	d.usedMu.Lock()
-	u.b.users = slices.DeleteFunc(u.b.users, func(o *use) bool { return o == u })
-	d.usedMu.Unlock()
-	if u.f != nil {
-		u.f.refs--
-		if u.f.refs > 0 {
-			u.f.fb.RemoveSource(u.src)
-		} else {
-			d.usedMu.Lock()
-			u.b.fillings = slices.DeleteFunc(slices.Clone(u.b.fillings), func(f *filling) bool { return f == u.f })
-			d.usedMu.Unlock()
-			u.f.fb.Close()
-		}
-	}
-	if u.watched {
-		errs = append(errs, d.watch.Remove(u.b.st))
-	}
-	u.b.refs--
-	if u.b.refs == 0 {
-		name := u.b.st.Name()
-		errs = append(errs, d.link.Drop(keptData+name, keptBits+name))
-		d.usedMu.Lock()
-		delete(d.blobs, name)
-		d.usedMu.Unlock()
-	}
-	u.b.syncMu.Lock()
-	defer u.b.syncMu.Unlock()
-	u.b.closed = u.b.refs == 0
-	return errors.Join(append(errs, u.b.st.Close())...)
 }

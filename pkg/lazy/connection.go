@@ -110,7 +110,7 @@ func (d *daemon) answer(m *mount, c *connection) {
 // disconnectLimit bounds how long is waited for the kernel to let go of a connection that ends.
 const disconnectLimit = 2 * time.Second
 
-// disconnect ends the connection of m, if it has one: what is mounted still is ENOTCONN. Nothing uses the blobs when it returns, unless m is stuck.
+// disconnect ends the connection of m, if it has one: what is mounted still is ENOTCONN. Nothing of it uses the blobs when it returns, unless m is stuck.
 func (d *daemon) disconnect(m *mount) error {
 	c := m.conn.Swap(nil)
 	if c == nil {
@@ -123,7 +123,7 @@ func (d *daemon) disconnect(m *mount) error {
 func (d *daemon) hangUp(m *mount, c *connection) error {
 	err := c.server.Close()
 	if errors.Is(err, fuse.ErrStuck) {
-		m.stuck.Store(true)
+		m.stuck.Store(c.server)
 		d.stuck.Store(true)
 	}
 	err = errors.Join(err, d.link.Drop(keptFUSE+m.rec.ID, keptRequests+m.rec.ID))

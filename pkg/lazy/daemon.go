@@ -17,7 +17,6 @@ import (
 	"go.uber.org/zap"
 
 	"github.com/headstart-oci/headstart/pkg/fanotify"
-	"github.com/headstart-oci/headstart/pkg/lazy/internal/erofs"
 	"github.com/headstart-oci/headstart/pkg/lazy/internal/fill"
 	"github.com/headstart-oci/headstart/pkg/lazy/internal/fuse"
 	"github.com/headstart-oci/headstart/pkg/lazy/internal/hold"
@@ -107,7 +106,8 @@ type daemon struct {
 	keeper *keeper // of the cache
 	trees  trees   // of FUSE mounts
 
-	stuck      atomic.Bool // some mount is
+	stuck      atomic.Bool  // something uses what this daemon has and does not end
+	late       atomic.Int32 // mounts that something uses still that was to end
 	calls      sync.WaitGroup
 	poke       chan struct{}      // makes the janitor look at once
 	collectNow chan struct{}      // and the collector
@@ -340,99 +340,6 @@ func (d *daemon) listen(kept *os.File) error {
 		}
 		return errors.Join(d.link.Keep(keptListener, f), f.Close())
 	})
-}
-
-// run serves until there is nothing to do.
-func (d *daemon) run(ctx context.Context) error {
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	d.quit = cancel
-	var watchErr error
-	if d.watch != nil {
-		d.calls.Go(func() {
-			defer cancel() // a daemon that cannot answer makes room for another
-			watchErr = d.watch.Run(ctx)
-		})
-	}
-	d.log.Info("lazy mounts are served", zap.String("state_dir", d.o.StateDir), zap.Int("pid", os.Getpid()), zap.Int("holder", d.link.Holder()))
-	d.calls.Go(func() { d.accept(ctx) })
-	d.calls.Go(func() { d.syncLoop(ctx) })
-	d.calls.Go(func() { d.shareLoop(ctx) })
-	d.calls.Go(func() { d.gcLoop(ctx) })
-	d.calls.Go(func() { d.confirmLoop(ctx) })
-	idle := d.janitor(ctx)
-	cancel()
-	if idle {
-		// Nobody must find a socket behind which nobody listens.
-		err := throughDir(d.o.RunDir, socketName(d.o.StateDir), os.Remove)
-		if err != nil && !errors.Is(err, os.ErrNotExist) {
-			d.log.Warn("remove the socket", zap.Error(err))
-		}
-	}
-	err := d.listener.Close()
-	d.calls.Wait()
-	idle = d.nothingMounted() // a call may have been quicker, or ctx ended with nothing mounted
-	return errors.Join(watchErr, err, d.close(idle))
-}
-
-// nothingMounted reports whether no mount needs anybody: neither one that is known, nor one whose record was lost, which
-// has the data file of a blob that nobody adopted.
-func (d *daemon) nothingMounted() bool {
-	d.mu.Lock()
-	n := len(d.mounts)
-	d.mu.Unlock()
-	if n > 0 {
-		return false
-	}
-	d.dropUnused()
-	return len(d.store.Unadopted()) == 0
-}
-
-// nothingLives reports whether no EROFS is mounted from files on the whole machine, as far as that can be told.
-func nothingLives() bool {
-	living, err := erofs.Living()
-	return err == nil && len(living) == 0
-}
-
-// close gives everything back. done ends the holder too; else it starts another daemon when this process ends.
-func (d *daemon) close(done bool) error {
-	var errs []error
-	if d.listener != nil && done {
-		_ = throughDir(d.o.RunDir, socketName(d.o.StateDir), os.Remove)
-	}
-	for _, m := range d.mounts {
-		if c := m.conn.Load(); c != nil {
-			err := c.server.Close() // what waits is the next daemon's
-			if errors.Is(err, fuse.ErrStuck) {
-				d.stuck.Store(true)
-			}
-			errs = append(errs, err)
-		}
-	}
-	stuck := d.stuck.Load() // what is in use still ends with the process
-	if d.fill != nil && !stuck {
-		d.fill.Close()
-	}
-	if d.watch != nil {
-		errs = append(errs, d.watch.Close())
-	}
-	if d.table != nil {
-		errs = append(errs, d.table.Close())
-	}
-	if d.group != nil {
-		errs = append(errs, d.group.Close())
-	}
-	if d.link != nil && !done {
-		errs = append(errs, d.link.Close())
-	}
-	errs = append(errs, d.stopSharing())
-	if d.store != nil && !stuck {
-		errs = append(errs, d.store.Close())
-	}
-	if d.link != nil && done {
-		errs = append(errs, d.link.Done())
-	}
-	return errors.Join(errs...)
 }
 
 // accept answers clients, each in a goroutine of its own.

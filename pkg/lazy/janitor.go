@@ -2,6 +2,7 @@ package lazy
 
 import (
 	"context"
+	"sync"
 	"time"
 
 	"go.uber.org/zap"
@@ -57,17 +58,23 @@ func (d *daemon) sweep() {
 		d.log.Error("superblocks", zap.Error(err))
 		return
 	}
+	var ending sync.WaitGroup // together: one whose source does not answer takes a while
+	defer ending.Wait()
 	for _, m := range mounts {
 		if !m.phase.TryLock() {
 			continue // it is being made lazy again
 		}
-		switch {
-		case !lives(&m.rec, m.conn.Load(), living):
-			if err := d.end(m); err != nil {
-				d.log.Warn("end of a mount", zap.String("dir", m.rec.Dir), zap.Error(err))
-			}
-			d.log.Info("unmounted", zap.String("dir", m.rec.Dir), zap.String("bdi", m.rec.BDI))
-		case d.isComplete(m):
+		if !lives(&m.rec, m.conn.Load(), living) {
+			ending.Go(func() {
+				defer m.phase.Unlock()
+				if err := d.end(m); err != nil {
+					d.log.Warn("end of a mount", zap.String("dir", m.rec.Dir), zap.Error(err))
+				}
+				d.log.Info("unmounted", zap.String("dir", m.rec.Dir), zap.String("bdi", m.rec.BDI))
+			})
+			continue
+		}
+		if d.isComplete(m) {
 			d.complete(m)
 		}
 		m.phase.Unlock()

@@ -67,8 +67,8 @@ type mount struct {
 	narrow func(scope string) string
 	phase  sync.Mutex // held by who makes a mount complete, lazy again, or ends it; taken before daemon.blobMu
 
-	conn  atomic.Pointer[connection] // of a FUSE mount, until it ends
-	stuck atomic.Bool                // something fetches for it still that does not end: its blobs stay open
+	conn  atomic.Pointer[connection]  // of a FUSE mount, until it ends
+	stuck atomic.Pointer[fuse.Server] // of a connection that has ended, but for what fetches for it
 
 	dir      string
 	failed   string
@@ -211,15 +211,6 @@ func (d *daemon) superblock(ctx context.Context, m *mount, tree *rafs.Image, boo
 	return e, nil
 }
 
-func (m *mount) closeSource() error {
-	if m.src == nil {
-		return nil
-	}
-	src := m.src
-	m.src = nil
-	return src.Close()
-}
-
 // prefetch begins with what lists name, and with the rest by policy.
 func (d *daemon) prefetch(m *mount, tree *rafs.Image) {
 	background, err := m.rec.Request.background()
@@ -249,29 +240,15 @@ func (d *daemon) prefetch(m *mount, tree *rafs.Image) {
 // release gives back what fills a mount: it is complete, or nobody has it any more. What a complete mount
 // reads from stays, with nobody in between.
 func (d *daemon) release(m *mount) error {
-	errs := []error{d.disconnect(m)}
-	if m.stuck.Load() { // memory and files that are in use
-		return errors.Join(append(errs, fmt.Errorf("what %s has of blobs stays open", m.rec.Dir))...)
-	}
+	err := d.disconnect(m)
 	d.mu.Lock()
-	run := m.run
+	p := parts{run: m.run, src: m.src, server: m.stuck.Swap(nil)}
 	d.mu.Unlock()
-	if run != nil {
-		run.Close()
-	}
-	d.blobMu.Lock()
+	m.src = nil
 	d.usedMu.Lock()
-	uses := m.uses
-	m.uses = nil
+	p.uses, m.uses = m.uses, nil
 	d.usedMu.Unlock()
-	var names []string
-	for _, u := range uses {
-		names = append(names, u.b.st.Name())
-		errs = append(errs, d.closeUse(u))
-	}
-	d.blobMu.Unlock()
-	d.feedSoon(names)
-	return errors.Join(append(errs, m.closeSource())...)
+	return errors.Join(err, d.letGo(m.rec.Dir, p))
 }
 
 // end forgets a mount whose superblock is gone or never was, and gives back everything. Errors are of what was lost on

@@ -122,8 +122,12 @@ func (b *Blob) AddSource(src Source) {
 	b.sources = append(slices.Clip(b.sources), newOrigin(src))
 }
 
-// Close ends what is being fetched: whoever waits gets [ErrClosed]. It returns when nothing uses the cache or the source any more.
-func (b *Blob) Close() {
+// Close is [Blob.End], and returns when the channel is closed: a source that ignores the end of its context keeps it waiting.
+func (b *Blob) Close() { <-b.End() }
+
+// End ends what is being fetched: whoever waits gets [ErrClosed]. The channel is closed when nothing uses the cache or the source any more;
+// until then they stay open.
+func (b *Blob) End() <-chan struct{} {
 	b.cancel(ErrClosed)
 	b.s.mu.Lock()
 	delete(b.s.blobs, b)
@@ -133,7 +137,17 @@ func (b *Blob) Close() {
 		}
 	}
 	b.s.mu.Unlock()
-	b.work.Wait()
+	return after(b.work.Wait)
+}
+
+// after returns a channel that is closed when wait has returned.
+func after(wait func()) <-chan struct{} {
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		wait()
+	}()
+	return done
 }
 
 // Extend adds chunks of the same blob that another image uses.

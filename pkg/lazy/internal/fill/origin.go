@@ -37,20 +37,22 @@ var errSlow = errors.New("the source sends next to nothing")
 // slower than this keeps a chunk of 128 KiB for longer than readers wait by default.
 const slowest = 1 << 10
 
-// RemoveSource forgets src, added by [Blob.AddSource] or [Scheduler.Open], and returns when no request of it is on the way any
-// more. What it was to bring is asked of others.
-func (b *Blob) RemoveSource(src Source) {
+// RemoveSource is [Blob.EndSource], and returns when the channel is closed.
+func (b *Blob) RemoveSource(src Source) { <-b.EndSource(src) }
+
+// EndSource forgets src, added by [Blob.AddSource] or [Scheduler.Open]. What it was to bring is asked of others. The channel is closed
+// when no request of src is on the way any more; until then src stays open.
+func (b *Blob) EndSource(src Source) <-chan struct{} {
 	b.s.mu.Lock()
+	defer b.s.mu.Unlock()
 	i := slices.IndexFunc(b.sources, func(o *origin) bool { return o.src == src })
 	if i < 0 {
-		b.s.mu.Unlock()
-		return
+		return after(func() {})
 	}
 	o := b.sources[i]
 	b.sources = slices.Delete(slices.Clone(b.sources), i, i+1)
-	b.s.mu.Unlock()
 	o.cancel()
-	o.use.Wait()
+	return after(o.use.Wait)
 }
 
 // origins returns the sources to ask, in order, and keeps them until they are given back.

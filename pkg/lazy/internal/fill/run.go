@@ -126,10 +126,13 @@ func (r *Run) Listed() <-chan struct{} { return r.listed }
 // Done is closed when the run is over.
 func (r *Run) Done() <-chan struct{} { return r.done }
 
-// Close ends the run and returns when it makes no requests any more.
-func (r *Run) Close() {
+// Close is [Run.End], and returns when the channel is closed.
+func (r *Run) Close() { <-r.End() }
+
+// End ends the run. The channel, that of [Run.Done], is closed when it makes no requests any more.
+func (r *Run) End() <-chan struct{} {
 	r.cancel(ErrClosed)
-	<-r.done
+	return r.done
 }
 
 // mark notes which chunks the lists name; the caller holds s.mu.

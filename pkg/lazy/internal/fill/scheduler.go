@@ -48,8 +48,11 @@ func New(o Options) *Scheduler {
 	return s
 }
 
-// Close ends everything and returns when nothing runs any more. Blobs and runs need not be closed before.
-func (s *Scheduler) Close() {
+// Close is [Scheduler.End], and returns when the channel is closed.
+func (s *Scheduler) Close() { <-s.End() }
+
+// End ends everything. The channel is closed when nothing runs any more. Blobs and runs need not be closed before.
+func (s *Scheduler) End() <-chan struct{} {
 	s.mu.Lock()
 	s.closed = true
 	blobs := make([]*Blob, 0, len(s.blobs))
@@ -58,10 +61,12 @@ func (s *Scheduler) Close() {
 	}
 	s.mu.Unlock()
 	s.cancel(ErrClosed)
-	for _, b := range blobs {
-		b.Close()
-	}
-	s.runs.Wait()
+	return after(func() {
+		for _, b := range blobs {
+			b.Close()
+		}
+		s.runs.Wait()
+	})
 }
 
 // flight is a unit on its way, or about to be.
@@ -266,6 +271,8 @@ func (b *Blob) await(ctx context.Context, f *flight) error {
 			return f.err
 		case <-ctx.Done():
 			return context.Cause(ctx)
+		case <-b.ctx.Done(): // who fetches it may take no notice
+			return context.Cause(b.ctx)
 		case <-late:
 			late = nil
 			b.s.mu.Lock()

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"io"
 	"slices"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -94,5 +95,41 @@ func TestDeadline(t *testing.T) {
 	}
 	if s := m.blobs[0].Stats(); s.Failed != 1 {
 		t.Errorf("Stats = %+v, want one read that failed", s)
+	}
+}
+
+// What is told to end lets readers go at once, whatever its source does, and says when the source has let go too.
+func TestEndDeaf(t *testing.T) {
+	t.Parallel()
+	m := mounted(t, nydus(t, "v6-zstd"), quick())
+	quit := make(chan struct{})
+	open := sync.OnceFunc(func() { close(quit) })
+	defer open()
+	m.sources[0].set(func(_ int, _ fill.Request, right []byte) (io.Reader, error) {
+		return &gate{bytes.NewReader(right), quit}, nil
+	})
+	late := make(chan error, 1)
+	go func() { late <- m.ensure(t.Context(), m.BlobChunks(0)[0]) }()
+	for len(m.sources[0].seen()) == 0 {
+		time.Sleep(time.Millisecond)
+	}
+	run := m.s.Start(fill.Plan{Blobs: m.blobs, Stream: 0, Background: fill.BackgroundFull})
+	for len(m.sources[0].seen()) < 2 {
+		time.Sleep(time.Millisecond)
+	}
+	ends := []<-chan struct{}{run.End(), m.blobs[0].EndSource(m.sources[0]), m.blobs[0].End(), m.s.End()}
+	if err := <-late; !errors.Is(err, fill.ErrClosed) {
+		t.Errorf("Ensure = %v, want ErrClosed", err)
+	}
+	for i, end := range ends {
+		select {
+		case <-end:
+			t.Errorf("%d has ended, and its source is in use", i)
+		default:
+		}
+	}
+	open()
+	for _, end := range ends {
+		<-end
 	}
 }

@@ -237,30 +237,37 @@ func (w *Watcher) Settle(b *store.Blob) (bool, error) {
 	return true, nil
 }
 
-// Remove ends one Add, after the last mount that needs more of it is gone, or has all that it needs. The last one takes the
-// mark away, and returns when no event of it is looked at any more: Ensure must return by then. Whatever Remove returns, the blob
-// may be closed afterwards. Events of it that are found later pass when what they ask for was ready at the end.
+// Remove is [Watcher.End], and returns when the channel is closed: Ensure must return by then.
 func (w *Watcher) Remove(b *store.Blob) error {
+	idle, err := w.End(b)
+	<-idle
+	return err
+}
+
+// End ends one Add, after the last mount that needs more of it is gone, or has all that it needs. The last one takes the mark away. The
+// channel is closed when no event of it is looked at any more: then the blob may be closed, whatever the error. Events of it that are
+// found later pass when what they ask for was ready at the end.
+func (w *Watcher) End(b *store.Blob) (idle <-chan struct{}, err error) {
+	done := make(chan struct{})
 	id := identify(b)
 	w.mu.Lock()
+	defer w.mu.Unlock()
 	known := w.blobs[id]
-	if known == nil || known.blob != b {
-		w.mu.Unlock()
-		return nil
+	if known != nil && known.blob == b {
+		if known.refs--; known.refs == 0 {
+			if err = w.Unmark(b.File()); err != nil {
+				err = fmt.Errorf("remove blob %s: %w", b.Name(), err)
+			}
+			w.forget(id, b)
+			go func() {
+				defer close(done)
+				known.events.Wait()
+			}()
+			return done, err
+		}
 	}
-	if known.refs > 1 {
-		known.refs--
-		w.mu.Unlock()
-		return nil
-	}
-	err := w.Unmark(b.File())
-	w.forget(id, b)
-	w.mu.Unlock()
-	known.events.Wait()
-	if err != nil {
-		return fmt.Errorf("remove blob %s: %w", b.Name(), err)
-	}
-	return nil
+	close(done)
+	return done, nil
 }
 
 // Stats returns the counters.

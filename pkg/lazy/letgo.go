@@ -1,0 +1,143 @@
+package lazy
+
+import (
+	"errors"
+	"fmt"
+	"slices"
+	"time"
+
+	"go.uber.org/zap"
+
+	"github.com/headstart-oci/headstart/pkg/lazy/internal/fill"
+	"github.com/headstart-oci/headstart/pkg/lazy/internal/fuse"
+)
+
+// stuckLimit is how long something that was told to end is waited for. A source may take no notice: a file on a network file system
+// whose server is away, or a disk that hangs.
+const stuckLimit = 2 * time.Second
+
+// after returns a channel that is closed when wait has returned.
+func after(wait func()) <-chan struct{} {
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		wait()
+	}()
+	return done
+}
+
+// within reports whether all channels are closed before limit is over.
+func within(limit time.Duration, all ...<-chan struct{}) bool {
+	timer := time.NewTimer(limit)
+	defer timer.Stop()
+	for _, c := range all {
+		select {
+		case <-c: // also when both are ready, mostly
+		case <-timer.C:
+			return false
+		}
+	}
+	return true
+}
+
+// parts are what fills a mount.
+type parts struct {
+	run    *fill.Run    // nil: none
+	server *fuse.Server // that something fetches for still; nil: none
+	uses   []*use
+	src    imageSource // nil: none, or it stays
+}
+
+// letGo gives back what filled what is at dir. What is in use for longer than a moment, because a source ignores that it is to end, stays
+// open until then, and nobody waits for it: that is an error too.
+func (d *daemon) letGo(dir string, p parts) error {
+	var idle []<-chan struct{}
+	if p.server != nil {
+		idle = append(idle, after(func() {
+			for errors.Is(p.server.Close(), fuse.ErrStuck) { // which waits
+			}
+		}))
+	}
+	if p.run != nil {
+		idle = append(idle, p.run.End())
+		within(stuckLimit, p.run.Done()) // then its blobs
+	}
+	var errs []error
+	d.blobMu.Lock()
+	for _, u := range p.uses {
+		busy, err := d.unlink(u)
+		idle, errs = append(idle, busy...), append(errs, err)
+	}
+	d.blobMu.Unlock()
+	if within(stuckLimit, idle...) {
+		return errors.Join(append(errs, d.giveBack(p))...)
+	}
+	d.late.Add(1)
+	go func() {
+		defer d.late.Add(-1)
+		for _, c := range idle {
+			<-c
+		}
+		err := d.giveBack(p)
+		d.log.Info("a source that did not answer has ended", zap.String("dir", dir), zap.Error(err))
+	}()
+	return errors.Join(append(errs, fmt.Errorf("the source of %s does not answer and does not end: %d blobs stay open until it does", dir, len(p.uses)))...)
+}
+
+// giveBack closes parts that nothing uses any more.
+func (d *daemon) giveBack(p parts) error {
+	var errs []error
+	var names []string
+	d.blobMu.Lock()
+	for _, u := range p.uses {
+		names = append(names, u.b.st.Name())
+		errs = append(errs, d.closeUse(u))
+	}
+	d.blobMu.Unlock()
+	d.feedSoon(names)
+	if p.src != nil {
+		errs = append(errs, p.src.Close())
+	}
+	return errors.Join(errs...)
+}
+
+// unlink ends a mount's part in a blob, so that nobody begins to use it. It may be closed when the channels are. The caller holds blobMu.
+func (d *daemon) unlink(u *use) (idle []<-chan struct{}, err error) {
+	d.noteScope(u, u.b.st)
+	d.usedMu.Lock()
+	u.b.users = slices.DeleteFunc(u.b.users, func(o *use) bool { return o == u })
+	d.usedMu.Unlock()
+	if u.f != nil {
+		if u.f.refs--; u.f.refs > 0 {
+			idle = append(idle, u.f.fb.EndSource(u.src))
+		} else {
+			d.usedMu.Lock()
+			u.b.fillings = slices.DeleteFunc(slices.Clone(u.b.fillings), func(f *filling) bool { return f == u.f })
+			d.usedMu.Unlock()
+			idle = append(idle, u.f.fb.End())
+		}
+	}
+	if u.watched {
+		var events <-chan struct{}
+		events, err = d.watch.End(u.b.st)
+		idle = append(idle, events)
+	}
+	return idle, err
+}
+
+// closeUse closes what [daemon.unlink] has ended. The last one closes the blob; no mount has it then. The caller holds blobMu.
+func (d *daemon) closeUse(u *use) error {
+	var errs []error
+	u.b.refs--
+	if u.b.refs == 0 {
+		name := u.b.st.Name()
+		errs = append(errs, d.link.Drop(keptData+name, keptBits+name))
+		d.usedMu.Lock()
+		delete(d.blobs, name)
+		d.usedMu.Unlock()
+	}
+	u.b.syncMu.Lock()
+	defer u.b.syncMu.Unlock()
+	u.b.closed = u.b.refs == 0
+	return errors.Join(append(errs, u.b.st.Close())...)
+}
