@@ -24,9 +24,13 @@ func newStatus(g *global) *cobra.Command {
 		Use:   "status",
 		Short: "Show what is mounted, and how much of it is local",
 		Long: `status shows the mounts of a daemon: lazy (some of it is fetched when it is read), complete (all is local, and
-with the driver erofs nothing is in the way of a read) or failed (it lost its daemon: what was not local cannot be read). Misses are chunks
-that somebody waited for although no list named them; waits are reads that found something missing. What was reused was
-copied from what other images have on this machine, not fetched.`,
+with the driver erofs nothing is in the way of a read) or failed (it lost its daemon: what was not local cannot be read).
+
+FETCHED is all that came, REQUESTS in how many requests. DEMAND is what readers waited for, with what came in the same requests;
+PREFETCH the prefetch blob; TABLE the files of the prefetch table, which come after it; AHEAD what follows in a blob that is read front to back.
+MISSES are chunks that were fetched for a reader because no list names them, or the list had gone past them; OVERTAKES those that a list
+names and that were wanted long before their turn. -o json says which they were. WAITS are reads that found something missing. What was
+REUSED was copied from what other images have on this machine, not fetched.`,
 		Example: `  optimizer status
   optimizer status -o json`,
 		Args: atMost(0, "none"),
@@ -63,11 +67,13 @@ func (o *statusOptions) run(ctx context.Context) error {
 	}
 	o.note("daemon %d, holder %d, state in %s", s.PID, s.Holder, s.StateDir)
 	w := tabwriter.NewWriter(o.out, 0, 0, 2, ' ', 0)
-	fmt.Fprintln(w, "DIR\tIMAGE\tDRIVER\tSTATE\tLOCAL\tFETCHED\tREUSED\tREQUESTS\tMISSES\tWAITS\tWAITED")
+	fmt.Fprintln(w, "DIR\tIMAGE\tDRIVER\tSTATE\tLOCAL\tFETCHED\tREUSED\tREQUESTS\tDEMAND\tPREFETCH\tTABLE\tAHEAD\tMISSES\tOVERTAKES\tWAITS\tWAITED")
 	for _, m := range s.Mounts {
-		all := m.Stats.Fetched()
-		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%.1f/%.1f MB\t%.1f MB\t%.1f MB\t%d\t%d\t%d\t%s\n", m.Dir, m.Reference, m.Driver, m.State,
-			mb(m.Local), mb(m.Total), mb(all.Bytes), mb(m.Stats.ReusedBytes), all.Requests, m.Stats.Misses, m.Stats.Waits, m.Stats.Waited.Round(time.Millisecond))
+		st := &m.Stats
+		all := st.Fetched()
+		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%.1f/%.1f MB\t%.1f MB\t%.1f MB\t%d\t%d, %.1f MB\t%.1f MB\t%.1f MB\t%.1f MB\t%d\t%d\t%d\t%s\n", m.Dir, m.Reference, m.Driver, m.State,
+			mb(m.Local), mb(m.Total), mb(all.Bytes), mb(st.ReusedBytes), all.Requests, st.Demand.Requests, mb(st.Demand.Bytes),
+			mb(st.Prefetch.Bytes), mb(st.Table.Bytes), mb(st.ReadAhead.Bytes), st.Misses, st.Overtakes, st.Waits, st.Waited.Round(time.Millisecond))
 	}
 	if err := w.Flush(); err != nil {
 		return err

@@ -80,18 +80,27 @@ func (m *lazyMount) status(ctx context.Context) (s lazy.Status, err error) {
 	return s, err
 }
 
-// report says what was fetched on demand that no list named, or after the prefetch blob was here.
+// report says what was fetched on demand, and why.
 func (m *lazyMount) report(ctx context.Context, r *result) error {
 	s, err := m.status(ctx)
 	if err != nil {
 		return err
 	}
 	mount := s.Mounts[0]
-	r.Misses = int(mount.Stats.Misses)
+	r.Misses, r.Overtakes, r.Fetched = int(mount.Stats.Misses), int(mount.Stats.Overtakes), &mount.Stats
 	for _, miss := range mount.Misses {
-		r.MissBytes += miss.Size
+		what := "missed"
+		switch {
+		case miss.Overtake:
+			what = "overtook the prefetch blob"
+		case miss.Late:
+			what = "missed after the prefetch blob"
+		}
+		if !miss.Overtake {
+			r.MissBytes += miss.Size
+		}
 		if mount.Stats.Prefetch.Chunks > 0 { // without a prefetch blob every chunk is one
-			r.Missed = append(r.Missed, fmt.Sprintf("chunk %d of blob %.12s, %d bytes at %d, %s", miss.Index, miss.Blob, miss.Size, miss.Offset, miss.Path))
+			r.Missed = append(r.Missed, fmt.Sprintf("%s: chunk %d of blob %.12s, %d bytes at %d, %s", what, miss.Index, miss.Blob, miss.Size, miss.Offset, miss.Path))
 		}
 	}
 	return nil

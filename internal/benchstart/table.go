@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/headstart-oci/headstart/internal/linksim"
+	"github.com/headstart-oci/headstart/pkg/lazy"
 )
 
 // result is one cold start, or the median of several.
@@ -31,10 +32,17 @@ type result struct {
 	Requests    int   `json:"requests"`
 	Connections int   `json:"connections"`
 
-	// Misses are ranges that were fetched on demand after the prefetch blob was here; -1: the mode has none.
+	// Misses are chunks that were fetched on demand because the prefetch blob, or the list of an image without one, has them not; -1: the
+	// mode cannot tell. MissBytes are those of the chunks, uncompressed. Overtakes are chunks that the list names and that were fetched by themselves, long
+	// before their turn. Missed says of both what they were, and when, where there is a prefetch blob.
 	Misses    int      `json:"misses"`
 	MissBytes int64    `json:"miss_bytes"`
+	Overtakes int      `json:"overtakes"`
 	Missed    []string `json:"missed,omitempty"`
+
+	// What the lazy mount asked for until it was ready: on demand, for the prefetch blob, for the files of the prefetch table behind it, and ahead of
+	// who reads front to back.
+	Fetched *lazy.Stats `json:"fetched,omitempty"`
 
 	Memory int64 `json:"memory_bytes"` // of the daemons together, the largest resident sets
 }
@@ -75,8 +83,12 @@ func (b *bench) printRows(img *image, p linksim.Profile, rows []result) {
 		}
 		fmt.Fprintf(b.out, "%-34s %8.2fs %8.2fs %8.2fs %10s %9d %7d %7s %10s\n", title(r.Mode), r.Mounted.Seconds(), r.Ready.Seconds(), r.Warm.Seconds(),
 			mb(r.Down), r.Requests, r.Connections, misses, mb(r.Memory))
+		if f := r.Fetched; f != nil {
+			fmt.Fprintf(b.out, "    on demand %d requests, %s; prefetch blob %s; table %d, %s; ahead %d, %s; overtakes %d\n", f.Demand.Requests, mb(f.Demand.Bytes),
+				mb(f.Prefetch.Bytes), f.Table.Requests, mb(f.Table.Bytes), f.ReadAhead.Requests, mb(f.ReadAhead.Bytes), r.Overtakes)
+		}
 		for _, m := range r.Missed {
-			fmt.Fprintf(b.out, "    missed: %s\n", m)
+			fmt.Fprintf(b.out, "    %s\n", m)
 		}
 		if r.Mode == "prefetch" {
 			least := p.Transfer(img.bootstrap+img.prefetch.Bytes) + 6*p.RTT + r.Warm

@@ -255,7 +255,7 @@ type Mount struct {
 	// Local of Total bytes are in the cache: uncompressed, in blocks, of what the image uses.
 	Local int64 `json:"local_bytes"`
 	Total int64 `json:"total_bytes"`
-	// Prefetched: all that lists name was fetched, as far as it could be.
+	// Prefetched: all that the list names was fetched, as far as it could be: the prefetch blob, or the files of the prefetch table where there is none.
 	Prefetched bool   `json:"prefetched"`
 	Stats      Stats  `json:"stats"`
 	Misses     []Miss `json:"misses,omitempty"`

@@ -35,7 +35,7 @@ func TestRepeat(t *testing.T) {
 	s, err := r.status()
 	must(t, err)
 	for _, m := range s.Mounts[0].Misses {
-		t.Errorf("missed: chunk %d of blob %.12s, %s", m.Chunk, m.Blob, m.Path)
+		t.Errorf("fetched on demand: chunk %d of blob %.12s, %s", m.Chunk, m.Blob, m.Path)
 	}
 	if got := s.Mounts[0].Stats; got.Misses != 0 || got.Demand.Requests != 0 {
 		t.Errorf("repeating the recorded run: %d misses, %d requests on demand; want none", got.Misses, got.Demand.Requests)

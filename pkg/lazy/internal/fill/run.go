@@ -54,13 +54,14 @@ type Plan struct {
 	Blobs []*Blob
 	// Stream is the index of the prefetch blob, which is read front to back; -1: there is none.
 	Stream int
-	// Table are the chunks of the files of the prefetch table, see [TableChunks].
+	// Table are the chunks of the files of the prefetch table, see [TableChunks]. With a prefetch blob, which is the list then, they come
+	// after it, when nobody has waited for anything for [Options].Idle, and do not count as listed.
 	Table []rafs.Chunk
 	// Background says what to do about the rest.
 	Background Background
 	// Rate bounds the stored bytes a second of the rest; 0: no bound.
 	Rate int64
-	// Listed, if not nil, is called when the prefetch blob and table are done, before the rest.
+	// Listed, if not nil, is called when the list is done, which is the prefetch blob, or the table where there is none: before the rest.
 	Listed func()
 }
 
@@ -120,7 +121,7 @@ func (s *Scheduler) Start(p Plan) *Run {
 	return r
 }
 
-// Listed is closed when the prefetch blob and table are done, as far as they can be.
+// Listed is closed when the prefetch blob is done, or the table where there is none, as far as it can be.
 func (r *Run) Listed() <-chan struct{} { return r.listed }
 
 // Done is closed when the run is over.
@@ -144,6 +145,7 @@ func (r *Run) mark() {
 			r.promised = newStream(0) // about to be asked for
 			b.stream = r.promised
 		}
+		return
 	}
 	for i := range r.plan.Table {
 		c := &r.plan.Table[i]
@@ -165,7 +167,11 @@ func (r *Run) blob(n int) *Blob {
 
 func (r *Run) run() {
 	defer close(r.done)
-	err := r.lists()
+	list, behind := r.table, func() error { return nil }
+	if b := r.blob(r.plan.Stream); b != nil {
+		list, behind = func() error { return b.streamAll(r.ctx, r.promised) }, r.tableBehind
+	}
+	err := list()
 	r.s.mu.Lock()
 	r.s.prefetching--
 	r.s.stir()
@@ -179,6 +185,7 @@ func (r *Run) run() {
 	if r.plan.Listed != nil {
 		r.plan.Listed()
 	}
+	err = errors.Join(err, behind())
 	if err != nil && r.ctx.Err() == nil {
 		r.s.o.Log.Warn("prefetch ended early", zap.Error(err))
 	}
@@ -199,14 +206,33 @@ func (r *Run) run() {
 	}
 }
 
-// lists fetches what the lists name.
-func (r *Run) lists() error {
-	var errs []error
-	if b := r.blob(r.plan.Stream); b != nil {
-		errs = append(errs, b.streamAll(r.ctx, r.promised))
+// tableBehind fetches the files of the table behind a prefetch blob: they have all that it left out, because the start does not read it. So
+// that comes when nobody has waited for anything for a while, or after some time: the source of others may be down for long.
+func (r *Run) tableBehind() error {
+	began := time.Now()
+	for len(r.plan.Table) > 0 {
+		r.s.mu.Lock()
+		since := r.s.lastDemand
+		if r.s.demands > 0 {
+			since = time.Now()
+		}
+		r.s.mu.Unlock()
+		if since.Before(began) {
+			since = began
+		}
+		left := min(r.s.o.Idle-time.Since(since), patience-time.Since(began))
+		if left <= 0 {
+			return r.table()
+		}
+		if err := r.later(left); err != nil {
+			return err
+		}
 	}
-	return errors.Join(append(errs, r.table())...)
+	return nil
 }
+
+// patience is how long demands hold up what nobody waits for: those of a source that is down do so for long.
+const patience = 5 * time.Second
 
 // forever is how long a run tries: until it is closed.
 const forever = 1 << 62
@@ -410,7 +436,6 @@ func (r *Run) allowed(n int64) error {
 // calmed waits until nobody waits for anything and no list is being fetched, with idle: for a while. A source that is down makes
 // readers wait for long; those of others need not wait for them: after some time it returns anyhow.
 func (s *Scheduler) calmed(ctx context.Context, idle bool) error {
-	const patience = 5 * time.Second
 	began := time.Now()
 	for {
 		s.mu.Lock()

@@ -214,6 +214,42 @@ func TestTable(t *testing.T) {
 	}
 }
 
+// Behind a prefetch blob the files of the table wait until nobody has waited for a while; who wants them before has missed them.
+func TestTableBehindStream(t *testing.T) {
+	t.Parallel()
+	o := quick()
+	for _, idle := range []time.Duration{time.Millisecond, time.Hour} {
+		o.Idle = idle
+		m := mounted(t, kinds["prefetch"](t), o)
+		n := m.prefetchBlob()
+		var table []rafs.Chunk
+		for i := range m.Blobs {
+			if i != n {
+				table = append(table, m.BlobChunks(i)...)
+			}
+		}
+		run := m.s.Start(fill.Plan{Blobs: m.blobs, Stream: n, Table: table, Background: fill.BackgroundNone})
+		if idle < time.Second {
+			<-run.Done()
+			if s := m.sum(); s.Misses != 0 || s.Table.Chunks == 0 || s.Prefetch.Chunks == 0 {
+				t.Errorf("nobody reads: Stats = %+v, want the blob and the table", s)
+			}
+			continue
+		}
+		<-run.Listed()
+		if err := m.ensure(t.Context(), table[0]); err != nil {
+			t.Fatal(err)
+		}
+		run.Close()
+		if s := m.sum(); s.Misses != 1 || s.Overtakes != 0 || s.Table.Requests != 0 {
+			t.Errorf("somebody reads at once: Stats = %+v, want a miss, and nothing of the table", s)
+		}
+		if misses := m.blobs[table[0].Blob].Misses(); len(misses) != 1 || !misses[0].Late || misses[0].Listed {
+			t.Errorf("Misses = %+v, want one after the prefetch blob", misses)
+		}
+	}
+}
+
 // With a rate the rest comes in small pieces with time between them; idle waits until no reader does.
 func TestBackgroundRate(t *testing.T) {
 	t.Parallel()

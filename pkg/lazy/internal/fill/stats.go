@@ -70,8 +70,8 @@ func (s *Stats) Add(o Stats) {
 	s.Retries, s.Corrupt, s.Failed = s.Retries+o.Retries, s.Corrupt+o.Corrupt, s.Failed+o.Failed
 }
 
-// Miss is a chunk that a reader had to wait for because no list named it, or because what the list named
-// had come already: what a better list would have brought.
+// Miss is a chunk that a reader had to wait for, and which was fetched for him, because no list named it, or because what the list named
+// had come already: what a better list would have brought. Or, with Overtake, one that a list names, and wanted long before its turn.
 type Miss struct {
 	Blob   string        `json:"blob"`
 	Index  uint32        `json:"chunk"`  // of the chunk in its blob
@@ -80,7 +80,9 @@ type Miss struct {
 	After  time.Duration `json:"after_ns"` // since the blob was opened
 	Late   bool          `json:"late"`     // all that was to be prefetched was there, or had failed
 	Listed bool          `json:"listed"`   // a list names it, and yet it was not there
-	Path   string        `json:"path,omitempty"`
+	// Overtake: the list that names it was on its way, and it was fetched by itself because that was sooner. It does not count as a miss.
+	Overtake bool   `json:"overtake,omitempty"`
+	Path     string `json:"path,omitempty"`
 }
 
 // maxMisses bounds the misses that are kept of a blob.
@@ -89,19 +91,21 @@ const maxMisses = 1000
 // miss notes that somebody waits for c; the caller holds b.s.mu. own: it is fetched for itself.
 func (b *Blob) miss(c *rafs.Chunk, own bool) {
 	listed := b.whole || b.listed[c.UncompressedOffset]
-	if listed && !b.over {
-		if own {
-			b.stats.Overtakes++
-		}
+	overtake := listed && !b.over
+	switch {
+	case !overtake:
+		b.stats.Misses++
+	case own:
+		b.stats.Overtakes++
+	default:
 		return
 	}
-	b.stats.Misses++
 	if len(b.misses) >= maxMisses {
 		return
 	}
 	b.misses = append(b.misses, Miss{
 		Blob: b.info.ID, Index: c.Index, Offset: int64(c.UncompressedOffset), Size: int64(c.UncompressedSize), //nolint:gosec // below 2^44
-		After: time.Since(b.opened), Late: b.over, Listed: listed,
+		After: time.Since(b.opened), Late: b.over, Listed: listed, Overtake: overtake,
 	})
 }
 
@@ -112,7 +116,7 @@ func (b *Blob) Stats() Stats {
 	return b.stats
 }
 
-// Misses returns the first of the misses so far, at most a thousand.
+// Misses returns the first of the misses and overtakes so far, at most a thousand.
 func (b *Blob) Misses() []Miss {
 	b.s.mu.Lock()
 	defer b.s.mu.Unlock()
