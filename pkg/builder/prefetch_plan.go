@@ -1,9 +1,12 @@
 package builder
 
 import (
+	"cmp"
+	"math"
 	"path"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/headstart-oci/headstart/pkg/persist"
 	"github.com/headstart-oci/headstart/pkg/rafs"
@@ -15,7 +18,9 @@ type prefetchPlanner struct {
 	prefetchPlan
 	root      *rafs.Inode
 	chunkSize int64
-	chunkSeen map[rafs.Digest]struct{}
+	chunkSeen map[rafs.Digest]int // where in chunks
+	when      []time.Duration     // of chunks: when the first of their bytes was touched
+	last      time.Duration       // the latest time that a listed file has, so far
 	inodeSeen map[*rafs.Inode]struct{}
 }
 
@@ -25,7 +30,7 @@ type prefetchPlanner struct {
 func planPrefetch(root *rafs.Inode, list *persist.List, chunkSize uint32) *prefetchPlan {
 	p := &prefetchPlanner{
 		root: root, chunkSize: int64(chunkSize),
-		chunkSeen: map[rafs.Digest]struct{}{}, inodeSeen: map[*rafs.Inode]struct{}{},
+		chunkSeen: map[rafs.Digest]int{}, inodeSeen: map[*rafs.Inode]struct{}{},
 	}
 	if list == nil {
 		return &p.prefetchPlan
@@ -43,11 +48,59 @@ func planPrefetch(root *rafs.Inode, list *persist.List, chunkSize uint32) *prefe
 			}
 		}
 		spans := persist.Disjoint(a.Ranges)
+		p.last = max(p.last, a.Elapsed) // a file without a time keeps its place in the list
 		for _, ino := range found {
-			p.add(ino, spans)
+			p.add(ino, spans, a.Ranges)
 		}
 	}
+	p.order()
 	return &p.prefetchPlan
+}
+
+// order sorts the chunks by their first touch: a start reads the heads of many files before it comes to the middle of the first one. Those of
+// one moment, and of a list without times, stay in the order of the list.
+func (p *prefetchPlanner) order() {
+	at := make([]int, len(p.chunks))
+	for i := range at {
+		at[i] = i
+	}
+	slices.SortStableFunc(at, func(i, j int) int { return cmp.Compare(p.when[i], p.when[j]) })
+	sorted := make([]rafs.Chunk, len(at))
+	for i, n := range at {
+		sorted[i] = p.chunks[n]
+	}
+	p.chunks = sorted
+}
+
+// firsts returns when each of n chunks was touched first, by those of ranges that have a time; otherwise where such a range does not reach.
+func firsts(ranges []trace.Range, n int, chunkSize int64, otherwise time.Duration) []time.Duration {
+	chunkSize = max(1, chunkSize)
+	when, next := make([]time.Duration, n), make([]int, n+1) // next: the first chunk from there on that has no time yet
+	for i := range next {
+		next[i] = i
+	}
+	for i := range when {
+		when[i] = otherwise
+	}
+	free := func(i int) int {
+		for next[i] != i {
+			next[i] = next[next[i]]
+			i = next[i]
+		}
+		return i
+	}
+	timed := slices.DeleteFunc(slices.Clone(ranges), func(r trace.Range) bool { return r.Elapsed == 0 || r.Offset < 0 || r.Length <= 0 })
+	slices.SortFunc(timed, func(a, b trace.Range) int { return cmp.Compare(a.Elapsed, b.Elapsed) })
+	for _, r := range timed {
+		if r.Offset/chunkSize >= int64(n) {
+			continue
+		}
+		end := min(int64(n)-1, (r.Offset+min(r.Length, math.MaxInt64-r.Offset)-1)/chunkSize)
+		for i := free(int(r.Offset / chunkSize)); int64(i) <= end; i = free(i) {
+			when[i], next[i] = r.Elapsed, i+1
+		}
+	}
+	return when
 }
 
 // find returns what the cleaned absolute path name stands for: one inode, or regular files. In a list that a person
@@ -74,8 +127,8 @@ func (p *prefetchPlanner) find(name string, typed, whole bool) []*rafs.Inode {
 	return g.files
 }
 
-// add selects the chunks of ino that spans touch.
-func (p *prefetchPlanner) add(ino *rafs.Inode, spans []trace.Range) {
+// add selects the chunks of ino that spans touch, which are those of ranges.
+func (p *prefetchPlanner) add(ino *rafs.Inode, spans, ranges []trace.Range) {
 	if !ino.IsRegular() {
 		p.stats.NotRegular++
 		return
@@ -89,13 +142,16 @@ func (p *prefetchPlanner) add(ino *rafs.Inode, spans []trace.Range) {
 			p.inodes = append(p.inodes, ino)
 		}
 	}
+	when := firsts(ranges, len(ino.Chunks), p.chunkSize, p.last)
 	for n, ch := range ino.Chunks {
 		if !touched(spans, int64(n)*p.chunkSize, int64(ch.UncompressedSize)) {
 			continue
 		}
-		if _, ok := p.chunkSeen[ch.Digest]; !ok {
-			p.chunkSeen[ch.Digest] = struct{}{}
-			p.chunks = append(p.chunks, ch)
+		if at, ok := p.chunkSeen[ch.Digest]; ok {
+			p.when[at] = min(p.when[at], when[n])
+		} else {
+			p.chunkSeen[ch.Digest] = len(p.chunks)
+			p.chunks, p.when = append(p.chunks, ch), append(p.when, when[n])
 			p.stats.RawBytes += int64(ch.UncompressedSize)
 		}
 	}
