@@ -67,7 +67,7 @@ type Request struct {
 // that the list left out. NormalReadAhead is the kernel's own (VM_READAHEAD_PAGES), for complete ones, and for those of which
 // nobody knows what a start reads: what is fetched for a fault is more than that anyhow, and whoever reads all waits for fewer events.
 const (
-	DefaultReadAhead = 16
+	DefaultReadAhead = 4
 	NormalReadAhead  = 128
 )
 
