@@ -98,6 +98,24 @@ func matchLen(src []byte, a, b int) int {
 	return b - start
 }
 
+// putInside enters strings of a match from first to end, for what follows.
+func (f *finder) putInside(src []byte, first, end int) {
+	f.putLong(src, first+2)
+	f.putShort(src, first+2)
+	f.putLong(src, end-2)
+	f.putShort(src, end-1)
+}
+
+// longAfter returns where the string of 8 bytes behind that at i, whose position is pos, was before, and enters it.
+func (f *finder) longAfter(src []byte, i int, pos uint32) (at int, found bool) {
+	v := load64(src, i+1)
+	h := hashLong(v)
+	p, t := f.longAt(h), tag(h)
+	c := *p - (t | f.base)
+	*p = (pos + 1) | t
+	return int(c), c <= uint32(i) && load64(src, int(c)) == v //nolint:gosec // at most MaxSize
+}
+
 // find makes sequences and literals of src from start on; matches begin anywhere before.
 //
 // An entry less tag and base is the string's place in the frame. One of another tag or
@@ -119,7 +137,6 @@ func (f *finder) find(src []byte, start int, reps *reps, out *block) {
 		pl, ps := f.longAt(hl), f.shortAt(hs)
 		cl, cs := *pl-(tl|base), *ps-(ts|base)
 		*pl, *ps = pos|tl, pos|ts
-
 		var at, n int
 		switch {
 		case load32(src, i+1-int(rep0)) == uint32(v>>8): //nolint:gosec // cut on purpose
@@ -132,14 +149,8 @@ func (f *finder) find(src []byte, start int, reps *reps, out *block) {
 			n = 8 + matchLen(src, at+8, i+8)
 		case cs < uint32(i) && load32(src, int(cs)) == uint32(v): //nolint:gosec // at most MaxSize; cut on purpose
 			at = int(cs)
-			// A longer one may begin at the next byte.
-			v1 := load64(src, i+1)
-			h1 := hashLong(v1)
-			p1, t1 := f.longAt(h1), tag(h1)
-			c1 := *p1 - (t1 | base)
-			*p1 = (pos + 1) | t1
-			if c1 <= uint32(i) && load64(src, int(c1)) == v1 { //nolint:gosec // at most MaxSize
-				i, at = i+1, int(c1)
+			if next, longer := f.longAfter(src, i, pos); longer {
+				i, at = i+1, next
 				n = 8 + matchLen(src, at+8, i+8)
 			} else {
 				n = 4 + matchLen(src, at+4, i+4)
@@ -153,19 +164,13 @@ func (f *finder) find(src []byte, start int, reps *reps, out *block) {
 			at, i, n = at-1, i-1, n+1
 		}
 		out.add(src, anchor, i, n, rep0+repeats)
-
 	matched:
 		first := i
-		i += n
-		anchor = i
+		i, anchor = i+n, i+n
 		if i >= limit {
 			break
 		}
-		// Strings inside the match, for what follows.
-		f.putLong(src, first+2)
-		f.putShort(src, first+2)
-		f.putLong(src, i-2)
-		f.putShort(src, i-1)
+		f.putInside(src, first, i)
 		for i < limit && load32(src, i-int(rep1)) == load32(src, i) {
 			n := 4 + matchLen(src, i+4-int(rep1), i+4)
 			rep0, rep1 = rep1, rep0
