@@ -3,27 +3,20 @@ package main
 import (
 	"errors"
 	"fmt"
-	"os"
 	"text/tabwriter"
 
+	"github.com/headstart-oci/headstart/internal/nydusimage"
 	"github.com/headstart-oci/headstart/pkg/rafs"
 )
 
 // runBlob shows what a bare blob file says of itself.
 func (o *inspectOptions) runBlob(name string) (err error) {
-	f, err := os.Open(name)
+	f, size, err := nydusimage.OpenRegular(name)
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, f.Close()) }()
-	st, err := f.Stat()
-	if err != nil {
-		return err
-	}
-	if !st.Mode().IsRegular() {
-		return fmt.Errorf("%s is no regular file", name)
-	}
-	info, err := rafs.InspectBlob(f, st.Size())
+	info, err := rafs.InspectBlob(f, size)
 	if err != nil {
 		return fmt.Errorf("%s: %w", name, err)
 	}

@@ -12,6 +12,7 @@ import (
 	"github.com/opencontainers/go-digest"
 	"github.com/spf13/cobra"
 
+	"github.com/headstart-oci/headstart/internal/nydusimage"
 	"github.com/headstart-oci/headstart/pkg/builder"
 	"github.com/headstart-oci/headstart/pkg/rafs"
 )
@@ -72,7 +73,7 @@ func (o *mergeOptions) run(ctx context.Context, files []string) (err error) {
 	}
 	layers := make([]builder.PackedLayer, 0, len(files))
 	for _, name := range files {
-		f, err := os.Open(name)
+		f, _, err := nydusimage.OpenRegular(name)
 		if err != nil {
 			return err
 		}
@@ -123,14 +124,10 @@ func packedLayer(f *os.File) (builder.PackedLayer, error) {
 }
 
 func openBootstrap(name string) (_ *rafs.Image, err error) {
-	f, err := os.Open(name)
+	f, size, err := nydusimage.OpenRegular(name)
 	if err != nil {
 		return nil, err
 	}
 	defer func() { err = errors.Join(err, f.Close()) }()
-	info, err := f.Stat()
-	if err != nil {
-		return nil, err
-	}
-	return rafs.Open(f, info.Size())
+	return rafs.Open(f, size)
 }

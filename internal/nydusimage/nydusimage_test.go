@@ -320,7 +320,7 @@ func TestOpenFilesErrors(t *testing.T) {
 		t.Fatal(err)
 	}
 	for name, want := range map[string]string{
-		dir:             "is no regular file",
+		dir:             "is a directory",
 		dir + "/absent": "no such file or directory",
 		file:            "bootstrap " + file + ": ",
 	} {

@@ -120,23 +120,17 @@ func OpenFiles(bootstrap, blobDir string) (*Image, error) {
 
 // OpenFilesBy is [OpenFiles] with [Options].Read.
 func OpenFilesBy(read func(bootstrap io.ReaderAt, size int64) (*rafs.Image, error), bootstrap, blobDir string) (*Image, error) {
-	f, err := os.Open(bootstrap)
+	f, size, err := OpenRegular(bootstrap)
 	if err != nil {
 		return nil, err
 	}
-	info, err := f.Stat()
-	if err == nil && !info.Mode().IsRegular() {
-		err = fmt.Errorf("%s is no regular file", bootstrap)
-	}
-	if err != nil {
-		return nil, errors.Join(err, f.Close())
-	}
-	img := &Image{Reference: bootstrap, bootstrap: f, size: info.Size()}
+	img := &Image{Reference: bootstrap, bootstrap: f, size: size}
 	img.blobFile = func(_ context.Context, id string) (*os.File, error) {
 		if blobDir == "" {
 			return nil, fmt.Errorf("blob %s: no --blob-dir was given", id)
 		}
-		return os.Open(filepath.Join(blobDir, id))
+		f, _, err := OpenRegular(filepath.Join(blobDir, id))
+		return f, err
 	}
 	if img.RAFS, err = read(f, img.size); err != nil {
 		return nil, errors.Join(fmt.Errorf("bootstrap %s: %w", bootstrap, err), f.Close())
@@ -208,7 +202,7 @@ func (i *Image) fetchBlob(ctx context.Context, ref remote.Reference, id, tempDir
 			continue
 		}
 		if ref.Kind == remote.KindLayout {
-			return os.Open(filepath.Join(ref.Path, ocispec.ImageBlobsDir, string(l.Digest.Algorithm()), id))
+			return remote.OpenLayoutBlob(ref.Path, l.Digest)
 		}
 		rc, err := src.Fetch(ctx, l)
 		if err != nil {

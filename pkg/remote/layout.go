@@ -206,6 +206,28 @@ func (s *layoutSource) FetchRange(_ context.Context, desc ocispec.Descriptor, of
 
 func (s *layoutSource) Close() error { return s.f.close() }
 
+// OpenLayoutBlob opens the file of a blob in the layout directory dir; its bytes are not verified. It returns
+// [ErrNotFound] where there is none, and [ErrInvalid] for what is no regular file; symbolic links do not leave dir. The
+// caller closes the file.
+func OpenLayoutBlob(dir string, d digest.Digest) (_ *os.File, err error) {
+	if err := d.Validate(); err != nil {
+		return nil, fmt.Errorf("%w: digest %q: %w", ErrInvalid, d, err)
+	}
+	root, err := os.OpenRoot(dir)
+	if err != nil {
+		return nil, fmt.Errorf("oci layout: %w", err)
+	}
+	defer func() { err = errors.Join(err, root.Close()) }()
+	f, _, err := dirFiles{root}.regular(blobName(d))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("%w: %s: blob %s: %w", ErrNotFound, dir, d, err)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("%s: blob %s: %w", dir, d, err)
+	}
+	return f, nil
+}
+
 // dirFiles is a layout directory; its root keeps symbolic links inside.
 type dirFiles struct{ root *os.Root }
 
