@@ -164,7 +164,7 @@ func (o *others) table(b *store.Blob) (*whereabouts, error) {
 			return nil, err
 		}
 		for i := range chunks {
-			if c := &chunks[i]; c.UncompressedOffset >= uint64(at) { //nolint:gosec // not below 0
+			if c := &chunks[i]; c.UncompressedOffset >= uint64(at) {
 				w.list = append(w.list, whereabout{binary.BigEndian.Uint64(c.Digest[:]), c.UncompressedOffset})
 			}
 		}

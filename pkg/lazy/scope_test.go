@@ -1,6 +1,7 @@
 package lazy_test
 
 import (
+	"maps"
 	"path/filepath"
 	"testing"
 
@@ -63,9 +64,7 @@ func TestScopes(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			// Others' chunks are not in it.
 			one, two := mixed(uint64(2*n+1), 6, 0), content{}
-			for path, p := range one {
-				two[path] = p
-			}
+			maps.Copy(two, one)
 			two["own"] = []byte("of the second image alone: " + tt.name)
 			a := tt.first("first"+string(rune('a'+n)), one)
 			b := tt.other("second"+string(rune('a'+n)), two)
