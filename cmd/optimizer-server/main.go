@@ -74,6 +74,7 @@ func parse(args []string, env func(string) string, stderr io.Writer) (server.Con
 	flags.StringVar(&c.Root, "root", "", "trace `DIR` inside that process' root (default: $_TARGET, else /)")
 	var spec string
 	flags.StringVar(&spec, "pages", "", "read page events too, from the instance of tracefs that is open as descriptor 3 and that `SPEC` describes")
+	flags.BoolVar(&c.Pages.Later, "pages-later", false, "begin without page events; an instance and its SPEC come as a message through standard input, a socket")
 	flags.IntVar(&c.MaxFiles, "max-files", server.DefaultMaxFiles, "list at most `N` files; more are counted as lost")
 	if err := flags.Parse(args); err != nil {
 		if errors.Is(err, flag.ErrHelp) {
@@ -89,6 +90,9 @@ func parse(args []string, env func(string) string, stderr io.Writer) (server.Con
 			return server.Config{}, fmt.Errorf("%w: --pages: %w", errUsage, err)
 		}
 		c.Pages.Instance = os.NewFile(pagesFD, "tracefs instance")
+	}
+	if spec != "" && c.Pages.Later {
+		return server.Config{}, fmt.Errorf("%w: --pages and --pages-later exclude each other", errUsage)
 	}
 	if v := env("_MNTNS_PID"); c.PID == 0 && v != "" {
 		pid, err := strconv.Atoi(v)

@@ -11,7 +11,7 @@ import (
 )
 
 // pagesWait is how long a container's start waits for page events when no instance is ready, before the
-// tracer is started without: making one takes tens of milliseconds, and where many containers start
+// tracer is started without, and gets them later: making one takes tens of milliseconds, and where many containers start
 // at once the kernel makes one after the other. It leaves the tracer most of [DefaultStartDeadline].
 const pagesWait = 30 * time.Millisecond
 

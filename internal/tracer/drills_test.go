@@ -18,8 +18,8 @@ import (
 	"github.com/headstart-oci/headstart/pkg/trace/tracefs"
 )
 
-// instances returns the names of this project's instances of tracefs.
-func instances(t *testing.T) map[string]bool {
+// openInstances returns the directory of the instances of tracefs, until the test ends.
+func openInstances(t *testing.T) int {
 	t.Helper()
 	fd, err := unix.Fsopen("tracefs", unix.FSOPEN_CLOEXEC)
 	testenv.Kernel(t, "tracefs", err)
@@ -33,6 +33,17 @@ func instances(t *testing.T) map[string]bool {
 	}
 	defer func() { _ = unix.Close(mnt) }()
 	dir, err := unix.Openat(mnt, "instances", unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = unix.Close(dir) })
+	return dir
+}
+
+// instances returns the names of this project's instances of tracefs.
+func instances(t *testing.T) map[string]bool {
+	t.Helper()
+	dir, err := unix.Openat(openInstances(t), ".", unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	if err != nil {
 		t.Fatal(err)
 	}

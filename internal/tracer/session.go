@@ -30,6 +30,8 @@ func (s *Session) run(ctx context.Context, stdout io.ReadCloser) {
 	}
 	close(ended)
 	<-watched
+	s.unlend()
+	s.lending.Wait()
 	exit := s.cmd.Wait()
 	s.giveBack()
 	s.res = in.result(err, asExit(exit))

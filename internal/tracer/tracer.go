@@ -64,7 +64,8 @@ const waitDelay = time.Second
 type Options struct {
 	Server string        // path of the optimizer-server binary
 	Pages  *tracefs.Pool // where page events come from; nil: whole files only
-	// PagesWait is how long a start waits for page events when none are ready; 0: as long as it takes.
+	// PagesWait is how long a start waits for page events when none are ready; 0: as long as it takes. When that is over the recording
+	// begins without, and gets them as soon as there are some: files that were touched before then count as a whole.
 	PagesWait time.Duration
 	PID       int           // the container's first process, as the host numbers it
 	Attach    bool          // it runs already, so that its start is missing: a loss
@@ -89,12 +90,14 @@ type Result struct {
 
 // Session is one running recording. All methods are safe for concurrent use.
 type Session struct {
-	o     Options
-	log   *zap.Logger
-	cmd   *exec.Cmd
-	stdin io.Closer
-	err   tail
-	pages *tracefs.Instance // nil: none, or given back
+	o       Options
+	log     *zap.Logger
+	cmd     *exec.Cmd
+	stdin   io.Closer
+	err     tail
+	later   bool           // there was no instance in time, and one may come
+	unlend  func()         // ends the wait for it
+	lending sync.WaitGroup // done when nobody waits for it
 	// returning is done when the pool has what was given back.
 	returning sync.WaitGroup
 
@@ -106,9 +109,10 @@ type Session struct {
 
 	closeInput sync.Once
 
-	// mu guards why.
-	mu  sync.Mutex
-	why string
+	// mu guards what follows.
+	mu    sync.Mutex
+	why   string
+	pages *tracefs.Instance // nil: none, or given back
 
 	res Result // written before done is closed
 }
@@ -142,6 +146,7 @@ func Start(ctx context.Context, o Options) (*Session, error) {
 		s.returning.Wait()
 		return nil, fmt.Errorf("start tracer %s: %w", o.Server, err)
 	}
+	s.lend()
 	go s.run(ctx, stdout)
 	return s, nil
 }
@@ -161,6 +166,9 @@ func (s *Session) spawn() (io.ReadCloser, error) {
 		cmd.Args = append(cmd.Args, "--pages", string(spec))
 		cmd.ExtraFiles = []*os.File{s.pages.File()} // descriptor 3
 	}
+	if s.later {
+		cmd.Args = append(cmd.Args, "--pages-later")
+	}
 	cmd.Env = []string{"GOMAXPROCS=2", "GOTRACEBACK=single"}
 	cmd.Dir = "/"
 	cmd.Stderr = &s.err
@@ -168,15 +176,19 @@ func (s *Session) spawn() (io.ReadCloser, error) {
 	cmd.WaitDelay = waitDelay
 	// A group of its own: ^C at a terminal is for the parent, which then asks for the end.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
-	stdin, err := cmd.StdinPipe()
+	stdin, theirs, err := s.input(cmd)
 	if err != nil {
 		return nil, err
+	}
+	if theirs != nil {
+		defer theirs.Close() //nolint:errcheck // the process has its own by then
 	}
 	stdout, err := cmd.StdoutPipe()
 	if err != nil {
 		return nil, errors.Join(err, stdin.Close())
 	}
 	if err := cmd.Start(); err != nil {
+		_ = stdin.Close() // a pipe is closed already
 		return nil, err
 	}
 	s.cmd, s.stdin = cmd, stdin
@@ -195,7 +207,8 @@ func (s *Session) takePages(ctx context.Context) {
 	}
 	in, err := s.o.Pages.Get(ctx)
 	if errors.Is(err, context.DeadlineExceeded) {
-		err = fmt.Errorf("no trace instance was ready within %v: many containers start", s.o.PagesWait)
+		s.later = true
+		return
 	}
 	if err != nil {
 		s.filesOnly(err.Error())
@@ -212,8 +225,11 @@ func (s *Session) filesOnly(why string) {
 // giveBack returns the instance to its pool, unless that was done before. A pool that was closed removes it,
 // which takes tens of milliseconds; the stream is read meanwhile.
 func (s *Session) giveBack() {
-	if in := s.pages; in != nil {
-		s.pages = nil
+	s.mu.Lock()
+	in := s.pages
+	s.pages = nil
+	s.mu.Unlock()
+	if in != nil {
 		s.returning.Go(func() { s.o.Pages.Put(in) })
 	}
 }

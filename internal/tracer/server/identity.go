@@ -117,6 +117,12 @@ func (d *identity) send(i uint32, l *layer, p string, ino uint64, size int64) {
 	}
 	f := d.s.pages.files.find(id)
 	switch {
+	case i < d.s.unseen: // what was touched before is not known
+		if f != nil {
+			d.take(f)
+		}
+		d.whole = true
+		return
 	case f != nil && f.flags&pageSent != 0:
 		f = &none // another name of the same inode
 	case f != nil:

@@ -30,7 +30,7 @@ type pageLog struct {
 	spec     tracefs.Spec
 	instance *tracefs.Instance
 	reader   *tracefs.Reader
-	widener  *tracefs.Widener   // nil: folios cannot be looked up
+	widener  *tracefs.Widener   // of the session; nil: folios cannot be looked up
 	devices  map[uint64]bool    // of the image's layers
 	outside  map[inode]struct{} // files on those devices that are none of the image's
 	t        *target
@@ -50,7 +50,7 @@ type pageLog struct {
 
 // newPageLog returns a log of an instance that is handed over; the instance stays its
 // owner's.
-func newPageLog(p Pages, t *target, c *comms, maxFiles int) (*pageLog, error) {
+func newPageLog(p Pages, t *target, c *comms, maxFiles int, w *tracefs.Widener) (*pageLog, error) {
 	in, err := tracefs.FromFile(p.Instance, p.Spec)
 	if err != nil {
 		return nil, err
@@ -58,11 +58,6 @@ func newPageLog(p Pages, t *target, c *comms, maxFiles int) (*pageLog, error) {
 	r, err := in.Reader()
 	if err != nil {
 		return nil, errors.Join(err, in.Close())
-	}
-	// Without it, what was mapped around a fault has no upper bound but the file.
-	w, err := tracefs.NewWidener()
-	if err != nil {
-		w = nil
 	}
 	return &pageLog{
 		widener: w, spec: p.Spec, instance: in, reader: r, t: t, comms: c, max: maxFiles,
@@ -94,9 +89,9 @@ func (l *pageLog) arm() error {
 	return nil
 }
 
-// begin starts the clock and the reading.
-func (l *pageLog) begin() {
-	l.begun, l.start = true, monotonic()
+// begin starts the clock, so long after arming, and the reading.
+func (l *pageLog) begin(since time.Duration) {
+	l.begun, l.start = true, monotonic()-int64(since)
 	go l.run()
 }
 
@@ -233,11 +228,7 @@ func (l *pageLog) quit() {
 // close ends the log, if nobody has, and gives up the descriptors.
 func (l *pageLog) close() error {
 	l.quit()
-	var err error
-	if l.widener != nil {
-		err = l.widener.Close()
-	}
-	return errors.Join(err, l.reader.Close(), l.instance.Close())
+	return errors.Join(l.reader.Close(), l.instance.Close())
 }
 
 // widen adds to f what the kernel mapped together with what it says: see [tracefs.Widener]. name

@@ -30,11 +30,11 @@ func TestCloseWhileReading(t *testing.T) {
 		t.Fatal(err)
 	}
 	p := Pages{Instance: os.NewFile(uintptr(fd), instance.Name()), Spec: instance.Spec()}
-	l, err := newPageLog(p, &target{}, newComms(-1, 1), 10)
+	l, err := newPageLog(p, &target{}, newComms(-1, 1), 10, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
-	l.begin()
+	l.begin(0)
 	time.Sleep(10 * time.Millisecond) // it mostly waits for events by then
 	if err := l.close(); err != nil {
 		t.Error(err)

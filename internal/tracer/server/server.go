@@ -42,6 +42,8 @@ type Config struct {
 type Pages struct {
 	Instance *os.File // nil: none
 	Spec     tracefs.Spec
+	// Later says that an instance may come through the standard input, a socket: its descriptor with its Spec as text.
+	Later bool
 }
 
 // Codes of [stream.Failure].
@@ -118,7 +120,10 @@ func arm(c Config, out *output) (*session, error) {
 	if t.runs = c.Attach; c.Attach {
 		s.losses.Lose(trace.Loss{Reason: "late", Count: -1, Detail: "attached to a running process: what it touched before is not known"})
 	}
-	note := s.openPages()
+	note := s.openPages(c.Pages)
+	if c.Pages.Later {
+		s.openWidener()
+	}
 	fail := func(err error) (*session, error) {
 		return nil, errors.Join(err, s.closePages(), g.Close(), t.close())
 	}
@@ -139,7 +144,7 @@ func arm(c Config, out *output) (*session, error) {
 	}
 	s.armed = time.Now()
 	if s.pages != nil {
-		s.pages.begin()
+		s.pages.begin(0)
 	}
 	out.send(stream.Ready{Armed: s.armed, Mark: kind.String(), Engine: s.engine, Note: note, Early: t.unstarted()})
 	return s, nil
@@ -147,12 +152,12 @@ func arm(c Config, out *output) (*session, error) {
 
 // openPages makes ready to read page events, which needs to see the host still, and returns why
 // it cannot; "" too when nobody wants it to.
-func (s *session) openPages() string {
-	p := s.c.Pages
+func (s *session) openPages(p Pages) string {
 	if p.Instance == nil {
 		return ""
 	}
-	l, err := newPageLog(p, s.t, s.comms, s.c.MaxFiles)
+	s.openWidener()
+	l, err := newPageLog(p, s.t, s.comms, s.c.MaxFiles, s.widener)
 	if err != nil {
 		return err.Error()
 	}
@@ -177,13 +182,24 @@ func (s *session) armPages() string {
 	return errors.Join(err, s.closePages()).Error()
 }
 
+// openWidener opens what tells what was mapped around a fault. Without it that has no upper bound but the file.
+func (s *session) openWidener() {
+	if w, err := tracefs.NewWidener(); err == nil {
+		s.widener = w
+	}
+}
+
 // closePages gives up the page events.
 func (s *session) closePages() error {
+	var err error
+	if s.widener != nil {
+		err = s.widener.Close()
+	}
 	l := s.pages
 	if s.pages = nil; l == nil {
-		return nil
+		return err
 	}
-	return l.close()
+	return errors.Join(err, l.close())
 }
 
 // raiseFileLimit lifts the soft limit of open files to the hard one. It is a precaution:

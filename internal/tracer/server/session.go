@@ -15,6 +15,7 @@ import (
 	"github.com/headstart-oci/headstart/internal/tracer/stream"
 	"github.com/headstart-oci/headstart/pkg/fanotify"
 	"github.com/headstart-oci/headstart/pkg/trace"
+	"github.com/headstart-oci/headstart/pkg/trace/tracefs"
 )
 
 const (
@@ -40,9 +41,12 @@ type session struct {
 	names   *namer
 	origin  *origin
 	others  *outsiders
-	pages   *pageLog // nil: files only
-	handed  bool     // the parent was told that it may have their instance
-	lean    *lean    // nil: files are named at once
+	pages   *pageLog         // nil: files only
+	widener *tracefs.Widener // nil: folios cannot be looked up
+	unseen  uint32           // so many entries were touched, or may have been, before there were page events
+	late    bool             // page events have begun and events of before may be queued: see seesPages
+	handed  bool             // the parent was told that it may have their instance
+	lean    *lean            // nil: files are named at once
 	engine  string
 	grade   string
 	comms   *comms
@@ -171,7 +175,10 @@ func (s *session) look(wake, in int) error {
 	if err != nil {
 		return err
 	}
-	s.owed = s.owed && !empty
+	if empty {
+		s.owed = false
+		s.seesPages()
+	}
 	n := s.seen - before
 	s.pace.keep(n)
 	switch {
@@ -262,7 +269,7 @@ func (s *session) wait(wake, in int) error {
 		s.reason = "exit"
 	case fds[2].Revents != 0:
 		s.reason = "stop"
-	case fds[3].Revents != 0 && atEnd(in):
+	case fds[3].Revents != 0 && s.ends(in):
 		s.reason = "stop"
 	}
 	return nil
@@ -296,13 +303,6 @@ func (s *session) patience() int {
 func (s *session) quiet() {
 	s.lean.quiet = min(s.lean.quiet*2, int(time.Hour/time.Millisecond))
 	_ = s.nameEntries(func(i uint32, _ *layer, p string, _ uint64, _ int64) { s.noted(i, p) }) // the rest has time till the end
-}
-
-// atEnd reads from the parent's pipe, which carries nothing, and reports its end.
-func atEnd(fd int) bool {
-	var b [64]byte
-	n, err := unix.Read(fd, b[:])
-	return n == 0 || (err != nil && !errors.Is(err, unix.EAGAIN) && !errors.Is(err, unix.EINTR))
 }
 
 // isStream reports whether f is a pipe or a socket, whose end means that the parent is gone.
@@ -359,7 +359,7 @@ func (s *session) handBack() error {
 
 // noted keeps the path of the listed file of entry i for when its pages are looked up.
 func (s *session) noted(i uint32, p string) {
-	if s.pages == nil {
+	if s.pages == nil && !s.c.Pages.Later {
 		return
 	}
 	for uint32(len(s.paths)) <= i { //nolint:gosec // at most Config.MaxFiles

@@ -1,0 +1,95 @@
+package server
+
+import (
+	"errors"
+	"math"
+	"os"
+
+	"golang.org/x/sys/unix"
+)
+
+// An instance that was not ready when the container started may come later. What was touched before counts as a whole
+// file, which is not less than the truth; what is touched for the first time from then on has ranges.
+
+// ends reads from the parent's pipe or socket and reports its end.
+func (s *session) ends(fd int) bool {
+	if !s.c.Pages.Later {
+		return atEnd(fd)
+	}
+	var text [64]byte
+	var rights [64]byte
+	n, m, _, _, err := unix.Recvmsg(fd, text[:], rights[:], unix.MSG_DONTWAIT|unix.MSG_CMSG_CLOEXEC)
+	if err != nil {
+		return !errors.Is(err, unix.EAGAIN) && !errors.Is(err, unix.EINTR)
+	}
+	if n == 0 {
+		return true
+	}
+	if p, ok := received(text[:n], rights[:m]); ok {
+		s.armLate(p)
+	}
+	return false
+}
+
+// atEnd reads from the parent's pipe, which carries nothing, and reports its end.
+func atEnd(fd int) bool {
+	var b [64]byte
+	n, err := unix.Read(fd, b[:])
+	return n == 0 || (err != nil && !errors.Is(err, unix.EAGAIN) && !errors.Is(err, unix.EINTR))
+}
+
+// received returns the instance of a message; false when it has none. Other descriptors in it are closed.
+func received(text, rights []byte) (Pages, bool) {
+	var p Pages
+	messages, err := unix.ParseSocketControlMessage(rights)
+	if err != nil {
+		return p, false
+	}
+	for i := range messages {
+		fds, err := unix.ParseUnixRights(&messages[i])
+		if err != nil {
+			continue
+		}
+		for _, fd := range fds {
+			if p.Instance != nil {
+				_ = unix.Close(fd)
+				continue
+			}
+			p.Instance = os.NewFile(uintptr(fd), "tracefs instance")
+		}
+	}
+	if p.Instance == nil {
+		return p, false
+	}
+	if p.Spec.UnmarshalText(text) != nil {
+		_ = p.Instance.Close()
+		return Pages{}, false
+	}
+	return p, true
+}
+
+// armLate makes the kernel record page events from now on. Where it cannot, the list is of whole files, as it would have been.
+func (s *session) armLate(p Pages) {
+	if s.pages != nil {
+		_ = p.Instance.Close() // one is enough
+		return
+	}
+	l, err := newPageLog(p, s.t, s.comms, s.c.MaxFiles, s.widener)
+	if err != nil {
+		return
+	}
+	s.pages, s.engine = l, l.engine()
+	if s.armPages() != "" {
+		return
+	}
+	// Files that are waiting in the queue were opened before, perhaps.
+	s.late, s.owed, s.unseen = true, true, math.MaxUint32
+	l.begin(s.since())
+}
+
+// seesPages notes, when the queue is empty, that page events tell of all files that come.
+func (s *session) seesPages() {
+	if s.late {
+		s.late, s.unseen = false, s.entries.n
+	}
+}
