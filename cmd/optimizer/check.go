@@ -36,7 +36,8 @@ bootstrap keeps every rule of the format, and that every chunk of every blob has
 digest. Each fault is a line on standard error, and the exit status is 1 then.
 
 --replay LIST reads what an access list names besides, as a start would, and says how much
-of it the prefetch blob serves.`,
+of it the prefetch blob serves. Directories and patterns of a list that was not recorded
+stand for files, as for convert.`,
 		Example: `  optimizer check oci:images:nginx-optimized
   optimizer check registry.example/nginx:optimized --no-data
   optimizer check oci:images:nginx-optimized --replay nginx.list
@@ -168,11 +169,12 @@ func (o *checkOptions) print(c checked) error {
 }
 
 func (o *checkOptions) printReplay(r replay.Report) error {
-	if r.Missing > 0 {
-		o.warn("%d of %d listed paths are not in the image, such as %q", r.Missing, r.Listed, r.MissingPaths[0])
+	o.warnMissing("", r.Missing, r.Listed, r.MissingPaths)
+	if r.Chunks == 0 {
+		o.warn("the list names no data of the image: nothing was replayed")
 	}
-	_, err := fmt.Fprintf(o.out, "replay: %d of %d listed files, %d chunks with %s of data, %s stored; %s from other blobs than the prefetch blob\n",
-		r.Files, r.Listed, r.Chunks, progress.Bytes(r.Bytes), progress.Bytes(r.StoredBytes), progress.Bytes(r.Outside()))
+	_, err := fmt.Fprintf(o.out, "replay: %d files of %d listed paths, %d of which without data, %d chunks with %s of data, %s stored; %s from other blobs than the prefetch blob\n",
+		r.Files, r.Listed, r.NotRegular, r.Chunks, progress.Bytes(r.Bytes), progress.Bytes(r.StoredBytes), progress.Bytes(r.Outside()))
 	for _, b := range r.Blobs {
 		if err != nil {
 			return err

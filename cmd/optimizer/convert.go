@@ -283,6 +283,7 @@ func (o *convertOptions) describe(s convert.Summary) {
 			o.warn("%s: %s", i.Platform, w)
 		}
 		o.note("%s: manifest %s, prefetch blob %s of %d files", i.Platform, i.TargetDigest, progress.Bytes(i.Prefetch.Bytes), i.Prefetch.Files)
+		o.warnMissing(i.Platform+": ", i.Prefetch.Missing, i.Prefetch.Listed, i.MissingPaths)
 	}
 	o.note("%s (%s) is now %s", s.Source, s.Platform, s.Target)
 	o.note("layers: %s in, %s out, of which bootstrap %s unpacked; %d blobs uploaded, %d were there",
@@ -301,8 +302,8 @@ func (o *convertOptions) describe(s convert.Summary) {
 	}
 	if p := s.Prefetch; p.Listed > 0 {
 		o.note("prefetch blob: %s, %d chunks (%s) of %d files", progress.Bytes(p.Bytes), p.Chunks, progress.Bytes(p.RawBytes), p.Files)
-		if p.Missing > 0 {
-			o.warn("%d of %d listed paths are not in the image", p.Missing, p.Listed)
+		if len(s.Images) == 0 {
+			o.warnMissing("", p.Missing, p.Listed, s.MissingPaths)
 		}
 	}
 	o.note("%d chunks were read back; took %s", s.VerifiedChunks, s.Elapsed.Round(10*time.Millisecond))

@@ -204,20 +204,26 @@ func (o *optimizeOptions) describe(s convert.OptimizeSummary) {
 	p := s.Prefetch
 	o.note("prefetch blob: %s, %d chunks (%s) of %d files; %d paths listed, %d repeated, %d without data, %d patterns, %d directories",
 		progress.Bytes(p.Bytes), p.Chunks, progress.Bytes(p.RawBytes), p.Files, p.Listed, s.Repeated, s.NotRegular, s.Patterns, s.Directories)
-	if p.Missing > 0 {
-		names := make([]string, 0, len(s.MissingPaths))
-		for _, m := range s.MissingPaths {
-			names = append(names, printable(m))
-		}
-		more := ""
-		if p.Missing > len(names) {
-			more = ", …"
-		}
-		o.warn("%d of %d listed paths are not in the image: %s%s", p.Missing, p.Listed, strings.Join(names, ", "), more)
-	}
+	o.warnMissing("", p.Missing, p.Listed, s.MissingPaths)
 	if s.Dropped > 0 {
 		o.note("%d blobs of the source are not needed any more", s.Dropped)
 	}
+}
+
+// warnMissing says that missing of listed paths are not in the image, with the names that are known; nothing for none.
+func (g *global) warnMissing(of string, missing, listed int, paths []string) {
+	if missing == 0 {
+		return
+	}
+	names := make([]string, 0, len(paths))
+	for _, m := range paths {
+		names = append(names, printable(m))
+	}
+	more := ""
+	if missing > len(names) {
+		more = ", …"
+	}
+	g.warn("%s%d of %d listed paths are not in the image: %s%s", of, missing, listed, strings.Join(names, ", "), more)
 }
 
 // runFiles optimizes a bare bootstrap.

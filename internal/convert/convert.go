@@ -90,18 +90,19 @@ type Summary struct {
 	TargetBytes    int64         `json:"target_bytes"`    // layers of the result: blobs, prefetch blob, bootstrap layer
 	BootstrapBytes int64         `json:"bootstrap_bytes"` // the bare bootstrap
 	Prefetch       Prefetch      `json:"prefetch"`
-	Uploaded       int           `json:"uploaded"`         // blobs that were written to the target
-	UploadedBytes  int64         `json:"uploaded_bytes"`   // their bytes
-	Existed        int           `json:"existed"`          // blobs that the target had, or took from another of its repositories
-	Mounted        int           `json:"mounted"`          // those of the latter kind
-	LayersReused   int           `json:"layers_reused"`    // layers that the build cache had
-	JoinedLayers   int           `json:"joined_layers"`    // layers that share a blob, because an image has room for 254
-	DictChunks     int           `json:"dict_chunks"`      // chunks of layers that the dictionary had
-	DictBlobs      int           `json:"dict_blobs"`       // its blobs that the image refers to
-	Files          int           `json:"files"`            // regular files of the image
-	VerifiedChunks int           `json:"verified_chunks"`  // chunks of the result that were read back before it was published
-	Referenced     int           `json:"referenced"`       // layers of the source that the image refers to and does not list (OCI-ref)
-	ReferencedSize int64         `json:"referenced_bytes"` // their bytes
+	MissingPaths   []string      `json:"missing_paths,omitempty"` // the first of the listed paths that are not in the image
+	Uploaded       int           `json:"uploaded"`                // blobs that were written to the target
+	UploadedBytes  int64         `json:"uploaded_bytes"`          // their bytes
+	Existed        int           `json:"existed"`                 // blobs that the target had, or took from another of its repositories
+	Mounted        int           `json:"mounted"`                 // those of the latter kind
+	LayersReused   int           `json:"layers_reused"`           // layers that the build cache had
+	JoinedLayers   int           `json:"joined_layers"`           // layers that share a blob, because an image has room for 254
+	DictChunks     int           `json:"dict_chunks"`             // chunks of layers that the dictionary had
+	DictBlobs      int           `json:"dict_blobs"`              // its blobs that the image refers to
+	Files          int           `json:"files"`                   // regular files of the image
+	VerifiedChunks int           `json:"verified_chunks"`         // chunks of the result that were read back before it was published
+	Referenced     int           `json:"referenced"`              // layers of the source that the image refers to and does not list (OCI-ref)
+	ReferencedSize int64         `json:"referenced_bytes"`        // their bytes
 	Elapsed        time.Duration `json:"elapsed_ns"`
 	// Images has one summary for each platform when the target is an index; what is above are
 	// then sums, the digests those of the indexes, and Platform the platforms with commas between.
@@ -119,6 +120,14 @@ type Prefetch struct {
 	Listed   int    `json:"listed"`  // accesses in the list
 	Files    int    `json:"files"`   // files of the image that they name
 	Missing  int    `json:"missing"` // accesses whose path is not in the image
+}
+
+// listUse says of a conversion with a list whether that was of use.
+func listUse(p Prefetch) []string {
+	if p.Chunks > 0 {
+		return nil
+	}
+	return []string{"the list names no data of the image: the result has no prefetch blob"}
 }
 
 // Run converts o.Source into o.Target. The error names the step that failed and wraps the
@@ -201,6 +210,9 @@ func convertOne(ctx context.Context, o Options, source, target remote.Reference,
 	}
 	sum.Source, sum.Target = source.String(), target.String()
 	h.keep(ctx)
+	if o.List != nil {
+		sum.Warnings = append(sum.Warnings, listUse(sum.Prefetch)...)
+	}
 	sum.Warnings = slices.Concat(sum.Warnings, warnings(o.List, img), h.warnings(), refWarnings(o, source, target, sum))
 	return sum, nil
 }
@@ -365,6 +377,7 @@ func summarize(img remote.Image, res *builder.Result, files []builder.File, p re
 	if last := len(res.Blobs) - 1; pre.Chunks > 0 && last >= 0 {
 		s.Prefetch.Blob = res.Blobs[last].Descriptor.Digest.Encoded()
 	}
+	s.MissingPaths = res.Stats.MissingPaths
 	return s
 }
 

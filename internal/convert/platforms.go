@@ -169,7 +169,7 @@ func (r *indexRun) image(ctx context.Context, img remote.Image) (_ ocispec.Descr
 	}
 	sum.Platform, sum.Source, sum.Target = name, r.source.String(), r.target.String()
 	if o.List != nil {
-		sum.Warnings = append(sum.Warnings, warnings(o.List, img)...)
+		sum.Warnings = slices.Concat(sum.Warnings, listUse(sum.Prefetch), warnings(o.List, img))
 	} else if r.o.List != nil {
 		sum.Warnings = append(sum.Warnings, fmt.Sprintf("the list is of %s and is not used for %s", r.o.List.Platform, name))
 	}

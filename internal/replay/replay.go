@@ -5,17 +5,12 @@ package replay
 import (
 	"context"
 	"fmt"
-	"io/fs"
-	"strings"
-	"unicode/utf8"
 
+	"github.com/headstart-oci/headstart/pkg/builder"
 	"github.com/headstart-oci/headstart/pkg/persist"
 	"github.com/headstart-oci/headstart/pkg/rafs"
 	"github.com/headstart-oci/headstart/pkg/trace"
 )
-
-// maxNames bounds how many paths a Report names.
-const maxNames = 10
 
 // Report says what a list found in an image.
 type Report struct {
@@ -60,7 +55,6 @@ type stored struct {
 
 type replayer struct {
 	img    *rafs.Image
-	fsys   *rafs.FS
 	report Report
 	blobs  []Blob
 	seen   map[rafs.Chunk]struct{}
@@ -69,31 +63,27 @@ type replayer struct {
 }
 
 // Run reads every chunk of img that list touches, once, with read, which verifies it. prefetch
-// is the index of the image's prefetch blob, -1 when there is none. Links of paths are followed inside the image, as
-// opening them would. An error of read names the path.
+// is the index of the image's prefetch blob, -1 when there is none. What a path stands for is what a conversion puts into
+// that blob for it ([builder.Resolve]). An error of read names the path.
 func Run(ctx context.Context, img *rafs.Image, list *persist.List, prefetch int, read func(context.Context, rafs.Chunk) ([]byte, error)) (Report, error) {
 	r := replayer{
-		img: img, fsys: img.FS(nil), blobs: make([]Blob, len(img.Blobs)), seen: map[rafs.Chunk]struct{}{},
+		img: img, blobs: make([]Blob, len(img.Blobs)), seen: map[rafs.Chunk]struct{}{},
 		stored: map[stored]struct{}{}, files: map[*rafs.Inode]struct{}{},
 	}
 	for i, b := range img.Blobs {
 		r.blobs[i] = Blob{ID: b.ID, Prefetch: i == prefetch}
 	}
 	r.report.Listed = len(list.Accesses)
-	for i := range list.Accesses {
-		a := &list.Accesses[i]
-		ino := r.find(a.Path)
-		if ino == nil {
-			continue
-		}
-		for n, c := range ino.Chunks {
-			if !touches(a.Ranges, int64(n)*int64(img.ChunkSize), int64(c.UncompressedSize)) {
-				continue
-			}
-			if err := r.take(ctx, c, read); err != nil {
-				return Report{}, fmt.Errorf("replay %q, chunk %d: %w", a.Path, n, err)
+	err := builder.Resolve(img.Root, list, func(a *trace.Access, found []*rafs.Inode) error {
+		for _, ino := range r.regular(a.Path, found) {
+			if err := r.file(ctx, ino, a.Ranges, read); err != nil {
+				return fmt.Errorf("replay %q, %w", a.Path, err)
 			}
 		}
+		return ctx.Err()
+	})
+	if err != nil {
+		return Report{}, err
 	}
 	for _, b := range r.blobs {
 		if b.Chunks > 0 {
@@ -104,29 +94,33 @@ func Run(ctx context.Context, img *rafs.Image, list *persist.List, prefetch int,
 	return r.report, nil
 }
 
-// find returns the regular file at path, or counts why there is none.
-func (r *replayer) find(path string) *rafs.Inode {
-	name := strings.Trim(path, "/")
-	ino := r.img.Lookup(name)
-	if utf8.ValidString(name) && fs.ValidPath(name) {
-		ino = nil
-		if info, err := r.fsys.Stat(name); err == nil {
-			ino, _ = info.Sys().(*rafs.Inode)
-		}
-	}
+// regular returns the regular files of found, or counts why there are none.
+func (r *replayer) regular(path string, found []*rafs.Inode) []*rafs.Inode {
 	switch {
-	case ino == nil:
+	case len(found) == 0:
 		r.report.Missing++
-		if len(r.report.MissingPaths) < maxNames {
+		if len(r.report.MissingPaths) < builder.MaxMissingPaths {
 			r.report.MissingPaths = append(r.report.MissingPaths, path)
 		}
-		return nil
-	case !ino.IsRegular():
+	case !found[0].IsRegular(): // what several are is regular
 		r.report.NotRegular++
 		return nil
 	}
+	return found
+}
+
+// file reads the chunks of ino that ranges touch.
+func (r *replayer) file(ctx context.Context, ino *rafs.Inode, ranges []trace.Range, read func(context.Context, rafs.Chunk) ([]byte, error)) error {
 	r.files[ino] = struct{}{}
-	return ino
+	for n, c := range ino.Chunks {
+		if !touches(ranges, int64(n)*int64(r.img.ChunkSize), int64(c.UncompressedSize)) {
+			continue
+		}
+		if err := r.take(ctx, c, read); err != nil {
+			return fmt.Errorf("chunk %d: %w", n, err)
+		}
+	}
+	return nil
 }
 
 // touches reports whether one of ranges overlaps [off, off+length); nil ranges are the whole file.

@@ -181,8 +181,9 @@ type Stats struct {
 	DictBlobs       int   // blobs of the dictionary that the image refers to
 	CutChunks       int   // chunks of layers referred to that lie in two gzip members: nydusd 2.2.0 cannot read them
 	Prefetch        PrefetchStats
-	VerifiedChunks  int // chunks that were read back and digested
-	VerifiedEntries int // entries found in the written bootstrap
+	MissingPaths    []string // the first of the listed paths that are not in the image, at most [MaxMissingPaths]
+	VerifiedChunks  int      // chunks that were read back and digested
+	VerifiedEntries int      // entries found in the written bootstrap
 }
 
 // PrefetchStats tells what became of the access list.

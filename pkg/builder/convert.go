@@ -231,7 +231,7 @@ func (c *conversion) assemble(ctx context.Context, cfg sourceConfig) error {
 	if err != nil {
 		return fmt.Errorf("prefetch blob: %w", err)
 	}
-	c.res.Stats.Prefetch = plan.stats
+	c.res.Stats.Prefetch, c.res.Stats.MissingPaths = plan.stats, plan.missing
 	blobs, err := c.numberBlobs(ctx, final.files, records)
 	if err != nil {
 		return err

@@ -98,7 +98,7 @@ type OptimizeStats struct {
 	Files          int   // regular files of the image; hard links count as one
 }
 
-// MaxMissingPaths bounds OptimizeStats.MissingPaths.
+// MaxMissingPaths bounds MissingPaths of [Stats] and [OptimizeStats].
 const MaxMissingPaths = 8
 
 // Close removes the files of r. It may be called more than once.

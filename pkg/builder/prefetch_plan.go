@@ -38,10 +38,7 @@ func planPrefetch(root *rafs.Inode, list *persist.List, chunkSize uint32) *prefe
 	p.stats.Listed = len(list.Accesses)
 	for i := range list.Accesses {
 		a := &list.Accesses[i]
-		var found []*rafs.Inode
-		if path.IsAbs(a.Path) {
-			found = p.find(path.Clean(a.Path), list.Engine == "", a.Ranges == nil)
-		}
+		found := p.resolve(list, a)
 		if len(found) == 0 {
 			if p.stats.Missing++; len(p.missing) < MaxMissingPaths {
 				p.missing = append(p.missing, a.Path)
@@ -101,6 +98,27 @@ func firsts(ranges []trace.Range, n int, chunkSize int64, otherwise time.Duratio
 		}
 	}
 	return when
+}
+
+// Resolve calls visit for every access of list in turn, with what it stands for in the tree below root as [Optimize] and
+// [Convert] understand it: one inode of any kind, several regular files in the order of the tree, or none. It returns the first error of visit.
+func Resolve(root *rafs.Inode, list *persist.List, visit func(a *trace.Access, found []*rafs.Inode) error) error {
+	p := prefetchPlanner{root: root}
+	for i := range list.Accesses {
+		a := &list.Accesses[i]
+		if err := visit(a, p.resolve(list, a)); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// resolve returns what an access of list stands for.
+func (p *prefetchPlanner) resolve(list *persist.List, a *trace.Access) []*rafs.Inode {
+	if !path.IsAbs(a.Path) {
+		return nil
+	}
+	return p.find(path.Clean(a.Path), list.Engine == "", a.Ranges == nil)
 }
 
 // find returns what the cleaned absolute path name stands for: one inode, or regular files. In a list that a person
