@@ -54,8 +54,8 @@ stand for files, as for convert.`,
 				return usagef(cmd, "--output: got %q, want text or json", o.output)
 			case o.replay != "" && o.noData:
 				return usagef(cmd, "--replay reads data, and --no-data does not")
-			case o.workers < 0:
-				return usagef(cmd, "--workers: got %d, want at least 1, or 0 for one per CPU", o.workers)
+			case checkWorkers(o.workers) != nil:
+				return usagef(cmd, "--workers: %w", checkWorkers(o.workers))
 			case o.image.bootstrap != "" && o.image.blobDir == "" && !o.noData:
 				return usagef(cmd, "--bootstrap needs --blob-dir, or --no-data to leave the blobs out")
 			}

@@ -147,8 +147,8 @@ func (o *convertOptions) options(cmd *cobra.Command) (convert.Options, error) {
 	if flag, err := o.sizes(cmd, &b); err != nil {
 		return fail(flag, err)
 	}
-	if o.workers < 0 {
-		return fail("workers", fmt.Errorf("got %d, want at least 1, or 0 for one per CPU", o.workers))
+	if err := checkWorkers(o.workers); err != nil {
+		return fail("workers", err)
 	}
 	if o.output != "text" && o.output != "json" {
 		return fail("output", fmt.Errorf("got %q, want text or json", o.output))

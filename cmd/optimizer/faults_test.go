@@ -15,9 +15,11 @@ import (
 	"net/http/httptest"
 	"os"
 	"os/exec"
+	"os/signal"
 	"path/filepath"
 	"strings"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -312,9 +314,23 @@ func TestRegistryRoundTrip(t *testing.T) {
 	}
 }
 
-// An interrupt ends a conversion that waits, with status 1 and nothing left.
+// An interrupt, or the end of the terminal, ends a conversion that waits, with status 1 and nothing left.
 func TestInterrupt(t *testing.T) {
 	t.Parallel()
+	for _, sig := range []syscall.Signal{syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP} {
+		t.Run(sig.String(), func(t *testing.T) {
+			t.Parallel()
+			if sig == syscall.SIGHUP && signal.Ignored(sig) {
+				t.Skip("SIGHUP is ignored, as under nohup: programs leave it so")
+			}
+			interrupt(t, sig)
+		})
+	}
+}
+
+// interrupt sends sig to a conversion that waits for its target.
+func interrupt(t *testing.T, sig os.Signal) {
+	t.Helper()
 	asked := make(chan struct{}, 16)
 	host, _ := badRegistry(t, func(w http.ResponseWriter, r *http.Request) {
 		if r.Method != http.MethodPost {
@@ -334,7 +350,7 @@ func TestInterrupt(t *testing.T) {
 	if len(files(t, temp)) == 0 {
 		t.Error("no temporary files while it is published: the test looks at the wrong place")
 	}
-	if err := cmd.Process.Signal(os.Interrupt); err != nil {
+	if err := cmd.Process.Signal(sig); err != nil {
 		t.Fatal(err)
 	}
 	if exit, ok := errors.AsType[*exec.ExitError](wait()); !ok || exit.ExitCode() != exitFailed || !strings.HasPrefix(lastLine(errs.String()), "optimizer: interrupted: ") {
@@ -374,19 +390,23 @@ func TestFullDisk(t *testing.T) {
 		if err := unix.Mount("tmpfs", full, "tmpfs", 0, "size=1m"); err != nil {
 			return err
 		}
-		for _, args := range [][]string{
+		for i, args := range [][]string{
 			{"convert", "-q", source, "oci:" + target + ":v2", "--temp-dir", full},
 			{"convert", "-q", source, "oci:" + full + "/out:v2"},
 			{"convert", "-q", source, "oci-archive:" + full + "/out.tar"},
 			{"unpack", "-q", "oci:" + good + ":v2", full + "/root"},
 			{"unpack", "-q", "oci:" + good + ":v2", "-o", full + "/root.tar"},
 		} {
+			hint := "make room where the result goes"
+			if i == 0 {
+				hint = "make room, or choose another place for temporary files"
+			}
 			var errs bytes.Buffer
 			cmd := ourselves(args...)
 			cmd.Stderr = &errs
 			err := cmd.Run()
 			if exit, ok := errors.AsType[*exec.ExitError](err); !ok || exit.ExitCode() != exitFailed ||
-				!strings.Contains(errs.String(), "no space left on device") || !strings.Contains(errs.String(), "make room, or choose another place") {
+				!strings.Contains(errs.String(), "no space left on device") || !strings.Contains(errs.String(), hint) {
 				return fmt.Errorf("%v = %w, stderr %s", args, err, errs.String())
 			}
 			t.Logf("%s: %s", args[0], strings.SplitN(errs.String(), "\n", 2)[0])

@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"fmt"
+	"os"
 	"runtime/debug"
 
 	"github.com/spf13/cobra"
@@ -163,6 +164,12 @@ func (f *remoteFlags) lazy() lazy.Remote {
 }
 
 func (o *mountOptions) run(ctx context.Context, dir string, r lazy.Request) error {
+	// No daemon is started for what cannot be mounted.
+	if info, err := os.Stat(dir); err != nil {
+		return fmt.Errorf("mount: %w", err)
+	} else if !info.IsDir() {
+		return fmt.Errorf("mount: %s is no directory", dir)
+	}
 	c, err := o.lazy.client(o.daemonArgs...)
 	if err != nil {
 		return err

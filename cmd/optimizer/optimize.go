@@ -146,8 +146,8 @@ func (o *optimizeOptions) check(cmd *cobra.Command, args []string) error {
 		return usagef(cmd, "--prefetch-files auto: profiles are kept beside images, not beside files")
 	case o.files == "":
 		return usagef(cmd, "want --prefetch-files FILE")
-	case o.workers < 0:
-		return usagef(cmd, "--workers: got %d, want at least 1, or 0 for one per CPU", o.workers)
+	case checkWorkers(o.workers) != nil:
+		return usagef(cmd, "--workers: %w", checkWorkers(o.workers))
 	case o.output != "text" && o.output != "json":
 		return usagef(cmd, "--output: got %q, want text or json", o.output)
 	}

@@ -4,6 +4,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
+	"path/filepath"
 	"runtime/debug"
 	"strconv"
 	"strings"
@@ -13,9 +15,8 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/headstart-oci/headstart/internal/progress"
-	"github.com/headstart-oci/headstart/pkg/fanotify"
+	"github.com/headstart-oci/headstart/pkg/builder"
 	"github.com/headstart-oci/headstart/pkg/lazy"
-	"github.com/headstart-oci/headstart/pkg/rafs"
 	"github.com/headstart-oci/headstart/pkg/remote"
 )
 
@@ -145,9 +146,40 @@ func (f *remoteFlags) addFlags(cmd *cobra.Command) {
 	fl.BoolVar(&f.plainHTTP, "plain-http", false, "speak http to registries that hosts.toml does not configure")
 	fl.StringVar(&f.hostsDir, "hosts-dir", "", "containerd's directory of HOST/hosts.toml (default /etc/containerd/certs.d)")
 	fl.StringVar(&f.dockerConfig, "docker-config", "", "docker's config.json with credentials, or its directory (default $DOCKER_CONFIG, ~/.docker)")
-	fl.IntVar(&f.retries, "retries", 4, "how often a request is repeated that a registry failed to answer")
-	fl.DurationVar(&f.stall, "stall-timeout", 30*time.Second, "how long a registry that is silent is waited for")
+	f.retries, f.stall = 4, 30*time.Second
+	fl.Var((*count)(&f.retries), "retries", "how often a request is repeated that a registry failed to answer; 0: never")
+	fl.Var((*span)(&f.stall), "stall-timeout", "how long a registry that is silent is waited for, above 0")
 	f.addContainerdFlags(cmd)
+}
+
+// count is a flag's number, 0 or more.
+type count int
+
+func (c *count) String() string { return strconv.Itoa(int(*c)) }
+func (c *count) Type() string   { return "int" }
+
+func (c *count) Set(s string) error {
+	n, err := strconv.Atoi(s)
+	if err != nil || n < 0 {
+		return fmt.Errorf("got %q, want a number from 0", s)
+	}
+	*c = count(n)
+	return nil
+}
+
+// span is a flag's duration, above 0.
+type span time.Duration
+
+func (d *span) String() string { return time.Duration(*d).String() }
+func (d *span) Type() string   { return "duration" }
+
+func (d *span) Set(s string) error {
+	n, err := time.ParseDuration(s)
+	if err != nil || n <= 0 {
+		return fmt.Errorf("got %q, want a time above 0 such as 30s", s)
+	}
+	*d = span(n)
+	return nil
 }
 
 func (f *remoteFlags) addContainerdFlags(cmd *cobra.Command) {
@@ -194,15 +226,31 @@ func hint(err error) string {
 	case errors.Is(err, remote.ErrPlatform):
 		return "choose a platform that the image has by --platform"
 	case errors.Is(err, unix.ENOSPC):
-		return "make room, or choose another place for temporary files by --temp-dir or TMPDIR"
+		return roomHint(err)
 	case strings.Contains(err.Error(), "server gave HTTP response to HTTPS client"):
 		return "the registry speaks http: --plain-http, or a hosts.toml for it"
 	case errors.Is(err, lazy.ErrBusy):
 		return "end what uses it ('fuser -vm DIR' tells), or give --lazy"
-	case errors.Is(err, lazy.ErrUnsupported), errors.Is(err, fanotify.ErrUnsupported), errors.Is(err, lazy.ErrPermission):
-		return ""
-	case errors.Is(err, rafs.ErrUnsupported):
-		return "images whose blobs are encrypted or lie in a backend of their own cannot be read"
 	}
 	return ""
+}
+
+// roomHint says where room is to be made: what is temporary can go elsewhere.
+func roomHint(err error) string {
+	e, ok := errors.AsType[*fs.PathError](err)
+	switch {
+	case !ok:
+		return "make room where the result goes, and for temporary files, which --temp-dir or TMPDIR puts elsewhere"
+	case strings.Contains("/"+filepath.ToSlash(e.Path), "/headstart-"): // as temporary files and directories are called
+		return "make room, or choose another place for temporary files by --temp-dir or TMPDIR"
+	}
+	return "make room where the result goes"
+}
+
+// checkWorkers says what is wrong with the value of --workers: each takes memory for the chunks that it has in hand.
+func checkWorkers(n int) error {
+	if n < 0 || n > builder.MaxWorkers {
+		return fmt.Errorf("got %d, want 1 to %d, or 0 for one per CPU", n, builder.MaxWorkers)
+	}
+	return nil
 }

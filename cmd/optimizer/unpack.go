@@ -5,8 +5,10 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"path/filepath"
+	"strings"
 
 	"github.com/spf13/cobra"
 
@@ -49,6 +51,8 @@ nothing is left.`,
 				return usagef(cmd, "an archive is not for a terminal: --output FILE.tar")
 			case o.image.bootstrap != "" && o.image.blobDir == "":
 				return usagef(cmd, "--bootstrap needs --blob-dir")
+			case len(rest) > 0 && meansArchive(rest[0]):
+				return usagef(cmd, "%s is no directory: want --output %s for an archive, or %s/ for a directory of that name", rest[0], rest[0], rest[0])
 			}
 			return o.run(cmd.Context(), ref, rest)
 		},
@@ -56,6 +60,15 @@ nothing is left.`,
 	o.image.addFlags(cmd)
 	cmd.Flags().StringVarP(&o.output, "output", "o", "", "write a tar archive to this file, - for standard output")
 	return cmd
+}
+
+// meansArchive tells whether who gave name for the directory is likely to have meant an archive.
+func meansArchive(name string) bool {
+	if name == "-" {
+		return true
+	}
+	_, err := os.Stat(name)
+	return strings.HasSuffix(name, ".tar") && errors.Is(err, fs.ErrNotExist)
 }
 
 func (o *unpackOptions) run(ctx context.Context, ref string, dir []string) (err error) {

@@ -64,7 +64,7 @@ type Options struct {
 	// in [rafs.MinChunkSize, rafs.MaxChunkSize]; 0 means no batches. RAFS v6 only. nydusd before 2.3 refuses
 	// such images; the kernel, and readers that ask for one chunk, read more than the chunk.
 	BatchSize, PrefetchBatchSize uint32
-	// Workers is the number of goroutines that digest and compress; 0 means GOMAXPROCS.
+	// Workers is the number of goroutines that digest and compress, at most [MaxWorkers]; 0 means GOMAXPROCS.
 	// It never changes the output.
 	Workers int
 	// List is the access list the prefetch blob is made from; nil or empty: no prefetch blob.

@@ -8,7 +8,6 @@ import (
 	"math"
 	"os"
 	"path/filepath"
-	"runtime"
 	"sync"
 
 	"github.com/opencontainers/go-digest"
@@ -102,11 +101,9 @@ func (o Options) complete() (Options, error) {
 	if err := o.completeRef(); err != nil {
 		return Options{}, err
 	}
-	if o.Workers < 0 {
-		return Options{}, fmt.Errorf("%w: %d workers", ErrUnsupported, o.Workers)
-	}
-	if o.Workers == 0 {
-		o.Workers = runtime.GOMAXPROCS(0)
+	var err error
+	if o.Workers, err = settleWorkers(o.Workers); err != nil {
+		return Options{}, err
 	}
 	return o, nil
 }

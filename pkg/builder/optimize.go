@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"runtime"
 	"slices"
 	"strings"
 
@@ -46,7 +45,7 @@ type StoredRange struct{ Offset, Length int64 }
 type OptimizeOptions struct {
 	// List is the access list the prefetch blob is made from.
 	List *persist.List
-	// Workers is the number of goroutines that read, digest and compress; 0 means
+	// Workers is the number of goroutines that read, digest and compress, at most [MaxWorkers]; 0 means
 	// GOMAXPROCS. It never changes the output.
 	Workers int
 	// Recompress compresses the chunks anew with the strongest level where that is smaller.
@@ -120,13 +119,11 @@ func (r *Optimized) Close() error { return r.dir.remove() }
 // context's soon after it ended.
 func Optimize(ctx context.Context, src NydusSource, o OptimizeOptions) (_ *Optimized, err error) {
 	switch b := o.BatchSize; {
-	case o.Workers < 0:
-		return nil, fmt.Errorf("%w: %d workers", ErrUnsupported, o.Workers)
 	case b != 0 && (b&(b-1) != 0 || b < rafs.MinChunkSize || b > rafs.MaxChunkSize):
 		return nil, fmt.Errorf("%w: batch size %d: want a power of two from %d to %d", ErrUnsupported, b, rafs.MinChunkSize, rafs.MaxChunkSize)
 	}
-	if o.Workers == 0 {
-		o.Workers = runtime.GOMAXPROCS(0)
+	if o.Workers, err = settleWorkers(o.Workers); err != nil {
+		return nil, err
 	}
 	if o.List == nil {
 		o.List = &persist.List{}

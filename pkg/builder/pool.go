@@ -5,11 +5,26 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"runtime"
 
 	"golang.org/x/sync/errgroup"
 
 	"github.com/headstart-oci/headstart/pkg/rafs"
 )
+
+// MaxWorkers is the most Workers that [Options] and [OptimizeOptions] may ask for; more than CPUs only take memory.
+const MaxWorkers = 1024
+
+// settleWorkers returns the number of workers that n asks for.
+func settleWorkers(n int) (int, error) {
+	switch {
+	case n < 0 || n > MaxWorkers:
+		return 0, fmt.Errorf("%w: %d workers, want 0 to %d", ErrUnsupported, n, MaxWorkers)
+	case n == 0:
+		return min(runtime.GOMAXPROCS(0), MaxWorkers), nil
+	}
+	return n, nil
+}
 
 // pool runs jobs on a fixed number of workers, each with an encoder of its own. All methods
 // are safe for concurrent use. It ends when its context does.
