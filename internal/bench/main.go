@@ -3,7 +3,7 @@
 // cost and completeness on a burst of files, the latency that the plugin adds to a
 // container's start, what is recorded of a start against what it needs, and what lazy mounts share.
 //
-//	go run ./internal/bench [-rows convert,optimize,check,memory,burst,start,ready,ranges,lazy,cas,disk,fuse] [-runs 7]
+//	go run ./internal/bench [-rows convert,optimize,check,memory,burst,start,ready,ranges,lazy,cas,disk,gc,fuse] [-runs 7]
 //
 // Walls are medians of interleaved runs, so that a slow minute of the machine falls on
 // both sides; ratios, not times, are what the tables are for.
@@ -74,6 +74,7 @@ func rows() []row {
 		{"lazy", benchLazy},
 		{"cas", benchCAS},
 		{"disk", benchDisk},
+		{"gc", benchGC},
 		{"fuse", benchFUSE},
 	}
 }

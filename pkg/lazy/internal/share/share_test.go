@@ -29,7 +29,7 @@ func must(t testing.TB, err error) {
 
 // rig is a state directory whose caches share.
 type rig struct {
-	t     *testing.T
+	t     testing.TB
 	dir   string
 	store *store.Store
 	index *index.Index
