@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"strings"
@@ -30,6 +31,27 @@ A cache file that a mount has is never removed, nor one that is pinned.`,
 		},
 	}
 	cmd.AddCommand(newCacheLs(g), newCacheDf(g), newCacheGC(g), newCacheVerify(g), newCachePin(g), newCacheUnpin(g))
+	return cmd
+}
+
+// cacheOptions are those of commands that show what is in the cache.
+type cacheOptions struct {
+	*global
+	lazy   lazyFlags
+	output string
+}
+
+// command makes cmd one that runs f, with the flags of o and no arguments.
+func (o *cacheOptions) command(cmd *cobra.Command, f func(context.Context) error) *cobra.Command {
+	cmd.Args = atMost(0, "none")
+	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
+		if err := checkOutput(cmd, o.output); err != nil {
+			return err
+		}
+		return f(cmd.Context())
+	}
+	o.lazy.addFlags(cmd)
+	outputFlag(cmd, &o.output)
 	return cmd
 }
 

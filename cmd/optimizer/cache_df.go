@@ -13,32 +13,18 @@ import (
 	"github.com/headstart-oci/headstart/pkg/lazy"
 )
 
-type cacheDfOptions struct {
-	*global
-	lazy   lazyFlags
-	output string
-}
+type cacheDfOptions struct{ cacheOptions }
 
 func newCacheDf(g *global) *cobra.Command {
-	o := &cacheDfOptions{global: g}
-	cmd := &cobra.Command{
+	o := &cacheDfOptions{cacheOptions{global: g}}
+	return o.command(&cobra.Command{
 		Use:   "df",
 		Short: "Show what the cache takes on disk",
 		Long: `df shows what the state directory takes on disk: what mounts have, what is pinned, what the collector may remove,
 the rest (bootstraps, index, records), and the limits of the daemon that runs.`,
 		Example: `  optimizer cache df
   optimizer cache df -o json`,
-		Args: atMost(0, "none"),
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			if err := checkOutput(cmd, o.output); err != nil {
-				return err
-			}
-			return o.run(cmd.Context())
-		},
-	}
-	o.lazy.addFlags(cmd)
-	outputFlag(cmd, &o.output)
-	return cmd
+	}, o.run)
 }
 
 // cacheDf is what df shows, in bytes.

@@ -12,32 +12,18 @@ import (
 	"github.com/headstart-oci/headstart/pkg/lazy"
 )
 
-type cacheLsOptions struct {
-	*global
-	lazy   lazyFlags
-	output string
-}
+type cacheLsOptions struct{ cacheOptions }
 
 func newCacheLs(g *global) *cobra.Command {
-	o := &cacheLsOptions{global: g}
-	cmd := &cobra.Command{
+	o := &cacheLsOptions{cacheOptions{global: g}}
+	return o.command(&cobra.Command{
 		Use:   "ls",
 		Short: "List the cache files",
 		Long: `ls lists a line for each blob that mounts have fetched: what it takes on disk, how much of the blob is there, when it
 was used last, and who has it now. A state of aside is of a mount that lost its daemon; it goes with that mount.`,
 		Example: `  optimizer cache ls
   optimizer cache ls -o json | jq -r '.entries[] | select(.pinned) | .name'`,
-		Args: atMost(0, "none"),
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			if err := checkOutput(cmd, o.output); err != nil {
-				return err
-			}
-			return o.run(cmd.Context())
-		},
-	}
-	o.lazy.addFlags(cmd)
-	outputFlag(cmd, &o.output)
-	return cmd
+	}, o.run)
 }
 
 func (o *cacheLsOptions) run(ctx context.Context) error {

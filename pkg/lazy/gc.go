@@ -1,6 +1,7 @@
 package lazy
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -30,6 +31,9 @@ type keeper struct {
 	bootstraps func() error
 	// drop makes bad chunks of b not ready, and returns how many of them could be fetched again for mounts that have them.
 	drop func(ctx context.Context, b *store.Blob, bad []rafs.Chunk) (refetched int, err error)
+
+	// step is how long a collection works before it looks whether it got on; 0: cacheStep.
+	step time.Duration
 
 	collecting sync.Mutex // held by who collects
 	verifying  sync.Mutex // held by who verifies
@@ -110,7 +114,7 @@ func (k *keeper) collect(ctx context.Context, p CachePolicy) (Collected, error) 
 	if k.release != nil {
 		k.release()
 	}
-	for step := cacheStep; ; step *= 2 {
+	for step := cmp.Or(k.step, cacheStep); ; step *= 2 {
 		limited, cancel := context.WithTimeout(ctx, step)
 		c, err := k.store.Collect(limited, p.store(), k.live())
 		cancel()
