@@ -180,8 +180,8 @@ func (c *conversion) blobByID(id string) *builtBlob {
 	panic("builder: blob " + id + " is of no table")
 }
 
-// manyEntries is the number of names from which on trees are worth thinking of: 50,000 have 20 MB.
-const manyEntries = 50_000
+// manyEntries is the number of names from which on trees are worth thinking of: 20,000 have 8 MB.
+const manyEntries = 20_000
 
 // collectTree frees a tree of so many names that is no longer used before another one is built: of a million files
 // it has 400 MB, and next to nothing is left that the collector must visit. It leaves a small one alone: the collector would
