@@ -5,13 +5,16 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
+	"strings"
 	"sync"
 	"testing"
 	"time"
 
 	"golang.org/x/sys/unix"
 
+	"github.com/headstart-oci/headstart/internal/testenv"
 	"github.com/headstart-oci/headstart/pkg/lazy"
 )
 
@@ -176,6 +179,52 @@ func TestTerminateDeaf(t *testing.T) {
 		t.Error(err)
 	}
 	compare(t, other.Dir)
+	heal()
+	eventually(t, func() string {
+		if err := compareErr(t, m.Dir); err != nil {
+			return err.Error()
+		}
+		return ""
+	})
+}
+
+// A daemon that takes mounts over serves all but the one whose image is in a file that nobody can open, and that one when it can be.
+func TestTakeOverDeaf(t *testing.T) {
+	t.Parallel()
+	b := deafBox(t, newBox(t))
+	archive := filepath.Join(b.dir, "image.tar")
+	dir := strings.TrimPrefix(layout(t).Reference, "oci:")
+	if out, err := exec.Command(testenv.Tool(t, "tar"), "-C", dir, "-cf", archive, ".").CombinedOutput(); err != nil {
+		t.Fatalf("tar: %v\n%s", err, out)
+	}
+	r := layout(t)
+	r.Reference, r.Share = "oci-archive:"+archive, "none"
+	m := b.mount(b.mountpoint("mnt"), r)
+	other := b.mount(b.mountpoint("other"), loose(t, "v6-zstd"))
+	before := b.status()
+	if err := errors.Join(os.Rename(archive, archive+"-away"), unix.Mkfifo(archive, 0o600)); err != nil {
+		t.Fatal(err)
+	}
+	heal := sync.OnceFunc(func() {
+		free(t, archive)
+		if err := os.Rename(archive+"-away", archive); err != nil {
+			t.Error(err)
+		}
+	})
+	t.Cleanup(heal)
+	kill(t, before.PID)
+	soon(t, "the next daemon", func(ctx context.Context) error {
+		s, err := b.client.Status(ctx, false)
+		if err == nil && (s.PID == before.PID || len(s.Mounts) != 2 || s.Mounts[0].State != lazy.StateLazy) {
+			err = fmt.Errorf("%+v, want another daemon than %d with two mounts", s, before.PID)
+		}
+		return err
+	})
+	compare(t, other.Dir)
+	if _, err := os.ReadFile(biggest(t, m.Dir)); !errors.Is(err, unix.EIO) {
+		t.Errorf("read from an image that cannot be opened: %v, want EIO", err)
+	}
+	soon(t, "unmount", func(ctx context.Context) error { return b.client.Unmount(ctx, other.Dir, false) })
 	heal()
 	eventually(t, func() string {
 		if err := compareErr(t, m.Dir); err != nil {

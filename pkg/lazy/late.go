@@ -25,16 +25,18 @@ type imageSource interface {
 // readers may ask.
 const lateAgain = time.Second
 
-// lateImage is an image that could not be reopened when a daemon took its mount over. It is tried again when somebody wants
-// something of it; until then that is an error. Safe for concurrent use.
+// lateImage is an image that is reopened beside its use, by a daemon that took its mount over: that may take reading through an archive, or wait
+// for a file system that hangs, and others are to be served meanwhile. Where it fails it is tried again when somebody wants something
+// of it; until then that is an error. Safe for concurrent use.
 type lateImage struct {
-	reopen func(context.Context) (*backend.Blobs, error)
+	reopen func() (*backend.Blobs, error) // called by one at a time
 
 	blobs atomic.Pointer[backend.Blobs] // nil: it is not reopened
 
-	mu     sync.Mutex // guards what follows, and is held while it is reopened
-	err    error      // of the last try
-	tried  time.Time
+	mu     sync.Mutex    // guards what follows
+	trying chan struct{} // closed at the end of the try that is on its way; nil: none is
+	err    error         // of the last try
+	tried  time.Time     // its end
 	closed bool
 }
 
@@ -55,7 +57,7 @@ func (l *lateImage) Narrow(scope string) string {
 // DropEarly implements imageSource: what is reopened has no early stream.
 func (l *lateImage) DropEarly() error { return nil }
 
-// Close implements imageSource.
+// Close implements imageSource. What is being reopened is closed when it is there, and nobody waits for it.
 func (l *lateImage) Close() error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -69,10 +71,20 @@ func (l *lateImage) Close() error {
 	return nil
 }
 
-// get returns the blobs, or why they cannot be reached.
+// get returns the blobs, or why they cannot be reached. It waits for a try until ctx ends.
 func (l *lateImage) get(ctx context.Context) (*backend.Blobs, error) {
-	if blobs := l.blobs.Load(); blobs != nil {
-		return blobs, nil
+	l.mu.Lock()
+	if l.trying == nil && time.Since(l.tried) >= lateAgain {
+		l.try()
+	}
+	trying := l.trying
+	l.mu.Unlock()
+	if trying != nil {
+		select {
+		case <-trying:
+		case <-ctx.Done():
+			return nil, context.Cause(ctx)
+		}
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -81,19 +93,31 @@ func (l *lateImage) get(ctx context.Context) (*backend.Blobs, error) {
 		return nil, errors.Join(fill.ErrClosed, l.err)
 	case blobs != nil:
 		return blobs, nil
-	case time.Since(l.tried) < lateAgain:
-		return nil, l.err
 	}
-	blobs, err := l.reopen(ctx)
-	if ctx.Err() == nil { // else it says nothing about the image
-		l.tried = time.Now()
+	return nil, l.err
+}
+
+// try begins to reopen the image, unless that is done. The caller holds mu, and nobody tries.
+func (l *lateImage) try() {
+	if l.closed || l.blobs.Load() != nil {
+		return
 	}
-	if err != nil {
-		l.err = err
-		return nil, err
-	}
-	l.blobs.Store(blobs)
-	return blobs, nil
+	done := make(chan struct{})
+	l.trying = done
+	go func() {
+		defer close(done)
+		blobs, err := l.reopen()
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		l.trying, l.tried, l.err = nil, time.Now(), err
+		switch {
+		case err != nil:
+		case l.closed:
+			l.err = blobs.Close()
+		default:
+			l.blobs.Store(blobs)
+		}
+	}()
 }
 
 // lateBlob is a blob of a lateImage.
@@ -104,9 +128,12 @@ type lateBlob struct {
 
 // Range implements fill.Source.
 func (b *lateBlob) Range(ctx context.Context, r fill.Request) (io.ReadCloser, error) {
-	blobs, err := b.image.get(ctx)
-	if err != nil {
-		return nil, err
+	blobs := b.image.blobs.Load()
+	if blobs == nil {
+		var err error
+		if blobs, err = b.image.get(ctx); err != nil {
+			return nil, err
+		}
 	}
 	return blobs.Blob(b.n).Range(ctx, r)
 }

@@ -173,18 +173,32 @@ func (d *daemon) adopt(ctx context.Context, m *mount) (*rafs.Image, error) {
 	return tree, nil
 }
 
-// reopenImage finds the blobs of a mount that outlived its daemon. When they cannot be reached, what is local stays readable, and what
-// is not is an error until they can.
+// reopenImage finds the blobs of a mount that outlived its daemon, and waits for nothing but its own memory. As long as they cannot be reached, what is local
+// stays readable, and what is not is an error.
 func (d *daemon) reopenImage(ctx context.Context, m *mount) imageSource {
-	reopen := func(ctx context.Context) (*backend.Blobs, error) {
-		return backend.Reopen(ctx, m.rec.Origin, d.backendOptions(&m.rec.Request))
+	ctx = context.WithoutCancel(ctx) // of a client, or of the start
+	said := false
+	reopen := func() (*backend.Blobs, error) {
+		blobs, err := backend.Reopen(ctx, m.rec.Origin, d.backendOptions(&m.rec.Request))
+		if err != nil && !said {
+			said = true
+			d.log.Error("reopen an image", zap.String("reference", m.rec.Reference), zap.Error(err))
+		}
+		return blobs, err
 	}
-	blobs, err := reopen(ctx)
-	if err == nil {
-		return blobs
+	l := &lateImage{reopen: reopen}
+	if backend.Instant(m.rec.Origin) {
+		blobs, err := reopen()
+		if err == nil {
+			return blobs
+		}
+		l.err, l.tried = err, time.Now()
+		return l
 	}
-	d.log.Error("reopen an image", zap.String("reference", m.rec.Reference), zap.Error(err))
-	return &lateImage{reopen: reopen, err: err, tried: time.Now()}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.try()
+	return l
 }
 
 // unmark takes the mark off a data file that nobody has.

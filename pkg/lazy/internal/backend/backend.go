@@ -117,7 +117,7 @@ func (i *Image) Detach() (*Blobs, error) { return i.Blobs, i.img.Close() }
 // Close releases everything.
 func (i *Image) Close() error { return errors.Join(i.img.Close(), i.Blobs.Close()) }
 
-// Reopen gives the blobs of an origin. It asks for nothing yet.
+// Reopen gives the blobs of an origin. It asks no server for anything yet. Layouts and archives are opened, which may take as long as the file system likes: see [Instant].
 func Reopen(ctx context.Context, origin Origin, o Options) (*Blobs, error) {
 	loose := origin.Reference == ""
 	if err := origin.check(loose); err != nil {
@@ -135,6 +135,12 @@ func Reopen(ctx context.Context, origin Origin, o Options) (*Blobs, error) {
 		return nil, fmt.Errorf("open %s: %w", origin.Reference, err)
 	}
 	return b, nil
+}
+
+// Instant reports whether [Reopen] of an origin reads no file of the image: that of a registry, or of loose files.
+func Instant(origin Origin) bool {
+	ref, err := remote.Parse(origin.Reference)
+	return origin.Reference == "" || err == nil && ref.Kind == remote.KindRegistry
 }
 
 // Origin returns where the blobs are.
