@@ -30,6 +30,7 @@ type place struct {
 	data  []byte
 	down  error
 	again bool // what is down may come back
+	away  atomic.Bool
 	asked atomic.Int64
 	last  atomic.Int64 // offset of the last request
 }
@@ -37,6 +38,9 @@ type place struct {
 func (p *place) Range(_ context.Context, r fill.Request) (io.ReadCloser, error) {
 	p.asked.Add(1)
 	p.last.Store(r.Offset)
+	if p.away.Load() {
+		return nil, errors.New("it is away")
+	}
 	if p.down != nil {
 		return nil, p.down
 	}

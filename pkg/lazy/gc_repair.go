@@ -32,7 +32,21 @@ func (d *daemon) dropBad(ctx context.Context, b *store.Blob, bad []rafs.Chunk) (
 	if !mounted || err != nil {
 		return 0, err
 	}
-	return d.refetch(ctx, b, bad), nil
+	refetched = d.refetch(ctx, b, bad)
+	if refetched < len(bad) {
+		d.fetchLater(b.Name())
+	}
+	return refetched, nil
+}
+
+// fetchLater has the mounts with the blob called name fetch what is missing of it by their policies. What they began with may be over: it
+// was all there.
+func (d *daemon) fetchLater(name string) {
+	for _, m := range d.having(name, nil) {
+		m.phase.Lock()
+		d.background(m)
+		m.phase.Unlock()
+	}
 }
 
 // forgetBad is dropBad without fetching anything. mounted: mounts have the blob.

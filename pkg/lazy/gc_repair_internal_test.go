@@ -91,3 +91,27 @@ func TestRefetchFromDeadSource(t *testing.T) {
 		t.Errorf("%d chunks fetched in %d requests, the last one at %d; want none, and the first chunk alone asked for", n, asked, src.last.Load())
 	}
 }
+
+// What was dropped of a complete mount, and could not be fetched at once, is fetched when it can be, although nobody reads it.
+func TestDroppedIsFetchedLater(t *testing.T) {
+	t.Parallel()
+	src := &place{}
+	d, m, b := completed(t, src, func(*daemon, *mount) {})
+	m.rec.Request.Background = "full"
+	m.run = d.fill.Start(d.plan(m)) // it finds all of it there
+	<-m.run.Done()
+	_, chunks, _ := plain(4)
+	src.away.Store(true)
+	if n, err := d.dropBad(t.Context(), b.st, chunks[1:2]); n != 0 || err != nil {
+		t.Errorf("dropBad = %d, %v, want none fetched", n, err)
+	}
+	if d.isComplete(m) {
+		t.Error("the mount is complete without a chunk")
+	}
+	src.away.Store(false)
+	for deadline := time.Now().Add(20 * time.Second); !d.isComplete(m); time.Sleep(time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatal("nobody fetches what was dropped")
+		}
+	}
+}

@@ -211,21 +211,39 @@ func (d *daemon) superblock(ctx context.Context, m *mount, tree *rafs.Image, boo
 	return e, nil
 }
 
-// prefetch begins with what lists name, and with the rest by policy.
-func (d *daemon) prefetch(m *mount, tree *rafs.Image) {
+// plan is what a mount fetches by its policy, without lists.
+func (d *daemon) plan(m *mount) fill.Plan {
 	background, err := m.rec.Request.background()
 	if err != nil {
 		background = fill.BackgroundNone // checked before; a record of another version
 	}
 	p := fill.Plan{Stream: -1, Background: background, Rate: m.rec.Request.Rate}
+	d.usedMu.Lock()
+	defer d.usedMu.Unlock()
+	for _, u := range m.uses {
+		p.Blobs = append(p.Blobs, u.f.fb)
+	}
+	return p
+}
+
+// background fetches what is missing of m by its policy, when what did is over. The caller holds its phase.
+func (d *daemon) background(m *mount) {
+	p := d.plan(m)
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if p.Background != fill.BackgroundNone && len(p.Blobs) > 0 && m.run != nil && !m.gone && !m.run.Again() {
+		m.run = d.fill.Start(p)
+	}
+}
+
+// prefetch begins with what lists name, and with the rest by policy.
+func (d *daemon) prefetch(m *mount, tree *rafs.Image) {
+	p := d.plan(m)
 	src := m.src
 	p.Listed = func() { // what was asked for before the bootstrap was here may be of no use
 		if err := src.DropEarly(); err != nil {
 			d.log.Debug("end a stream that nobody wants", zap.Error(err))
 		}
-	}
-	for _, u := range m.uses {
-		p.Blobs = append(p.Blobs, u.f.fb)
 	}
 	if !m.rec.Request.NoPrefetch {
 		p.Stream = m.rec.Origin.Prefetch

@@ -101,6 +101,8 @@ type Run struct {
 	plan     Plan
 	promised *stream         // what readers are told to wait for before the request is made
 	ctx      context.Context //nolint:containedctx // its life
+	over     bool            // it looks for nothing any more; guarded by s.mu
+	again    bool            // it is to look again; guarded by s.mu
 	rateNext time.Time       // when the next bytes of the rest may be asked for; of the one goroutine that does
 }
 
@@ -190,20 +192,12 @@ func (r *Run) run() {
 		r.s.o.Log.Warn("prefetch ended early", zap.Error(err))
 	}
 	r.plan.Table = nil
-	if r.plan.Background == BackgroundNone || r.ctx.Err() != nil {
-		return
+	if r.plan.Background != BackgroundNone && r.ctx.Err() == nil {
+		r.rests()
 	}
-	for _, b := range r.plan.Blobs {
-		if b == nil {
-			continue
-		}
-		if err := r.rest(b); err != nil {
-			if r.ctx.Err() != nil {
-				return
-			}
-			r.s.o.Log.Warn("background fetch ended early", zap.String("blob", b.info.ID), zap.Error(err))
-		}
-	}
+	r.s.mu.Lock()
+	r.over = true
+	r.s.mu.Unlock()
 }
 
 // tableBehind fetches the files of the table behind a prefetch blob: they have all that it left out, because the start does not read it. So
@@ -329,9 +323,80 @@ func (b *Blob) fetchUnits(ctx context.Context, units []unit, class Class) error 
 	return errors.Join(failed...)
 }
 
-// rest fetches what is missing of b, window by window, while nobody waits for anything.
+// Pauses before the rest is looked at again for what it did not get.
+const (
+	restSoon  = 50 * time.Millisecond
+	restAgain = 30 * time.Second // and no more often while nothing comes
+)
+
+// rests fetches the rest of all blobs, until there is none or the run ends. What failed, whatever it was, is tried again: a disk was full, a
+// credential was old, or a file was away. So is what was corrupt, and what was on its way to a reader.
+func (r *Run) rests() {
+	wait := time.Duration(0)
+	last := 0 // chunks that were missing
+	for {
+		left, missing := r.left()
+		if missing != last {
+			last, wait = missing, 0
+		}
+		if len(left) == 0 && r.finish() {
+			return
+		}
+		if wait > 0 && r.later(wait) != nil {
+			return
+		}
+		for _, b := range left {
+			err := r.rest(b)
+			if r.ctx.Err() != nil {
+				return
+			}
+			if err != nil && wait == 0 {
+				r.s.o.Log.Warn("background fetch goes on later", zap.String("blob", b.info.ID), zap.Error(err))
+			}
+		}
+		wait = min(max(restSoon, 4*wait), restAgain)
+	}
+}
+
+// left returns the blobs that are not complete, and how many of their chunks are missing.
+func (r *Run) left() (blobs []*Blob, missing int) {
+	for _, b := range r.plan.Blobs {
+		if b == nil || b.ctx.Err() != nil {
+			continue
+		}
+		before := missing
+		for _, c := range b.view.Load().chunks {
+			if !b.cache.Ready(c) {
+				missing++
+			}
+		}
+		if missing > before {
+			blobs = append(blobs, b)
+		}
+	}
+	return blobs, missing
+}
+
+// finish ends the rest, unless it was to look again.
+func (r *Run) finish() bool {
+	r.s.mu.Lock()
+	defer r.s.mu.Unlock()
+	again := r.again
+	r.again, r.over = false, !again
+	return !again
+}
+
+// Again has the rest look for what is missing, for chunks that were taken out of the cache. false: the run is over, or about to be,
+// and another one has to be started.
+func (r *Run) Again() bool {
+	r.s.mu.Lock()
+	defer r.s.mu.Unlock()
+	r.again = !r.over && r.ctx.Err() == nil
+	return r.again
+}
+
+// rest fetches what is missing of b once, window by window, while nobody waits for anything.
 func (r *Run) rest(b *Blob) error {
-	wait := 50 * time.Millisecond
 	for next := 0; ; {
 		v, err := b.prepare(r.ctx, time.Now().Add(forever), Rest)
 		if err != nil {
@@ -339,18 +404,10 @@ func (r *Run) rest(b *Blob) error {
 		}
 		var units []unit
 		if units, next = b.nextRest(v, next, r.plan.Rate); len(units) == 0 {
-			if b.Complete() {
-				return nil
-			}
-			// Some are corrupt, or on their way to a reader: later, from the start, with the table read anew.
-			if err := r.later(wait); err != nil {
-				return err
-			}
-			wait = min(4*wait, restAgain)
-			if next = 0; b.info.PlacedByMeta() {
+			if b.info.PlacedByMeta() && !b.Complete() { // what is corrupt may be so because of the table
 				b.forget(v.reader)
 			}
-			continue
+			return nil
 		}
 		first, last := units[0], units[len(units)-1]
 		if err := r.allowed(last.end() - first.off); err != nil {
@@ -361,9 +418,6 @@ func (r *Run) rest(b *Blob) error {
 		}
 	}
 }
-
-// restAgain is how long the rest waits at most before it looks again for what it did not get.
-const restAgain = 30 * time.Second
 
 // later waits for d or the end of the run.
 func (r *Run) later(d time.Duration) error {

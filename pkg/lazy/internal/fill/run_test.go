@@ -294,20 +294,73 @@ func TestTwoRuns(t *testing.T) {
 	}
 }
 
-// A full cache ends what runs by itself, without harm to readers.
-func TestRunCacheFull(t *testing.T) {
+// What fails for a while, and for good as far as anybody can tell, is fetched when it does no more: a full cache, or a source that says no.
+func TestRunGoesOn(t *testing.T) {
+	t.Parallel()
+	for name, set := range map[string]func(m *mount, err error){
+		"a full cache": func(m *mount, err error) {
+			for _, c := range m.caches {
+				c.fail(err)
+			}
+		},
+		"a source that says no": func(m *mount, err error) {
+			for _, s := range m.sources {
+				s.set(func(int, fill.Request, []byte) (io.Reader, error) { return nil, err })
+			}
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			m := mounted(t, kinds["prefetch"](t), quick())
+			set(m, errors.New("not now"))
+			run := m.s.Start(fill.Plan{Blobs: m.blobs, Stream: m.prefetchBlob(), Background: fill.BackgroundFull})
+			<-run.Listed()
+			for _, s := range m.sources { // of the stream, and of the rest
+				for len(s.seen()) < 2 {
+					time.Sleep(time.Millisecond)
+				}
+			}
+			set(m, nil)
+			<-run.Done()
+			if s := m.sum(); s.Demand.Requests != 0 {
+				t.Errorf("Stats = %+v, want no demand", s)
+			}
+			for _, b := range m.blobs {
+				if !b.Complete() {
+					t.Errorf("blob %s is not complete", b.ID())
+				}
+			}
+			if run.Again() {
+				t.Error("a run that is over looks again")
+			}
+			m.ensureAll()
+			m.check()
+		})
+	}
+}
+
+// A run that is at work gets what is dropped meanwhile, too.
+func TestRunAgain(t *testing.T) {
 	t.Parallel()
 	m := mounted(t, kinds["prefetch"](t), quick())
 	for _, c := range m.caches {
-		c.fail(errors.New("no space left on device"))
+		c.fail(errors.New("not now"))
 	}
-	run := m.s.Start(fill.Plan{Blobs: m.blobs, Stream: m.prefetchBlob(), Background: fill.BackgroundFull})
-	<-run.Done()
+	run := m.s.Start(fill.Plan{Blobs: m.blobs, Stream: -1, Background: fill.BackgroundFull})
+	if !run.Again() {
+		t.Error("a run that is at work does not look again")
+	}
 	for _, c := range m.caches {
 		c.fail(nil)
 	}
+	<-run.Done()
 	m.ensureAll()
 	m.check()
+	closed := m.s.Start(fill.Plan{Blobs: m.blobs, Stream: -1, Background: fill.BackgroundFull})
+	closed.Close()
+	if closed.Again() {
+		t.Error("a run that was closed looks again")
+	}
 }
 
 func TestParseBackground(t *testing.T) {
