@@ -42,6 +42,10 @@ func (w *Watcher) Run(ctx context.Context) error {
 			if err == nil {
 				continue
 			}
+			if passes(err) {
+				w.pause(ctx, err)
+				continue
+			}
 			if !errors.Is(err, fanotify.ErrEmpty) {
 				return fmt.Errorf("watch: %w", err)
 			}
@@ -52,6 +56,33 @@ func (w *Watcher) Run(ctx context.Context) error {
 		}
 	}
 	return nil
+}
+
+// passes reports whether err is of one event, not of the group: there was no descriptor or no memory for it, or its file could not be opened. The
+// kernel has denied that read (fs/notify/fanotify/fanotify_user.c, fanotify_read).
+func passes(err error) bool {
+	errno, ok := errors.AsType[unix.Errno](err)
+	return ok && errno != unix.EBADF && errno != unix.EFAULT && errno != unix.EINVAL && !errors.Is(err, fanotify.ErrEmpty)
+}
+
+const (
+	readPause = 10 * time.Millisecond // after an error that passes
+	sayPause  = 10 * time.Second      // between two words about such errors
+)
+
+// pause lets an error of a read pass: the next process would meet it again, and readers would wait until then.
+func (w *Watcher) pause(ctx context.Context, err error) {
+	w.denied.Add(1)
+	if now := time.Now(); now.Sub(w.said) >= sayPause {
+		w.said = now
+		w.log.Error("an event could not be read, whose read the kernel denies; others are", zap.Error(err))
+	}
+	timer := time.NewTimer(readPause)
+	defer timer.Stop()
+	select {
+	case <-ctx.Done():
+	case <-timer.C:
+	}
 }
 
 // room returns how many events may be read, and asks to be woken when there are none.

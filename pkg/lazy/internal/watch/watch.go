@@ -73,6 +73,7 @@ type Watcher struct {
 
 	full  atomic.Bool // the reader waits for room
 	limit int         // events that may be pending
+	said  time.Time   // when an error that passes was logged last; of Run
 
 	answers sync.WaitGroup
 
