@@ -49,21 +49,7 @@ func TestStoppedDaemon(t *testing.T) {
 	b := newBox(t)
 	m := b.mount(b.mountpoint("mnt"), loose(t, "v6-zstd"))
 	pid := b.status().PID
-	if err := unix.Kill(pid, unix.SIGSTOP); err != nil {
-		t.Fatal(err)
-	}
-	eventually(t, func() string { // each thread by itself
-		threads, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/status", pid))
-		if err != nil || len(threads) == 0 {
-			return fmt.Sprintf("threads %v, %v", threads, err)
-		}
-		for _, name := range threads {
-			if text, err := os.ReadFile(name); err == nil && !strings.Contains(string(text), "State:\tT") {
-				return name + " runs"
-			}
-		}
-		return ""
-	})
+	stop(t, pid)
 	read := make(chan error, 1)
 	go func() { read <- compareErr(t, m.Dir) }()
 	ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
@@ -84,6 +70,47 @@ func TestStoppedDaemon(t *testing.T) {
 	}
 	if s := b.status(); s.PID != pid || len(s.Mounts) != 1 || s.Mounts[0].Stats.Failed != 0 {
 		t.Errorf("%+v, want daemon %d and no read that failed", s, pid)
+	}
+}
+
+// stop stops a daemon, which the end of the test lets go on.
+func stop(t *testing.T, pid int) {
+	t.Helper()
+	if err := unix.Kill(pid, unix.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, func() string { // each thread by itself
+		threads, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/status", pid))
+		if err != nil || len(threads) == 0 {
+			return fmt.Sprintf("threads %v, %v", threads, err)
+		}
+		for _, name := range threads {
+			if text, err := os.ReadFile(name); err == nil && !strings.Contains(string(text), "State:\tT") {
+				return name + " runs"
+			}
+		}
+		return ""
+	})
+	t.Cleanup(func() { _ = unix.Kill(pid, unix.SIGCONT) })
+}
+
+// Who looks for a FUSE mount whose daemon is stopped is told so, and does not wait for what only the daemon can say of its files.
+func TestUnmountOfStoppedDaemon(t *testing.T) {
+	t.Parallel()
+	b := newBoxOf(t, lazy.DriverFUSE)
+	m := b.mount(b.mountpoint("mnt"), layout(t))
+	stop(t, b.status().PID)
+	ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
+	defer cancel()
+	done := make(chan error, 1)
+	go func() { done <- b.client.Unmount(ctx, m.Dir, false) }()
+	select {
+	case err := <-done:
+		if !errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("Unmount(of a stopped daemon) = %v, want the deadline", err)
+		}
+	case <-time.After(20 * time.Second):
+		t.Error("Unmount(of a stopped daemon) waits, past its deadline")
 	}
 }
 

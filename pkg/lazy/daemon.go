@@ -59,8 +59,9 @@ func TakesOver() bool { return hold.Restarted() }
 const (
 	keptLock     = "lock"
 	keptListener = "listener"
-	keptGroup    = "group" // of events
-	keptTable    = "table" // of pending events
+	keptSocket   = "socket" // the listener's file
+	keptGroup    = "group"  // of events
+	keptTable    = "table"  // of pending events
 	keptData     = "data/"
 	keptBits     = "bits/"
 	keptFUSE     = "fuse/"     // connections, by mount
@@ -81,7 +82,8 @@ type daemon struct {
 	watch    *watch.Watcher // nil where there are no events: then there are no EROFS mounts
 	sharing  *sharing       // nil: mounts share no chunks
 	listener *net.UnixListener
-	boot     string // the id of this boot
+	socket   *os.File // its name's file, which nobody reads or writes
+	boot     string   // the id of this boot
 
 	probeMu         sync.Mutex // guards what follows
 	noEROFS, noFUSE error      // why a driver cannot be had, nil when it can
@@ -202,7 +204,7 @@ func (d *daemon) start(ctx context.Context) (err error) {
 	d.startSharing(ci)
 	d.fill = fill.New(fill.Options{Limit: d.o.Limit - d.o.Limit/10, Log: d.log}) // a moment for its own error
 	d.recover(ctx, guarded, own)
-	return d.listen(own.take(keptListener))
+	return d.listen(own)
 }
 
 // startWatch makes the group of events, or takes over the one that an earlier daemon left; guarded tells which.
@@ -305,41 +307,6 @@ func (h *held) close() error {
 		errs = append(errs, f.Close())
 	}
 	return errors.Join(errs...)
-}
-
-// listen makes the socket, or takes the one that clients wait at already.
-func (d *daemon) listen(kept *os.File) error {
-	if kept != nil {
-		l, err := net.FileListener(kept)
-		if err = errors.Join(err, kept.Close()); err != nil {
-			return fmt.Errorf("listener: %w", err)
-		}
-		d.listener = l.(*net.UnixListener)
-		d.listener.SetUnlinkOnClose(false)
-		return nil
-	}
-	if err := os.MkdirAll(d.o.RunDir, 0o700); err != nil {
-		return fmt.Errorf("run directory: %w", err)
-	}
-	return throughDir(d.o.RunDir, socketName(d.o.StateDir), func(path string) error {
-		if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
-			return err
-		}
-		l, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
-		if err != nil {
-			return err
-		}
-		l.SetUnlinkOnClose(false)
-		d.listener = l
-		if err := os.Chmod(path, 0o600); err != nil {
-			return err
-		}
-		f, err := l.File()
-		if err != nil {
-			return err
-		}
-		return errors.Join(d.link.Keep(keptListener, f), f.Close())
-	})
 }
 
 // accept answers clients, each in a goroutine of its own.

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"os"
 	"sync"
+	"sync/atomic"
 
 	"go.uber.org/zap"
 
@@ -30,10 +31,11 @@ func (d *daemon) run(ctx context.Context) error {
 	d.calls.Go(func() { d.shareLoop(ctx) })
 	d.calls.Go(func() { d.gcLoop(ctx) })
 	d.calls.Go(func() { d.confirmLoop(ctx) })
+	var hidden atomic.Bool
 	d.calls.Go(func() {
 		defer cancel()
 		if d.janitor(ctx) {
-			d.hide()
+			hidden.Store(d.hide())
 		}
 	})
 	<-ctx.Done()
@@ -42,17 +44,21 @@ func (d *daemon) run(ctx context.Context) error {
 		// Readers wait for the next daemon, which comes when this process has ended. What is stuck ends with it.
 		d.stuck.Store(true)
 		d.log.Warn("something does not end, like a source or a disk that hangs: the next daemon goes on without it")
-		return errors.Join(err, d.close(false))
+		return errors.Join(err, d.listenAnew(hidden.Load()), d.close(false))
 	}
-	return errors.Join(watchErr, err, d.close(d.nothingMounted())) // a call may have been quicker, or ctx ended with nothing mounted
+	done := d.nothingMounted() // a call may have been quicker, or ctx ended with nothing mounted
+	if !done {
+		err = errors.Join(err, d.listenAnew(hidden.Load()))
+	}
+	return errors.Join(watchErr, err, d.close(done))
 }
 
-// hide removes the socket: nobody must find one behind which nobody listens.
-func (d *daemon) hide() {
-	err := throughDir(d.o.RunDir, socketName(d.o.StateDir), os.Remove)
-	if err != nil && !errors.Is(err, os.ErrNotExist) {
-		d.log.Warn("remove the socket", zap.Error(err))
+// listenAnew has the next daemon make a socket, where this one has removed its name.
+func (d *daemon) listenAnew(hidden bool) error {
+	if !hidden {
+		return nil
 	}
+	return d.link.Drop(keptListener, keptSocket)
 }
 
 // nothingMounted reports whether no mount needs anybody: neither one that is known, nor one whose record was lost, which
@@ -81,6 +87,9 @@ func (d *daemon) close(done bool) error {
 		d.hide()
 	}
 	errs := []error{d.closeServers()}
+	if d.socket != nil {
+		errs = append(errs, d.socket.Close())
+	}
 	stuck := d.stuck.Load() || d.late.Load() > 0
 	if d.fill != nil && !stuck {
 		stuck = !within(stuckLimit, d.fill.End())

@@ -42,6 +42,38 @@ func TestTerminateWithSilentClients(t *testing.T) {
 	compare(t, m.Dir)
 }
 
+// A daemon whose directories were removed, and made anew by another one, leaves that one its socket when it ends.
+func TestSuccessorsSocket(t *testing.T) {
+	t.Parallel()
+	b := newBox(t)
+	m := b.mount(b.mountpoint("mnt"), layout(t))
+	first := b.status()
+	fd, err := unix.PidfdOpen(first.PID, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(fd)
+	if err := errors.Join(os.RemoveAll(b.run), os.RemoveAll(b.state)); err != nil {
+		t.Fatal(err)
+	}
+	again := b.mount(b.mountpoint("again"), layout(t))
+	t.Cleanup(func() { _ = unix.Unmount(again.Dir, unix.MNT_DETACH) }) // where nobody can be asked
+	second := b.status()
+	if second.PID == first.PID || len(second.Mounts) != 1 {
+		t.Fatalf("%+v, want another daemon than %d", second, first.PID)
+	}
+	if err := unix.Unmount(m.Dir, 0); err != nil {
+		t.Fatal(err)
+	}
+	if n, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, 60_000); n != 1 {
+		t.Fatalf("the daemon with nothing mounted stays: %v", err)
+	}
+	if s, err := b.client.Status(t.Context(), false); err != nil || s.PID != second.PID {
+		t.Errorf("Status() = %+v, %v, want that of daemon %d", s, err, second.PID)
+	}
+	compare(t, again.Dir)
+}
+
 // Another user who gets at the socket is told so before the daemon has read a byte of his.
 func TestOtherUser(t *testing.T) {
 	t.Parallel()

@@ -28,6 +28,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/moby/sys/mountinfo"
 	"golang.org/x/sys/unix"
 )
 
@@ -259,25 +260,26 @@ func Unmount(dir string, lazy bool) error {
 }
 
 // DeviceOf returns st_dev of what dir shows in the caller's mount namespace, and whether dir
-// is on an EROFS at all. It opens no file.
+// is on an EROFS at all. It opens no file, and asks no server of a FUSE mount for anything: it may be stopped.
 func DeviceOf(dir string) (device uint64, isEROFS bool, err error) {
 	fd, err := unix.Open(dir, unix.O_PATH|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return 0, false, &os.PathError{Op: "look at", Path: dir, Err: err}
 	}
 	defer func() { _ = unix.Close(fd) }()
-	var st unix.Stat_t
-	var fs unix.Statfs_t
-	err = unix.Fstat(fd, &st)
-	if err == nil {
-		if err = unix.Fstatfs(fd, &fs); errors.Is(err, unix.ENOTCONN) || errors.Is(err, unix.ECONNABORTED) {
-			err = nil // a FUSE mount that nobody answers
-		}
-	}
-	if err != nil {
+	var st unix.Statx_t
+	// The device is there with any mask; statfs(2), which has the type, always asks.
+	if err := unix.Statx(fd, "", unix.AT_EMPTY_PATH|unix.AT_STATX_DONT_SYNC, 0, &st); err != nil {
 		return 0, false, &os.PathError{Op: "stat", Path: dir, Err: err}
 	}
-	return st.Dev, fs.Type == unix.EROFS_SUPER_MAGIC_V1, nil
+	mounts, err := mountinfo.GetMounts(func(m *mountinfo.Info) (skip, stop bool) {
+		found := uint32(m.Major) == st.Dev_major && uint32(m.Minor) == st.Dev_minor //nolint:gosec // numbers of devices
+		return !found, found
+	})
+	if err != nil {
+		return 0, false, fmt.Errorf("mounts: %w", err)
+	}
+	return unix.Mkdev(st.Dev_major, st.Dev_minor), len(mounts) == 1 && mounts[0].FSType == "erofs", nil
 }
 
 // explain adds what a bare errno means here; the errno stays reachable.
