@@ -14,9 +14,9 @@ import (
 
 // serveRestart ends the daemon so that its holder starts another from program, which takes over.
 func (d *daemon) serveRestart(c *net.UnixConn, program string) {
-	err := executable(program)
+	err := d.elsewhere(program) // first: to look at a file of our own mount is to ask ourselves
 	if err == nil {
-		err = d.elsewhere(program)
+		err = executable(program)
 	}
 	if err != nil {
 		d.say(c, failure(fmt.Errorf("restart: %w", err)), nil)

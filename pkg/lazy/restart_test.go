@@ -98,6 +98,33 @@ func TestRestart(t *testing.T) {
 	}
 }
 
+// A program on an overlay over a mount, or over such an overlay, is not taken either: its pages would come from the daemon that it is to replace.
+func TestRestartFromOverlay(t *testing.T) {
+	t.Parallel()
+	b := newBox(t)
+	m := b.mount(b.mountpoint("mnt"), loose(t, "v6-zstd"))
+	before := b.status()
+	for depth, merged := 0, m.Dir; depth < 2; depth++ { // as in a container's root
+		lower, empty := merged, b.mountpoint(fmt.Sprintf("empty-%d", depth))
+		merged = b.mountpoint(fmt.Sprintf("merged-%d", depth))
+		if err := unix.Mount("overlay", merged, "overlay", 0, "lowerdir="+empty+":"+lower); err != nil {
+			testenv.Kernel(t, "overlays of lazy mounts", err)
+		}
+		defer func() {
+			if err := unix.Unmount(merged, unix.MNT_DETACH); err != nil {
+				t.Error(err)
+			}
+		}()
+		through := filepath.Join(merged, "bin", "tool")
+		if _, _, err := b.client.Restart(t.Context(), through); !errors.Is(err, lazy.ErrUnsupported) || !strings.Contains(err.Error(), m.Dir) {
+			t.Errorf("Restart(%s) = %v, want that it lies on a mount", through, err)
+		}
+	}
+	if s := b.status(); s.PID != before.PID {
+		t.Errorf("daemon %d, want %d still", s.PID, before.PID)
+	}
+}
+
 // A service waits while another daemon serves the directory, and takes its place; it stays with nothing mounted.
 func TestService(t *testing.T) {
 	t.Parallel()

@@ -310,26 +310,3 @@ func (d *daemon) sameFiles(files []fileID) error {
 	}
 	return nil
 }
-
-// elsewhere refuses a file that lies on a mount of this daemon: the next daemon would read it before it answers, and wait for itself. A
-// file that is not there, or cannot be reached, is left to who opens it.
-func (d *daemon) elsewhere(path string) error {
-	fd, err := unix.Open(path, unix.O_PATH|unix.O_CLOEXEC, 0)
-	if err != nil {
-		return nil // who opens it says why
-	}
-	var st unix.Statx_t
-	err = unix.Statx(fd, "", unix.AT_EMPTY_PATH|unix.AT_STATX_DONT_SYNC, 0, &st) // asks nobody
-	if err = errors.Join(err, unix.Close(fd)); err != nil {
-		return &os.PathError{Op: "look at", Path: path, Err: err}
-	}
-	device := unix.Mkdev(st.Dev_major, st.Dev_minor)
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	for _, m := range d.mounts {
-		if m.rec.Device == device && !m.gone {
-			return fmt.Errorf("%w: %s lies on the lazy mount at %s, which this daemon serves: it could not start again; want a file that lies elsewhere", ErrUnsupported, path, m.dir)
-		}
-	}
-	return nil
-}
