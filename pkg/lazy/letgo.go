@@ -26,9 +26,9 @@ func after(wait func()) <-chan struct{} {
 	return done
 }
 
-// within reports whether all channels are closed before limit is over.
-func within(limit time.Duration, all ...<-chan struct{}) bool {
-	timer := time.NewTimer(limit)
+// within reports whether all channels are closed before stuckLimit is over.
+func within(all ...<-chan struct{}) bool {
+	timer := time.NewTimer(stuckLimit)
 	defer timer.Stop()
 	for _, c := range all {
 		select {
@@ -60,7 +60,7 @@ func (d *daemon) letGo(dir string, p parts) error {
 	}
 	if p.run != nil {
 		idle = append(idle, p.run.End())
-		within(stuckLimit, p.run.Done()) // then its blobs
+		within(p.run.Done()) // then its blobs
 	}
 	var errs []error
 	d.blobMu.Lock()
@@ -69,7 +69,7 @@ func (d *daemon) letGo(dir string, p parts) error {
 		idle, errs = append(idle, busy...), append(errs, err)
 	}
 	d.blobMu.Unlock()
-	if within(stuckLimit, idle...) {
+	if within(idle...) {
 		return errors.Join(append(errs, d.giveBack(p))...)
 	}
 	d.late.Add(1)

@@ -40,7 +40,7 @@ func (d *daemon) run(ctx context.Context) error {
 	})
 	<-ctx.Done()
 	err := d.listener.Close()
-	if !within(stuckLimit, after(d.calls.Wait)) {
+	if !within(after(d.calls.Wait)) {
 		// Readers wait for the next daemon, which comes when this process has ended. What is stuck ends with it.
 		d.stuck.Store(true)
 		d.log.Warn("something does not end, like a source or a disk that hangs: the next daemon goes on without it")
@@ -92,7 +92,7 @@ func (d *daemon) close(done bool) error {
 	}
 	stuck := d.stuck.Load() || d.late.Load() > 0
 	if d.fill != nil && !stuck {
-		stuck = !within(stuckLimit, d.fill.End())
+		stuck = !within(d.fill.End())
 	}
 	if stuck {
 		d.log.Warn("a source or a disk hangs: what it is used for stays open until this process ends")

@@ -52,7 +52,7 @@ func (d *daemon) keepSocket(path string) error {
 	if err != nil {
 		return &os.PathError{Op: "open", Path: path, Err: err}
 	}
-	d.socket = os.NewFile(uintptr(fd), path) //nolint:gosec // a descriptor
+	d.socket = os.NewFile(uintptr(fd), path)
 	return d.link.Keep(keptSocket, d.socket)
 }
 
