@@ -239,7 +239,7 @@ func compareErr(t testing.TB, dir string) error {
 func eventually(t testing.TB, ok func() string) {
 	t.Helper()
 	said := ""
-	for deadline := time.Now().Add(20 * time.Second); time.Now().Before(deadline); time.Sleep(10 * time.Millisecond) {
+	for deadline := time.Now().Add(time.Minute); time.Now().Before(deadline); time.Sleep(10 * time.Millisecond) {
 		if said = ok(); said == "" {
 			return
 		}

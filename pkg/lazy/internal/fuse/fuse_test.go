@@ -224,7 +224,7 @@ func (r *rig) run(s *fuse.Server) {
 func eventually(t testing.TB, ok func() string) {
 	t.Helper()
 	said := ""
-	for deadline := time.Now().Add(20 * time.Second); time.Now().Before(deadline); time.Sleep(5 * time.Millisecond) {
+	for deadline := time.Now().Add(time.Minute); time.Now().Before(deadline); time.Sleep(5 * time.Millisecond) {
 		if said = ok(); said == "" {
 			return
 		}
