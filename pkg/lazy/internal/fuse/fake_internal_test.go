@@ -151,8 +151,9 @@ func answered(t testing.TB, kernel int, wait bool) []byte {
 	return p[:n]
 }
 
-func errnoOf(answer []byte) unix.Errno {
-	return unix.Errno(-int32(binary.NativeEndian.Uint32(answer[4:])))
+// errnoOf returns the errno of an answer; negative: it is none.
+func errnoOf(answer []byte) int {
+	return -int(int32(binary.NativeEndian.Uint32(answer[4:])))
 }
 
 // sound returns what is wrong with an answer.
@@ -169,7 +170,7 @@ func sound(request, answer []byte) error {
 	case opRead, opReaddir, opReaddirplus:
 		q := view[fuse.ReadIn](request)
 		if q == nil {
-			if errno != unix.EINVAL && errno != unix.ESTALE {
+			if errno != int(unix.EINVAL) && errno != int(unix.ESTALE) {
 				return fmt.Errorf("a short request is answered with errno %d", errno)
 			}
 			return nil

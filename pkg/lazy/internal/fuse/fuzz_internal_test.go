@@ -97,7 +97,7 @@ func TestLongReads(t *testing.T) {
 		(&reader{s: s}).handle(in)
 		s.fetches.Wait()
 		answer := answered(t, kernel, false)
-		if answer == nil || errnoOf(answer) != c.errno || len(answer) != sizeOutHeader+c.n {
+		if answer == nil || errnoOf(answer) != int(c.errno) || len(answer) != sizeOutHeader+c.n {
 			t.Errorf("READ of %d bytes at %d of inode %d = %d bytes, errno %d; want %d, %d", c.size, c.off, c.node, len(answer)-sizeOutHeader, errnoOf(answer), c.n, c.errno)
 		}
 	}

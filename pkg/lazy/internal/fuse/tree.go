@@ -96,7 +96,7 @@ func NewTree(img *rafs.Image) (*Tree, error) {
 			t.entries = append(t.entries, entry{uint32(len(t.text)), uint32(len(c.Name)), id}) //nolint:gosec // fill bounds them
 			t.text = append(t.text, c.Name...)
 			if child := &t.nodes[id-1]; c.Inode.IsDir() {
-				child.parent, child.links = uint32(i)+1, 2 //nolint:gosec // fill bounds it
+				child.parent, child.links = uint32(i)+1, 2
 				t.nodes[i].links++
 			} else {
 				child.links++
@@ -278,7 +278,7 @@ type extent struct {
 
 // extents appends where the n bytes at off of a regular file are, at most what it has; false when they are nowhere.
 func (t *Tree) extents(f *node, off, n int64, into []extent) (_ []extent, length int64, ok bool) {
-	size := int64(min(f.size, math.MaxInt64)) //nolint:gosec // bounded here
+	size := int64(min(f.size, math.MaxInt64))
 	if off < 0 || n < 0 || off >= size {
 		return into, 0, true
 	}
