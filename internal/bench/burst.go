@@ -84,11 +84,8 @@ func benchBurst(ctx context.Context, b *bench) (err error) {
 	if err := os.Mkdir(root, 0o755); err != nil {
 		return err
 	}
-	for _, l := range img.Manifest.Layers {
-		blob := filepath.Join(img.Dir, "blobs", l.Digest.Algorithm().String(), l.Digest.Encoded())
-		if _, err := timed(ctx, []string{"tar", "-C", root, "-xzf", blob}); err != nil {
-			return err
-		}
+	if err := extract(ctx, img, root); err != nil {
+		return err
 	}
 	list := filepath.Join(dir, "burst.list")
 	command := img.Command()
@@ -130,6 +127,17 @@ func benchBurst(ctx context.Context, b *bench) (err error) {
 	fmt.Fprintf(b.out, "%-44s %10.2f\n", "ratio of user and system time, all processes", ratio(medianCPU(with), medianCPU(without)))
 	fmt.Fprintf(b.out, "%-44s %10s  (largest resident set of one more run)\n", "memory of optimizer-server", mib(peak))
 	fmt.Fprintf(b.out, "%-44s %10d of %d, losses %v\n", "files listed", len(l.Accesses), workload.BurstFiles+1, l.Losses)
+	return nil
+}
+
+// extract unpacks the layers of an image into a directory.
+func extract(ctx context.Context, img *workload.Image, dir string) error {
+	for _, l := range img.Manifest.Layers {
+		blob := filepath.Join(img.Dir, "blobs", l.Digest.Algorithm().String(), l.Digest.Encoded())
+		if _, err := timed(ctx, []string{"tar", "-C", dir, "-xzf", blob}); err != nil {
+			return err
+		}
+	}
 	return nil
 }
 
