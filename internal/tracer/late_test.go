@@ -149,3 +149,36 @@ func TestLateForNobody(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// TestNoMemory holds that a container is recorded, with whole files, where the kernel has no memory for an instance, and that
+// no instance is left.
+func TestNoMemory(t *testing.T) {
+	b := newDiskBox(t, identitySetup)
+	fs, err := tracefs.Open()
+	testenv.Kernel(t, "tracefs", err)
+	const petabyte = 1 << 50 // the kernel looks at what is free before it allocates: kernel/trace/ring_buffer.c __rb_allocate_pages
+	p, err := tracefs.NewPool(fs, tracefs.PoolOptions{Instance: tracefs.Options{Ring: petabyte}, Budget: 1 << 60, Ready: 1})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := p.Get(t.Context()); !errors.Is(err, tracefs.ErrLimit) || !errors.Is(err, unix.ENOMEM) {
+		t.Errorf("Get() = %v, want ErrLimit for ENOMEM", err)
+	}
+	for _, wait := range []time.Duration{0, time.Nanosecond} {
+		c := b.create(t, pivot, "/program", "files", "read:/s/plain")
+		s := start(t, c, tracer.Options{Pages: p, PagesWait: wait})
+		c.run(t)
+		r := result(t, s)
+		if a, ok := find(r, "/s/plain"); !ok || a.Ranges != nil || r.Grade != trace.GradeFile || r.Err != nil || !r.Trace.Complete() {
+			t.Errorf("wait %v: access %+v, listed %v, grade %q, error %v, losses %q; want a whole file", wait, a, ok, r.Grade, r.Err, lossOf(r))
+		}
+	}
+	if err := errors.Join(p.Close(), fs.Close()); err != nil {
+		t.Error(err)
+	}
+	for name := range instances(t) {
+		if strings.HasPrefix(name, fmt.Sprintf("%s%d-", tracefs.Prefix, os.Getpid())) {
+			t.Errorf("instance %s is left", name)
+		}
+	}
+}
