@@ -297,8 +297,11 @@ func (o *convertOptions) describe(s convert.Summary) {
 	if s.LayersReused > 0 {
 		o.note("%d layers were taken from the build cache as they were", s.LayersReused)
 	}
-	if s.DictChunks > 0 {
+	switch {
+	case s.DictChunks > 0 && s.DictBlobs > 0:
 		o.note("%d chunks are in %d blobs of the chunk dictionary", s.DictChunks, s.DictBlobs)
+	case s.DictChunks > 0:
+		o.note("%d chunks of the layers are in the chunk dictionary, and the image needs none of its blobs", s.DictChunks)
 	}
 	if p := s.Prefetch; p.Listed > 0 {
 		o.note("prefetch blob: %s, %d chunks (%s) of %d files", progress.Bytes(p.Bytes), p.Chunks, progress.Bytes(p.RawBytes), p.Files)

@@ -24,7 +24,8 @@ import (
 // appears when the image is tagged. Blobs are written one after the other, in the order of
 // their Push calls; times are 0 and owners root, so that equal images are equal bytes.
 type archiveTarget struct {
-	ref Reference
+	ref  Reference
+	path string // of the file, without symbolic links
 
 	mu   sync.Mutex // guards what follows
 	f    *os.File   // nil after Tag or Close
@@ -36,10 +37,16 @@ type archiveTarget struct {
 var errClosed = errors.New("archive is finished or closed")
 
 func openArchiveTarget(ref Reference) (_ Target, err error) {
-	dir, base := filepath.Dir(ref.Path), filepath.Base(ref.Path)
-	if info, err := os.Stat(ref.Path); err == nil && !info.Mode().IsRegular() {
-		return nil, fmt.Errorf("%w: oci archive %s: there is something else than a file", ErrInvalid, ref.Path)
+	path := ref.Path
+	if info, err := os.Stat(path); err == nil {
+		if !info.Mode().IsRegular() {
+			return nil, fmt.Errorf("%w: oci archive %s: there is something else than a file", ErrInvalid, path)
+		}
+		if path, err = filepath.EvalSymlinks(path); err != nil { // what a link names is replaced, not the link
+			return nil, fmt.Errorf("oci archive: %w", err)
+		}
 	}
+	dir, base := filepath.Dir(path), filepath.Base(path)
 	if err := sweepArchive(dir, tempPrefix+base+"-"); err != nil {
 		return nil, fmt.Errorf("oci archive: %w", err)
 	}
@@ -50,7 +57,7 @@ func openArchiveTarget(ref Reference) (_ Target, err error) {
 	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
 		return nil, errors.Join(fmt.Errorf("oci archive: lock: %w", err), f.Close(), os.Remove(f.Name()))
 	}
-	t := &archiveTarget{ref: ref, f: f, tw: tar.NewWriter(f), have: make(map[digest.Digest]bool)}
+	t := &archiveTarget{ref: ref, path: path, f: f, tw: tar.NewWriter(f), have: make(map[digest.Digest]bool)}
 	layout, err := json.Marshal(ocispec.ImageLayout{Version: layoutVersion})
 	if err == nil {
 		err = t.add(ocispec.ImageLayoutFile, int64(len(layout)), func(w io.Writer) error {
@@ -205,12 +212,12 @@ func (t *archiveTarget) publish() error {
 	if err := t.f.Sync(); err != nil {
 		return err
 	}
-	if err := os.Rename(t.f.Name(), t.ref.Path); err != nil {
+	if err := os.Rename(t.f.Name(), t.path); err != nil {
 		return err
 	}
 	f := t.f
 	t.f = nil
-	dir, err := os.Open(filepath.Dir(t.ref.Path))
+	dir, err := os.Open(filepath.Dir(t.path))
 	if err != nil {
 		return errors.Join(err, f.Close())
 	}

@@ -164,7 +164,9 @@ func (s *tokenServer) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	if given && (user != "u" || pass != "p") {
 		w.WriteHeader(http.StatusUnauthorized)
-		fmt.Fprint(w, `{"errors":[{"code":"DENIED","message":"who are you?"}]}`)
+		if user != "silent" {
+			fmt.Fprint(w, `{"errors":[{"code":"DENIED","message":"who are you?"}]}`)
+		}
 		return
 	}
 	scopes := strings.Fields(strings.Join(r.Form["scope"], " "))
@@ -261,6 +263,10 @@ func TestTokens(t *testing.T) {
 	t.Run("wrong password", func(t *testing.T) {
 		_, err := openSource(t, r.Host+"/private/app:v", remote.Options{DockerConfig: dockerConfig(t, auths(r.Host, "u", "x"))}).Resolve(t.Context())
 		wantError(t, "Resolve", err, remote.ErrUnauthorized, "token server", "who are you?")
+	})
+	t.Run("wrong password, without a word", func(t *testing.T) {
+		_, err := openSource(t, r.Host+"/private/app:v", remote.Options{DockerConfig: dockerConfig(t, auths(r.Host, "silent", "x"))}).Resolve(t.Context())
+		wantError(t, "Resolve", err, remote.ErrUnauthorized, "401 Unauthorized: from its token server; credentials")
 	})
 	t.Run("identity token", func(t *testing.T) {
 		tokens.reset(0, 0)

@@ -220,9 +220,30 @@ func (t *layoutTarget) Exists(_ context.Context, desc ocispec.Descriptor) (bool,
 	return info.Mode().IsRegular() && info.Size() == desc.Size, nil
 }
 
-// Push implements Target.
+// intact reads the file that has the name and size of a blob, and reports whether it has its digest too.
+func (t *layoutTarget) intact(ctx context.Context, desc ocispec.Descriptor) (bool, error) {
+	f, _, err := dirFiles{t.dir}.regular(blobName(desc.Digest))
+	if err != nil {
+		return false, err
+	}
+	v := verify(f, desc, t.ref.Path)
+	_, err = io.CopyBuffer(struct{ io.Writer }{io.Discard}, untilDone{ctx.Err, v}, make([]byte, 256<<10))
+	err = errors.Join(err, v.Close())
+	if errors.Is(err, ErrDigest) {
+		return false, nil
+	}
+	return err == nil, err
+}
+
+// Push implements Target. A blob that is a file on this host takes the place of a damaged one; others, which
+// came from elsewhere, are only looked for.
 func (t *layoutTarget) Push(ctx context.Context, b Blob) (PushResult, error) {
 	found, err := t.Exists(ctx, b.Descriptor)
+	if err == nil && found && b.File != "" {
+		if found, err = t.intact(ctx, b.Descriptor); err != nil {
+			err = fmt.Errorf("oci layout %s: read blob %s: %w", t.ref.Path, b.Descriptor.Digest, err)
+		}
+	}
 	if err != nil {
 		return 0, err
 	}

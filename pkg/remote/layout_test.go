@@ -141,6 +141,65 @@ func TestMissingPaths(t *testing.T) {
 	wantError(t, "FIFO in a layout", readImage(t, "oci:"+dir+"/l"), remote.ErrInvalid, "not a regular file")
 }
 
+// TestLayoutDamagedBlob: what is written again takes the place of a file that has the blob's name and size, and other bytes.
+func TestLayoutDamagedBlob(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	target := openTarget(t, "oci:"+dir+"/layout:x", remote.Options{})
+	data := bytes.Repeat([]byte("the bytes of a blob "), 50_000)
+	desc := ocispec.Descriptor{MediaType: "application/octet-stream", Digest: digest.FromBytes(data), Size: int64(len(data))}
+	blob := filepath.Join(dir, "layout", "blobs", "sha256", desc.Digest.Encoded())
+	file := filepath.Join(dir, "file")
+	if err := os.WriteFile(file, data, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	b := remote.Blob{Descriptor: desc, File: file, Open: func(context.Context) (io.ReadCloser, error) { return os.Open(file) }}
+	for _, step := range []struct {
+		spoil bool
+		want  remote.PushResult
+	}{{false, remote.Uploaded}, {false, remote.Existed}, {true, remote.Uploaded}, {false, remote.Existed}} {
+		if step.spoil {
+			bad := bytes.Clone(data)
+			bad[len(bad)/2] ^= 1
+			if err := errors.Join(os.Remove(blob), os.WriteFile(blob, bad, 0o600)); err != nil { // not into the link to file
+				t.Fatal(err)
+			}
+		}
+		if got, err := target.Push(t.Context(), b); err != nil || got != step.want {
+			t.Errorf("Push, spoilt %v = %v, %v, want %v", step.spoil, got, err, step.want)
+		}
+		if got, err := os.ReadFile(blob); err != nil || !bytes.Equal(got, data) {
+			t.Errorf("spoilt %v: the blob has %d other bytes, %v", step.spoil, len(got), err)
+		}
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if _, err := target.Push(ctx, b); !errors.Is(err, context.Canceled) {
+		t.Errorf("Push, cancelled = %v", err)
+	}
+}
+
+// TestArchiveLink: an archive is written where a link leads to, and the link stays.
+func TestArchiveLink(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	there, link := filepath.Join(dir, "there", "image.tar"), filepath.Join(dir, "link.tar")
+	if err := errors.Join(os.Mkdir(filepath.Dir(there), 0o755), os.WriteFile(there, nil, 0o600), os.Symlink("there/image.tar", link)); err != nil {
+		t.Fatal(err)
+	}
+	img := newImage(t, 3, "amd64", 1000)
+	publish(t, "oci-archive:"+link+":x", img, remote.Options{})
+	checkImage(t, openSource(t, "oci-archive:"+there+":x", remote.Options{}), img)
+	if to, err := os.Readlink(link); err != nil || to != "there/image.tar" {
+		t.Errorf("the link leads to %q, %v", to, err)
+	}
+	for _, d := range []string{dir, filepath.Dir(there)} {
+		if left, err := filepath.Glob(filepath.Join(d, ".headstart-*")); err != nil || len(left) > 0 {
+			t.Errorf("left behind: %v, %v", left, err)
+		}
+	}
+}
+
 // TestLayoutConcurrentWriters has goroutines write one layout, some the same tag: no entry
 // is lost and every image is whole.
 func TestLayoutConcurrentWriters(t *testing.T) {

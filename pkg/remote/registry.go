@@ -396,7 +396,7 @@ func (r *repository) fail(h docker.RegistryHost, c call, err error) *RegistryErr
 	switch {
 	case errors.Is(err, context.Canceled), errors.Is(err, context.DeadlineExceeded):
 	case errors.As(err, &token):
-		e.Status, e.Detail = token.StatusCode, "from its token server: "+detail(token.Body)
+		e.Status, e.Detail = token.StatusCode, strings.TrimSuffix("from its token server: "+detail(token.Body), ": ")
 		e.Err = class(token.StatusCode)
 	case errors.Is(err, docker.ErrInvalidAuthorization):
 		e.Err = fmt.Errorf("%w: %w", ErrUnauthorized, err)
