@@ -77,7 +77,10 @@ func TestFollow(t *testing.T) {
 // search of them for each would not end before the test's time does.
 func TestFollowAlternating(t *testing.T) {
 	t.Parallel()
-	const n = 1 << 19
+	n := 1 << 19
+	if testing.Short() {
+		n = 1 << 16
+	}
 	list := make([]int, 0, 2*n)
 	for i := 1; i < n; i++ {
 		list = append(list, i, 0)
