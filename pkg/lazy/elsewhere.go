@@ -4,8 +4,6 @@ import (
 	"cmp"
 	"context"
 	"encoding/binary"
-	"errors"
-	"io/fs"
 	"maps"
 	"slices"
 	"sync"
@@ -60,8 +58,10 @@ func (d *daemon) askOthers(ctx context.Context, name string, claims []share.Clai
 			continue
 		}
 		left, err := d.askOther(ctx, other, chunks)
-		if err != nil && !errors.Is(err, fs.ErrNotExist) {
-			o.fail(other)
+		if err != nil {
+			if ctx.Err() == nil { // else it was not given the time
+				o.fail(other)
+			}
 			d.log.Info("another image's backend does not give a chunk either", zap.String("blob", name), zap.String("asked", other), zap.Error(err))
 		}
 		if n := len(chunks) - len(left); n > 0 {
@@ -75,12 +75,12 @@ func (d *daemon) askOthers(ctx context.Context, name string, claims []share.Clai
 
 // askOther has the mounts of the cache called name fetch those of chunks that it can have, and returns the others.
 func (d *daemon) askOther(ctx context.Context, name string, chunks []rafs.Chunk) (left []rafs.Chunk, err error) {
-	b, err := d.store.ReopenNow(name)
-	if err != nil {
-		return chunks, err
+	b := d.sharing.Lender(name) // to close it would write what is new of it, while a reader waits
+	if b == nil {
+		return chunks, nil
 	}
-	defer func() { err = errors.Join(err, b.Close()) }()
-	at, err := d.sharing.others.table(b)
+	defer d.sharing.GiveBack(name)
+	at, err := d.sharing.others.table(ctx, b)
 	if err != nil {
 		return chunks, err
 	}
@@ -149,17 +149,21 @@ func (o *others) tidy() {
 }
 
 // table returns where the chunks of a blob are. What is added to it later is not in it for a while.
-func (o *others) table(b *store.Blob) (*whereabouts, error) {
-	o.mu.Lock()
-	defer o.mu.Unlock() // one is made at a time: it takes a megabyte or two
+func (o *others) table(ctx context.Context, b *store.Blob) (*whereabouts, error) {
 	now := time.Now()
-	if w := o.tables[b.Name()]; w != nil && now.Before(w.end) {
+	o.mu.Lock()
+	w := o.tables[b.Name()]
+	o.mu.Unlock()
+	if w != nil && now.Before(w.end) {
 		return w, nil
 	}
-	w := &whereabouts{end: now.Add(askIdle)}
+	w = &whereabouts{end: now.Add(askIdle)}
 	const step = 1 << 30
 	for at := int64(0); at < b.Size(); at += step {
 		chunks, err := b.Chunks(at, step)
+		if err == nil && ctx.Err() != nil {
+			err = context.Cause(ctx)
+		}
 		if err != nil {
 			return nil, err
 		}
@@ -172,6 +176,8 @@ func (o *others) table(b *store.Blob) (*whereabouts, error) {
 	slices.SortFunc(w.list, func(x, y whereabout) int {
 		return cmp.Or(cmp.Compare(x.digest, y.digest), cmp.Compare(x.offset, y.offset))
 	})
+	o.mu.Lock()
+	defer o.mu.Unlock()
 	if o.tables == nil {
 		o.tables = map[string]*whereabouts{}
 	}

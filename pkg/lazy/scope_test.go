@@ -14,7 +14,7 @@ import (
 // chunks are lent, or not, to a second image that lies elsewhere.
 func TestScopes(t *testing.T) {
 	t.Parallel()
-	r := newRegistries(t, lazy.DriverEROFS)
+	r := newRegistries(t, lazy.DriverEROFS, "10s")
 	e := critest.Start(t, testcri.Options{})
 	contained := func(namespace string) func(name string, files content) lazy.Request {
 		return func(name string, files content) lazy.Request {

@@ -31,12 +31,17 @@ func (b *Blob) elsewhere(ctx context.Context, chunks []rafs.Chunk, err error) bo
 	return !b.missing(chunks)
 }
 
-// rescue ends those flights of w that others could get after its request failed with err.
+// rescue ends those flights of w that others could get after its request failed with err. What nobody waits for waits for its own sources: for those who are
+// asked it is a demand.
 func (b *Blob) rescue(ctx context.Context, w *window, err error) {
 	var want []rafs.Chunk
+	b.s.mu.Lock()
 	for _, f := range w.flights {
-		want = append(want, f.u.chunks...)
+		if f.waiters > 0 {
+			want = append(want, f.u.chunks...)
+		}
 	}
+	b.s.mu.Unlock()
 	b.elsewhere(ctx, want, err)
 	b.s.mu.Lock()
 	defer b.s.mu.Unlock()

@@ -175,6 +175,12 @@ func (s *Share) tidy(idle time.Duration) (int, error) {
 	return len(gone), errors.Join(errs...)
 }
 
+// Lender returns the cache called name as borrowers get it, until GiveBack; nil: it cannot be used now. Neither waits for anybody, or for the disk.
+func (s *Share) Lender(name string) *store.Blob { return s.lender(name) }
+
+// GiveBack ends [Share.Lender].
+func (s *Share) GiveBack(name string) { s.giveBack(name) }
+
 // lender opens the cache called name; nil: it cannot be used now. It waits for nobody.
 func (s *Share) lender(name string) *store.Blob {
 	s.mu.Lock()

@@ -33,10 +33,10 @@ type fiemapExtent struct {
 const (
 	sizeFiemap       = 32
 	sizeFiemapExtent = 56
-	fsIocFiemap      = 0xc020660b                // _IOWR('f', 11, struct fiemap)
-	extentLast       = 0x1                       // FIEMAP_EXTENT_LAST
-	extentNowhere    = 0x2 | 0x4 | 0x200 | 0x400 // FIEMAP_EXTENT_UNKNOWN, _DELALLOC, _DATA_INLINE, _DATA_TAIL: no blocks of its own
-	extentShared     = 0x2000                    // FIEMAP_EXTENT_SHARED
+	fsIocFiemap      = 0xc020660b                      // _IOWR('f', 11, struct fiemap)
+	extentLast       = 0x1                             // FIEMAP_EXTENT_LAST
+	extentNowhere    = 0x2 | 0x4 | 0x8 | 0x200 | 0x400 // FIEMAP_EXTENT_UNKNOWN, _DELALLOC, _ENCODED, _DATA_INLINE, _DATA_TAIL: no blocks of its own, or of another length
+	extentShared     = 0x2000                          // FIEMAP_EXTENT_SHARED
 	extentsAtOnce    = 512
 )
 
