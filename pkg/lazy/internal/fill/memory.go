@@ -8,7 +8,7 @@ import (
 	"github.com/headstart-oci/headstart/pkg/rafs"
 )
 
-// pool is a bound on bytes: of demands, and of all others.
+// pool is a bound on bytes: of demands and what is read ahead of them, and of all others.
 type pool [2]*semaphore.Weighted
 
 func newPool(n int64) (p pool) {
@@ -46,6 +46,9 @@ func weight(u unit) int64 {
 // has sent nothing of the unit.
 func (h *Share) hold(ctx context.Context, class Class, n int64) (release func(), err error) {
 	at := min(class, 1)
+	if class == Ahead { // instead of a demand, not beside it: more would be in use at once
+		at = 0
+	}
 	own, all := h.memory[at], h.s.memory[at]
 	n = min(n, max(1, h.s.o.Memory/4))
 	if err := own.Acquire(ctx, n); err != nil {

@@ -58,7 +58,7 @@ type Options struct {
 	Limit time.Duration
 	// Requests is how many requests of demands run at once; 0: 8.
 	Requests int
-	// Memory bounds the bytes of chunks that are being fetched and decompressed, with half of it for demands, and no more than half of either for one
+	// Memory bounds the bytes of chunks that are being fetched and decompressed, with half of it for demands and what is read ahead, and no more than half of either for one
 	// [Share]; 0: 16 MiB. A single chunk may be larger.
 	Memory int64
 	// Near is how many stored bytes that nobody wants are fetched to make one request of two; 0: 64 KiB,
