@@ -141,6 +141,9 @@ func Run(ctx context.Context, o Options) (Summary, error) {
 	if err := checkRef(o); err != nil {
 		return Summary{}, err
 	}
+	if len(o.Platforms) == 1 {
+		o.Platform = o.Platforms[0] // of the dictionary, too
+	}
 	o.Build.WriteEarly = target.Kind == remote.KindLayout // it keeps the files, synced
 	src, err := remote.OpenSource(ctx, source, o.SourceRemote)
 	if err != nil {
@@ -180,9 +183,6 @@ func parse(o Options) (source, target remote.Reference, err error) {
 func convert(ctx context.Context, o Options, source, target remote.Reference, src remote.Source, h *helpers) (Summary, error) {
 	if o.AllPlatforms || o.MergePlatform || len(o.Platforms) > 1 {
 		return convertIndex(ctx, o, source, target, src, h)
-	}
-	if len(o.Platforms) == 1 {
-		o.Platform = o.Platforms[0]
 	}
 	img, err := remote.Select(ctx, src, o.Platform)
 	if err != nil {

@@ -9,6 +9,7 @@ import (
 	"strings"
 
 	"github.com/opencontainers/go-digest"
+	"golang.org/x/sync/errgroup"
 
 	"github.com/headstart-oci/headstart/internal/nydusimage"
 	"github.com/headstart-oci/headstart/pkg/builder"
@@ -144,6 +145,9 @@ func (h *helpers) openSeed(ctx context.Context, o Options, ref remote.Reference,
 		err = h.fits(d, o.Build)
 	}
 	if err == nil {
+		err = complete(ctx, d)
+	}
+	if err == nil {
 		h.addDict(img, d, "") // the target has its blobs
 		return nil
 	}
@@ -154,6 +158,27 @@ func (h *helpers) openSeed(ctx context.Context, o Options, ref remote.Reference,
 		h.notes = append(h.notes, fmt.Sprintf("chunks of %s are not referred to: %v", ref, err))
 	}
 	return nil
+}
+
+// complete says which blob of a dictionary cannot be had at its end: where some were removed, the image that refers
+// to them would be as broken.
+func complete(ctx context.Context, d *builder.Dict) error {
+	const atOnce = 8
+	g, ctx := errgroup.WithContext(ctx)
+	g.SetLimit(atOnce)
+	for _, b := range d.Blobs {
+		g.Go(func() error {
+			r, err := b.Open(ctx)
+			if err == nil {
+				_, err = r.ReadAt(make([]byte, 1), b.Descriptor.Size-1)
+			}
+			if err != nil && !errors.Is(err, io.EOF) {
+				return fmt.Errorf("blob %s: %w", b.Descriptor.Digest, err)
+			}
+			return nil
+		})
+	}
+	return g.Wait()
 }
 
 // fits says why an image cannot be one of the dictionary's of a conversion with b.

@@ -68,6 +68,13 @@ func (h *helpers) build(ctx context.Context, o Options, src remote.Source, img r
 	from := builderSource(src, img, o.Build.TempDir)
 	if h.cache == nil {
 		res, err := builder.Convert(ctx, from, o.Build)
+		if err != nil && o.ChunkDict == DictAuto && h.of != nil && ctx.Err() == nil {
+			// What was found by itself must not stand in the way, as when one of its blobs is damaged.
+			h.notes = append(h.notes, fmt.Sprintf("the images at the target are not referred to: %v", err))
+			o.Build.Dict = nil
+			report.again()
+			res, err = builder.Convert(ctx, builderSource(src, img, o.Build.TempDir), o.Build)
+		}
 		report.finish()
 		return res, err
 	}

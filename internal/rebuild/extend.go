@@ -32,6 +32,9 @@ func (q *Queue) extend(d *Decision, image, base string, r *Request) *persist.Lis
 		q.warn("compare lists of one image", err)
 		return nil
 	}
+	if have.Grade == trace.GradeFile && next.Grade != trace.GradeFile {
+		return nil // what is known by range takes the place of what was known by file
+	}
 	lacks := lacking(have, next, r.Options.ChunkSize)
 	switch {
 	case lacks > material:

@@ -154,3 +154,27 @@ func TestOverwriteWithoutComparison(t *testing.T) {
 		})
 	}
 }
+
+// A list of ranges takes the place of one of whole files, which names more.
+func TestOverwriteWholeFiles(t *testing.T) {
+	b := newBench(t)
+	q := b.open("ok", nil)
+	_, whole := touched(t, "a", "b")
+	whole.Grade = trace.GradeFile
+	var text strings.Builder
+	if _, err := whole.WriteTo(&text); err != nil {
+		t.Fatal(err)
+	}
+	b.add(q, b.request(text.String(), func(r *rebuild.Request) { r.Overwrite = true }))
+	b.run(q)
+	b.waitBuilt(1)
+	b.wantEmpty()
+	d := b.overwrite(q, "a:1")
+	if d.Verdict != rebuild.Queued {
+		t.Fatalf("Add() = %+v, want %q", d, rebuild.Queued)
+	}
+	b.waitBuilt(2)
+	if got := b.builtFor(d); !slices.Equal(got, []string{"/a"}) {
+		t.Errorf("built for %q, want what the exact run read", got)
+	}
+}

@@ -181,3 +181,25 @@ func TestRotate(t *testing.T) {
 		t.Error("no rotation after the queues were emptied")
 	}
 }
+
+// What is left in an older queue is not waited for, though nothing comes to the last one.
+func TestWaitOlderQueue(t *testing.T) {
+	s, dir, _ := heldSession(t, 10)
+	opened(t, dir, 0, 10)
+	if !s.rotate() {
+		t.Fatal("no second queue")
+	}
+	waited := make(chan error, 1)
+	go func() { waited <- s.wait(-1, -1) }()
+	select {
+	case err := <-waited:
+		if err != nil {
+			t.Fatal(err)
+		}
+	case <-time.After(time.Minute):
+		t.Fatal("wait does not end")
+	}
+	if empty, err := s.drain(0); err != nil || !empty || s.seen != 10 {
+		t.Errorf("drain = %v, %v after %d events, want 10", empty, err, s.seen)
+	}
+}

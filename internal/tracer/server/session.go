@@ -254,7 +254,9 @@ func (s *session) wait(wake, in int) error {
 	for {
 		n, err := unix.Poll(fds, s.patience())
 		if err == nil && n == 0 {
-			s.quiet()
+			if len(s.queues) == 1 {
+				s.quiet()
+			}
 			return nil
 		}
 		if err == nil {
@@ -293,6 +295,9 @@ func (s *session) rest(n int64, wake, in int) {
 
 // patience is how many milliseconds to wait for something to happen, -1 for ever.
 func (s *session) patience() int {
+	if len(s.queues) > 1 {
+		return 0 // an older queue is not empty, and nobody polls it
+	}
 	if s.lean == nil || s.lean.unnamed == 0 {
 		return -1
 	}
