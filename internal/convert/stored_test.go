@@ -374,3 +374,31 @@ func TestChunkDictAutoDamage(t *testing.T) {
 	}
 	empty(t, o.Build.TempDir)
 }
+
+// An image beside the target that lost a blob does not stop what shares chunks with it.
+func TestChunkDictAutoNeighbour(t *testing.T) {
+	testenv.Root(t)
+	dir := t.TempDir()
+	o := options(t, "oci:"+dir+"/out:a")
+	o.ChunkDict = convert.DictAuto
+	run(t, o)
+	files, err := filepath.Glob(filepath.Join(dir, "out", "blobs", "sha256", "*"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var largest string
+	var most int64
+	for _, f := range files {
+		if st, err := os.Stat(f); err == nil && st.Size() > most {
+			largest, most = f, st.Size()
+		}
+	}
+	if err := os.Remove(largest); err != nil {
+		t.Fatal(err)
+	}
+	o.Target = "oci:" + dir + "/out:b"
+	if sum := run(t, o); sum.DictBlobs != 0 {
+		t.Errorf("%+v, want nothing of an image that lost a blob", sum)
+	}
+	judge(t, o.Target)
+}

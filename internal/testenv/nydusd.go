@@ -79,7 +79,7 @@ func mountNydusd(t testing.TB, bootstrap, blobs, work string, prefetch bool) str
 	})
 	ended := make(chan struct{})
 	go func() { _ = wait(); close(ended) }()
-	for deadline := time.Now().Add(20 * time.Second); ; time.Sleep(20 * time.Millisecond) {
+	for deadline := time.Now().Add(time.Minute); ; time.Sleep(20 * time.Millisecond) {
 		var st unix.Statfs_t
 		err := unix.Statfs(mountpoint, &st)
 		if err == nil && st.Type == unix.FUSE_SUPER_MAGIC {
