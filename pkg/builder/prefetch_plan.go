@@ -46,15 +46,19 @@ func planPrefetch(root *rafs.Inode, list *persist.List, chunkSize uint32) *prefe
 		}
 		spans := persist.Disjoint(a.Ranges)
 		p.last = max(p.last, a.Elapsed) // a file without a time keeps its place in the list
+		ranges, at := a.Ranges, p.last
+		if a.How&trace.Runtime != 0 {
+			ranges, at = nil, 0 // before the container starts, wherever in the list
+		}
 		for _, ino := range found {
-			p.add(ino, spans, a.Ranges)
+			p.add(ino, spans, ranges, at)
 		}
 	}
 	p.order()
 	return &p.prefetchPlan
 }
 
-// order sorts the chunks by their first touch: a start reads the heads of many files before it comes to the middle of the first one. Those of
+// order sorts the chunks by their first touch, what the container runtime reads before all: a start reads the heads of many files before it comes to the middle of the first one. Those of
 // one moment, and of a list without times, stay in the order of the list.
 func (p *prefetchPlanner) order() {
 	at := make([]int, len(p.chunks))
@@ -145,8 +149,8 @@ func (p *prefetchPlanner) find(name string, typed, whole bool) []*rafs.Inode {
 	return g.files
 }
 
-// add selects the chunks of ino that spans touch, which are those of ranges.
-func (p *prefetchPlanner) add(ino *rafs.Inode, spans, ranges []trace.Range) {
+// add selects the chunks of ino that spans touch. They were touched when ranges say, otherwise at that time.
+func (p *prefetchPlanner) add(ino *rafs.Inode, spans, ranges []trace.Range, otherwise time.Duration) {
 	if !ino.IsRegular() {
 		p.stats.NotRegular++
 		return
@@ -160,7 +164,7 @@ func (p *prefetchPlanner) add(ino *rafs.Inode, spans, ranges []trace.Range) {
 			p.inodes = append(p.inodes, ino)
 		}
 	}
-	when := firsts(ranges, len(ino.Chunks), p.chunkSize, p.last)
+	when := firsts(ranges, len(ino.Chunks), p.chunkSize, otherwise)
 	for n, ch := range ino.Chunks {
 		if !touched(spans, int64(n)*p.chunkSize, int64(ch.UncompressedSize)) {
 			continue

@@ -78,6 +78,14 @@ func TestPlanOrder(t *testing.T) {
 			},
 			[]string{"a0", "a1", "c0"},
 		},
+		"what the runtime read comes before all, wherever it is in the list": {
+			[]trace.Access{
+				{Path: "/a", Elapsed: 1, Ranges: []trace.Range{at(0, 1, 1)}},
+				{Path: "/b", Elapsed: 5, How: trace.Runtime | trace.Read, Ranges: []trace.Range{at(100, 1, 5)}},
+				{Path: "/c", How: trace.Runtime, Ranges: []trace.Range{at(300, 1, 0)}},
+			},
+			[]string{"b1", "c3", "a0"},
+		},
 		"ranges beyond the end, and that overlap": {
 			[]trace.Access{{Path: "/a", Elapsed: 1, Ranges: []trace.Range{
 				at(0, math.MaxInt64, 8), at(350, math.MaxInt64, 2), at(300, 100, 3), at(1<<40, 1, 1), at(100, 200, 5),
