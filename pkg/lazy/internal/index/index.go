@@ -42,6 +42,7 @@ type Index struct {
 	closed bool
 
 	broken atomic.Bool
+	calls  atomic.Uint64
 	torn   atomic.Bool // the file's own locks may be held for ever: it cannot be closed
 	fresh  atomic.Bool
 
@@ -288,6 +289,11 @@ func (d *damage) Is(target error) bool { return target == ErrBroken }
 
 // view runs f with the file as it is, update with one that changes; what is broken is not used again.
 func (x *Index) view(f func(*bolt.Tx) error) error {
+	defer x.relieve()
+	return x.look(f)
+}
+
+func (x *Index) look(f func(*bolt.Tx) error) error {
 	return x.do(func(db *bolt.DB) (err error) {
 		tx, err := x.begin(db)
 		if err != nil {
@@ -319,6 +325,7 @@ func (x *Index) tear() {
 }
 
 func (x *Index) update(f func(*bolt.Tx) error) error {
+	defer x.relieve()
 	return x.do(func(db *bolt.DB) error { return db.Update(f) })
 }
 
