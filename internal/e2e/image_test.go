@@ -3,6 +3,7 @@ package e2e_test
 import (
 	"archive/tar"
 	"bytes"
+	"cmp"
 	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
@@ -15,6 +16,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/klauspost/compress/gzip"
 	"github.com/opencontainers/go-digest"
@@ -201,7 +203,7 @@ func (r *rebuilt) nydusCheck(t *testing.T) {
 }
 
 // verifyPrefetch computes from the files of root what the prefetch blob must hold when
-// expanded: every chunk of the listed files of which a byte was touched, in list order, each once, at block
+// expanded: every chunk of the listed files of which a byte was touched, by first touch, each once, at block
 // boundaries; and the listed files must point into it.
 func (r *rebuilt) verifyPrefetch(t *testing.T, root string, list *persist.List) {
 	t.Helper()
@@ -222,7 +224,7 @@ func (r *rebuilt) verifyPrefetch(t *testing.T, root string, list *persist.List) 
 		t.Errorf("prefetch blob expands to %d bytes, want %d", len(got), padded)
 	}
 	if !bytes.Equal(got, want[:min(len(got), len(want))]) || roundUp(len(got)) != len(want) {
-		t.Errorf("prefetch blob expands to %d bytes that are not the %d of %d listed files in list order", len(got), len(want), files)
+		t.Errorf("prefetch blob expands to %d bytes that are not the %d of %d listed files by first touch", len(got), len(want), files)
 	}
 	for _, a := range list.Accesses {
 		ino := r.image.Lookup(a.Path)
@@ -242,31 +244,60 @@ func (r *rebuilt) verifyPrefetch(t *testing.T, root string, list *persist.List) 
 	t.Logf("prefetch blob: %d chunks of %d files, %.1f MB raw, %.1f MB stored", chunks, files, float64(len(want))/1e6, float64(info.Size())/1e6)
 }
 
+// wantPrefetch returns what the prefetch blob must expand to: chunks in the order of their first touch, those of one time in list order.
 func (r *rebuilt) wantPrefetch(t *testing.T, root string, list *persist.List) (want []byte, chunks, files int) {
 	t.Helper()
-	seen := map[[sha256.Size]byte]bool{}
-	size := int(r.image.ChunkSize)
+	type part struct {
+		data []byte
+		when time.Duration
+	}
+	var parts []*part
+	seen := map[[sha256.Size]byte]*part{}
+	latest := time.Duration(0)
 	for _, a := range list.Accesses {
 		path, err := resolveIn(root, a.Path)
 		must(t, err)
 		data, err := os.ReadFile(filepath.Join(root, path))
 		must(t, err)
 		files++
+		latest = max(latest, a.Elapsed)
 		at := 0
-		for chunk := range slices.Chunk(data, size) {
-			sum := sha256.Sum256(chunk)
+		for chunk := range slices.Chunk(data, int(r.image.ChunkSize)) {
 			from := at
 			at += len(chunk)
-			if seen[sum] || !needed(a, from, len(chunk)) {
+			if !needed(a, from, len(chunk)) {
 				continue
 			}
-			seen[sum] = true
-			chunks++
-			want = append(want, chunk...)
-			want = append(want, make([]byte, roundUp(len(want))-len(want))...)
+			when, sum := firstTouch(a, from, len(chunk), latest), sha256.Sum256(chunk)
+			if p := seen[sum]; p != nil {
+				p.when = min(p.when, when)
+				continue
+			}
+			seen[sum] = &part{chunk, when}
+			parts = append(parts, seen[sum])
 		}
 	}
-	return want, chunks, files
+	slices.SortStableFunc(parts, func(a, b *part) int { return cmp.Compare(a.when, b.when) })
+	for _, p := range parts {
+		want = append(want, p.data...)
+		want = append(want, make([]byte, roundUp(len(want))-len(want))...)
+	}
+	return want, len(parts), files
+}
+
+// firstTouch returns when a run touched any of length bytes at offset first: at the beginning for what the container runtime read, and
+// otherwise when no range says.
+func firstTouch(a trace.Access, offset, length int, otherwise time.Duration) time.Duration {
+	if a.How&trace.Runtime != 0 {
+		return 0
+	}
+	first, known := otherwise, false
+	for _, r := range a.Ranges {
+		if r.Elapsed > 0 && r.Offset < int64(offset+length) && int64(offset) < r.Offset+r.Length && (!known || r.Elapsed < first) {
+			first, known = r.Elapsed, true
+		}
+	}
+	return first
 }
 
 // needed reports whether the run touched any of length bytes at offset.

@@ -38,7 +38,7 @@ func (b *Blob) rescue(ctx context.Context, w *window, err error) {
 	b.s.mu.Lock()
 	for _, f := range w.flights {
 		if f.waiters > 0 {
-			want = append(want, f.u.chunks...)
+			want, f.asked = append(want, f.u.chunks...), true
 		}
 	}
 	b.s.mu.Unlock()

@@ -78,6 +78,7 @@ type flight struct {
 	queued  bool      // a worker is going to
 	counted bool      // in Scheduler.demands
 	waiters int       // calls of Ensure
+	asked   bool      // others were asked for its chunks, for those waiters
 	until   time.Time // when a demand is given up
 	corrupt int       // how often what came was not right
 	done    chan struct{}

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"time"
 
 	"go.uber.org/zap"
@@ -43,8 +44,10 @@ func (b *Blob) fetch(ctx context.Context, w *window) {
 			return
 		}
 		if w.class != Demand {
-			b.end(w, err)
-			return
+			if b.end(w, err) {
+				return
+			}
+			continue
 		}
 		var until time.Time
 		b.s.mu.Lock()
@@ -54,22 +57,30 @@ func (b *Blob) fetch(ctx context.Context, w *window) {
 			}
 		}
 		b.s.mu.Unlock()
-		if err := b.s.pause(ctx, b, attempt, until, err); err != nil {
-			b.end(w, err)
+		if err := b.s.pause(ctx, b, attempt, until, err); err != nil && b.end(w, err) {
 			return
 		}
 		w.off, w.end = extent(w.flights)
 	}
 }
 
-// end gives all flights of w up.
-func (b *Blob) end(w *window, err error) {
+// end gives the flights of w up and reports whether that is all of them: w keeps those that somebody came to wait for after others were
+// asked.
+func (b *Blob) end(w *window, err error) bool {
 	b.s.mu.Lock()
 	defer b.s.mu.Unlock()
-	for _, f := range w.flights {
+	w.flights = slices.DeleteFunc(w.flights, func(f *flight) bool {
+		if f.waiters > 0 && !f.asked {
+			return false
+		}
 		b.s.finish(f, err)
+		return true
+	})
+	if len(w.flights) == 0 {
+		return true
 	}
-	w.flights = nil
+	w.off, w.end = extent(w.flights)
+	return false
 }
 
 // extent is the part of the blob file that the units of flights take.
