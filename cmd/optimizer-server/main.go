@@ -2,7 +2,7 @@
 // standard output, as package internal/tracer/stream describes. It is started by the NRI
 // plugin and by optimizer record, one process per container.
 //
-//	optimizer-server --pid PID [--attach] [--root DIR] [--max-files N] [--pages SPEC 3<instance]
+//	optimizer-server --pid PID [--attach] [--root DIR] [--max-files N] [--pages SPEC [--pages-ahead] 3<instance]
 //
 // It ends when the process does, on SIGTERM or SIGINT, and when its standard input, if
 // that is a pipe, is closed; everything that happened before is written first. Exit status:
@@ -74,6 +74,7 @@ func parse(args []string, env func(string) string, stderr io.Writer) (server.Con
 	flags.StringVar(&c.Root, "root", "", "trace `DIR` inside that process' root (default: $_TARGET, else /)")
 	var spec string
 	flags.StringVar(&spec, "pages", "", "read page events too, from the instance of tracefs that is open as descriptor 3 and that `SPEC` describes")
+	flags.BoolVar(&c.Pages.Ahead, "pages-ahead", false, "with --pages: the parent arms the instance, and says on the standard input, a pipe, how that went")
 	flags.BoolVar(&c.Pages.Later, "pages-later", false, "begin without page events; an instance and its SPEC come as a message through standard input, a socket")
 	flags.IntVar(&c.MaxFiles, "max-files", server.DefaultMaxFiles, "list at most `N` files; more are counted as lost")
 	if err := flags.Parse(args); err != nil {
@@ -93,6 +94,9 @@ func parse(args []string, env func(string) string, stderr io.Writer) (server.Con
 	}
 	if spec != "" && c.Pages.Later {
 		return server.Config{}, fmt.Errorf("%w: --pages and --pages-later exclude each other", errUsage)
+	}
+	if spec == "" && c.Pages.Ahead {
+		return server.Config{}, fmt.Errorf("%w: --pages-ahead is for --pages", errUsage)
 	}
 	if v := env("_MNTNS_PID"); c.PID == 0 && v != "" {
 		pid, err := strconv.Atoi(v)

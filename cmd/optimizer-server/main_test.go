@@ -35,6 +35,7 @@ func TestParse(t *testing.T) {
 		"env, no number":  {env: map[string]string{"_MNTNS_PID": "7x"}, err: `_MNTNS_PID is "7x"`},
 		"no files":        {args: []string{"--pid", "7", "--max-files", "0"}, err: "--max-files is 0, want at least 1"},
 		"argument":        {args: []string{"--pid", "7", "more"}, err: `unexpected argument "more"`},
+		"ahead of what":   {args: []string{"--pid", "7", "--pages-ahead"}, err: "--pages-ahead is for --pages"},
 		"unknown flag":    {args: []string{"--what"}, err: "flag provided but not defined"},
 		"flag, not usage": {args: []string{"--pid"}, err: "flag needs an argument"},
 	}

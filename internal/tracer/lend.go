@@ -9,14 +9,16 @@ import (
 	"os"
 	"os/exec"
 
+	"go.uber.org/zap"
 	"golang.org/x/sys/unix"
 
+	"github.com/headstart-oci/headstart/internal/tracer/stream"
 	"github.com/headstart-oci/headstart/pkg/trace/tracefs"
 )
 
 // input returns the session's end of what is to be the standard input of cmd, and, where that is a socket, the end of the process,
 // which the caller closes.
-func (s *Session) input(cmd *exec.Cmd) (ours io.Closer, theirs *os.File, err error) {
+func (s *Session) input(cmd *exec.Cmd) (ours io.WriteCloser, theirs *os.File, err error) {
 	if !s.later {
 		ours, err = cmd.StdinPipe()
 		return ours, nil, err
@@ -35,6 +37,34 @@ func (s *Session) input(cmd *exec.Cmd) (ours io.Closer, theirs *os.File, err err
 	return conn, theirs, nil
 }
 
+// armAhead arms the instance, where there is one, while the server starts: each takes some two milliseconds, and the container
+// waits. What it returns gets the outcome.
+func (s *Session) armAhead() <-chan error {
+	in := s.pages
+	if in == nil {
+		return nil
+	}
+	armed := make(chan error, 1)
+	s.arming.Go(func() { armed <- in.ArmAll(func() ([]int, error) { return tracefs.Family(s.o.PID) }) })
+	return armed
+}
+
+// tell tells the server, which may not live any more, how the arming went.
+func (s *Session) tell(armed <-chan error) {
+	if armed == nil {
+		return
+	}
+	s.lending.Go(func() {
+		said := stream.Armed
+		if err := <-armed; err != nil {
+			said = oneLine(err.Error())
+		}
+		if _, err := io.WriteString(s.stdin, said[:min(len(said), stream.MaxArmed)]); err != nil {
+			s.log.Debug("tell the tracer that its instance is armed", zap.Error(err))
+		}
+	})
+}
+
 // lend waits for an instance, in the background, for a server that began without, and hands it over. Called once; unlend ends it.
 func (s *Session) lend() {
 	ctx, cancel := context.WithCancel(context.Background())
@@ -51,10 +81,15 @@ func (s *Session) lend() {
 			s.mu.Unlock()
 			err = hand(conn, in)
 		}
-		if err != nil && ctx.Err() == nil {
+		if err != nil && ctx.Err() == nil && !over(err) {
 			s.filesOnly(err.Error())
 		}
 	})
+}
+
+// over reports whether err comes of a server that has ended, or was told to.
+func over(err error) bool {
+	return errors.Is(err, unix.EPIPE) || errors.Is(err, unix.ECONNRESET) || errors.Is(err, net.ErrClosed)
 }
 
 // hand sends an instance to the server at the other end of conn.

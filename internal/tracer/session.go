@@ -149,8 +149,9 @@ func (r *receiver) frame(f stream.Frame) error {
 			return fmt.Errorf("%w: ready twice", stream.ErrInvalid)
 		}
 		r.armed, r.early, r.began, r.mark, r.engine = f.Armed, f.Early, time.Now(), f.Mark, f.Engine
-		if f.Note != "" {
+		if f.Note != "" { // it does not use the instance, which is armed
 			r.s.filesOnly(f.Note)
+			r.s.giveBack()
 		}
 		close(r.s.ready)
 	case stream.Touch:
@@ -167,6 +168,9 @@ func (r *receiver) frame(f stream.Frame) error {
 	case stream.Pending:
 		token(r.s.touched)
 	case stream.Drained:
+		if f.Why != "" {
+			r.s.filesOnly(f.Why)
+		}
 		r.s.giveBack()
 	case stream.Merge:
 		r.rec.Merge(f.ID, f.How)
@@ -231,7 +235,7 @@ func failed(f stream.Failure) error {
 	case "late":
 		return fmt.Errorf("%w: %s", ErrLate, f.Text)
 	case "privilege":
-		return fmt.Errorf("%w: %s", ErrPrivilege, f.Text)
+		return fmt.Errorf("%w: %s", ErrPrivilege, oneLine(f.Text))
 	case "kernel":
 		return fmt.Errorf("%w: %s", ErrKernel, f.Text)
 	}

@@ -93,11 +93,12 @@ type Session struct {
 	o       Options
 	log     *zap.Logger
 	cmd     *exec.Cmd
-	stdin   io.Closer
+	stdin   io.WriteCloser
 	err     tail
 	later   bool           // there was no instance in time, and one may come
 	unlend  func()         // ends the wait for it
 	lending sync.WaitGroup // done when nobody waits for it
+	arming  sync.WaitGroup // done when the instance that was ready is armed, or failed to be
 	// returning is done when the pool has what was given back.
 	returning sync.WaitGroup
 
@@ -140,18 +141,20 @@ func Start(ctx context.Context, o Options) (*Session, error) {
 		touched: make(chan struct{}, 1), alive: make(chan struct{}, 1),
 	}
 	s.takePages(ctx)
+	armed := s.armAhead()
 	stdout, err := s.spawn()
 	if err != nil {
 		s.giveBack()
 		s.returning.Wait()
 		return nil, fmt.Errorf("start tracer %s: %w", o.Server, err)
 	}
+	s.tell(armed)
 	s.lend()
 	go s.run(ctx, stdout)
 	return s, nil
 }
 
-// spawn starts the process. Its standard input is a pipe that carries nothing: its end
+// spawn starts the process. Its standard input is a pipe that carries one message at most: its end
 // asks the server to finish, and comes by itself when this process dies.
 func (s *Session) spawn() (io.ReadCloser, error) {
 	cmd := exec.Command(s.o.Server, "--pid", strconv.Itoa(s.o.PID))
@@ -163,7 +166,7 @@ func (s *Session) spawn() (io.ReadCloser, error) {
 		if err != nil {
 			return nil, err
 		}
-		cmd.Args = append(cmd.Args, "--pages", string(spec))
+		cmd.Args = append(cmd.Args, "--pages", string(spec), "--pages-ahead")
 		cmd.ExtraFiles = []*os.File{s.pages.File()} // descriptor 3
 	}
 	if s.later {
@@ -230,7 +233,10 @@ func (s *Session) giveBack() {
 	s.pages = nil
 	s.mu.Unlock()
 	if in != nil {
-		s.returning.Go(func() { s.o.Pages.Put(in) })
+		s.returning.Go(func() {
+			s.arming.Wait()
+			s.o.Pages.Put(in)
+		})
 	}
 }
 

@@ -57,16 +57,30 @@ func (s *session) digested() {
 // drop gives up the first queue, which is empty and gets no more events. The kernel takes some milliseconds for it.
 func (s *session) drop(q *queue) {
 	s.queues = s.queues[1:]
-	s.closing.Go(q.group.Close)
+	s.closeQueue(q)
+}
+
+func (s *session) closeQueue(q *queue) {
+	s.closing.Go(func() error {
+		err := q.group.Close()
+		if q.spare >= 0 {
+			s.spare.give(q.spare)
+		}
+		return err
+	})
 }
 
 // closeQueues gives up all queues.
 func (s *session) closeQueues() error {
 	for _, q := range s.queues {
-		s.closing.Go(q.group.Close)
+		s.closeQueue(q)
 	}
 	s.queues = nil
-	return s.closing.Wait()
+	err := s.closing.Wait()
+	if s.spare != nil {
+		err = errors.Join(err, s.spare.close())
+	}
+	return err
 }
 
 // taken are events that were read and not closed yet.

@@ -153,7 +153,7 @@ func (s *session) first(f file, fd int, raw string, how trace.How, pid int32, st
 	if raw == "" {
 		raw = s.names.raw(fd)
 	}
-	whence := s.origin.of(fd, st, s.armed)
+	whence := s.origin.of(fd, st, s.dated)
 	if whence == made {
 		e.state = left
 	} else {
@@ -177,6 +177,7 @@ func (s *session) name(e *entry, a trace.Access, raw string, st *unix.Statx_t, w
 			s.comms.executes(a.PID, p)
 		}
 		s.noted(s.entries.n, p)
+		s.touched = true
 		s.out.send(stream.Touch{ID: e.id, Access: a})
 	case !s.t.whole():
 		e.state = left // a file of the same mount that lies outside the root

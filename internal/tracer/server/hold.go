@@ -30,14 +30,14 @@ const (
 	maxHold = 2 * time.Second
 	// long is how many events make a queue long.
 	long = 4096
-	// maxQueues bounds the events that the kernel holds, at 64 bytes and a reference to the file each, and the groups,
-	// of which a user may have 128 (/proc/sys/fs/fanotify/max_user_groups).
+	// maxQueues bounds the events that the kernel holds, at 64 bytes and a reference to the file each, and the groups: see spare.
 	maxQueues = 16
 )
 
 // queue is one group with what is known of the events in it.
 type queue struct {
 	group *fanotify.Group
+	spare int    // the number of the group among the spare ones; -1: it is the first
 	ticks []tick // in order
 	taken int    // events that were read
 }
@@ -68,7 +68,8 @@ func (s *session) hold(fresh bool, wake, in int) error {
 		{Fd: pollFD(wake), Events: unix.POLLIN},
 		{Fd: pollFD(in), Events: unix.POLLIN},
 	}
-	spare, before := 0, 0
+	s.out.flush() // what is known is not held
+	idle, before := 0, 0
 	for began := time.Now(); time.Since(began) < maxHold; {
 		n, err := unix.Poll(fds, tickTime)
 		if err != nil && !errors.Is(err, unix.EINTR) {
@@ -91,10 +92,10 @@ func (s *session) hold(fresh bool, wake, in int) error {
 			s.out.send(stream.Pending{})
 			s.out.flush()
 		}
-		if spare++; s.busy() {
-			spare = 0
+		if idle++; s.busy() {
+			idle = 0
 		}
-		if spare > 1 {
+		if idle > 1 {
 			return nil
 		}
 	}
@@ -120,29 +121,40 @@ func (s *session) rotate() bool {
 	if len(s.queues) >= maxQueues {
 		return false
 	}
+	if s.spare == nil {
+		s.spare = openSpare(s.t.proc)
+	}
+	number, ok := s.spare.take()
+	if !ok {
+		return false // others have as many as there may be
+	}
 	g, err := fanotify.New(fanotify.Options{})
 	if err != nil {
-		return false // others have as many as there may be
+		s.spare.give(number)
+		return false
 	}
 	if _, err := s.t.mark(g, s.lean != nil); err != nil {
 		_ = g.Close()
+		s.spare.give(number)
 		return false
 	}
 	old := s.current().group
-	s.queues = append(s.queues, &queue{group: g})
+	s.queues = append(s.queues, &queue{group: g, spare: number})
 	if errors.Join(old.Flush(fanotify.Filesystem), old.Flush(fanotify.Mount)) != nil {
 		return false // it goes on getting events, which costs time and nothing else
 	}
 	return true
 }
 
-// newGroup makes a group. Where there are as many as there may be it waits for tracers that have several, of held events, to give
-// them up.
+// newGroup makes a group. Where there are as many as there may be it waits for tracers that end to give theirs up.
 func newGroup() (*fanotify.Group, error) {
 	for began := time.Now(); ; _, _ = unix.Poll(nil, tickTime) {
 		g, err := fanotify.New(fanotify.Options{})
-		if !errors.Is(err, unix.EMFILE) || time.Since(began) > maxHold {
+		switch {
+		case !errors.Is(err, unix.EMFILE):
 			return g, err
+		case time.Since(began) > maxHold:
+			return nil, fmt.Errorf("%w: this process has as many files, or its user as many fanotify groups, as it may (fs.fanotify.max_user_groups: one for each container that is recorded at a time)", err)
 		}
 	}
 }

@@ -61,6 +61,7 @@ func heldSession(t *testing.T, n int) (s *session, dir string, out *os.File) {
 			t.Fatal(err)
 		}
 	}
+	time.Sleep(tickLength) // older than the session
 	out, err := os.Create(filepath.Join(t.TempDir(), "stream"))
 	if err != nil {
 		t.Fatal(err)

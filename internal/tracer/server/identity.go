@@ -123,9 +123,7 @@ func (d *identity) send(i uint32, l *layer, p string, ino uint64, size int64) {
 		}
 		d.whole = true
 		return
-	case f != nil && f.flags&pageSent != 0:
-		f = &none // another name of the same inode
-	case f != nil:
+	case f != nil: // under each of its names, if it has several: the events do not say which
 		d.take(f)
 	default:
 		// Bytes that came past the page cache, by direct I/O, leave no page event.
@@ -219,6 +217,12 @@ func (d *identity) found(i int, p string) {
 		return
 	}
 	f := d.s.pages.files.find(inode{l.dev, st.Ino})
+	if !d.s.t.numbered(p, &st) {
+		if _, ok := d.renamed[st.Ino]; f != nil && f.flags&pageSent == 0 && !ok {
+			d.foundChanged(p, f, &st)
+		}
+		return
+	}
 	for _, e := range d.renamed[st.Ino] {
 		d.s.out.send(stream.Rename{ID: d.s.entries.at(e).id, Path: p})
 		d.send(e, l, p, st.Ino, st.Size)
@@ -234,13 +238,27 @@ func (d *identity) found(i int, p string) {
 		return
 	}
 	d.take(f)
-	if !d.s.t.overlay() && d.s.t.younger(l.fd, p, d.s.armed) {
+	if !d.s.t.overlay() && d.s.t.younger(l.fd, p, d.s.dated) {
 		d.s.skipped++
 		return
 	}
 	a := trace.Access{Path: p, How: f.how, Size: st.Size, Elapsed: d.s.pages.files.first(f), PID: f.pid, Command: d.s.comms.called(f.comm)}
 	d.s.out.send(stream.Found{ID: d.s.nextID, Access: a})
 	d.put(d.s.nextID, f, l, p, st.Size)
+	d.s.nextID++
+}
+
+// foundChanged handles a file that the run has at p in place of one of the image, and whose number pages were touched
+// under: they were read to copy it, if it was.
+func (d *identity) foundChanged(p string, f *pageFile, st *unix.Stat_t) {
+	if st.Dev != d.s.t.device() || d.s.origin.madeAt(p) {
+		return
+	}
+	d.take(f)
+	d.whole = true
+	d.s.out.send(stream.Found{ID: d.s.nextID, Access: trace.Access{
+		Path: p, How: f.how, Size: st.Size, Elapsed: d.s.pages.files.first(f), PID: f.pid, Command: d.s.comms.called(f.comm),
+	}})
 	d.s.nextID++
 }
 
@@ -254,7 +272,7 @@ func (t *target) inLayers(p string, ino uint64) (*layer, unix.Stat_t) {
 			continue
 		}
 		// A file that the run changed may have another number than the one it was copied from.
-		if err == nil && st.Mode&unix.S_IFMT == unix.S_IFREG && (sameNumber(st.Ino, ino) || (t.changed(p) && t.plain(i, p))) {
+		if err == nil && st.Mode&unix.S_IFMT == unix.S_IFREG && t.numbered(p, &st) && (sameNumber(st.Ino, ino) || (t.changed(p) && t.plain(i, p))) {
 			return &t.layers[i], st
 		}
 		break

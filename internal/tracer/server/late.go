@@ -2,10 +2,13 @@ package server
 
 import (
 	"errors"
+	"fmt"
 	"math"
 	"os"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/headstart-oci/headstart/internal/tracer/stream"
 )
 
 // An instance that was not ready when the container started may come later. What was touched before counts as a whole
@@ -36,6 +39,25 @@ func atEnd(fd int) bool {
 	var b [64]byte
 	n, err := unix.Read(fd, b[:])
 	return n == 0 || (err != nil && !errors.Is(err, unix.EAGAIN) && !errors.Is(err, unix.EINTR))
+}
+
+// armedAhead waits for what the parent says of the arming that it did, and returns why that failed.
+func armedAhead(stdin *os.File) error {
+	var b [stream.MaxArmed]byte
+	for {
+		n, err := unix.Read(int(stdin.Fd()), b[:])
+		switch {
+		case errors.Is(err, unix.EINTR):
+		case err != nil:
+			return fmt.Errorf("hear whether the trace instance is armed: %w", err)
+		case n == 0:
+			return errors.New("nobody says whether the trace instance is armed")
+		case string(b[:n]) != stream.Armed:
+			return errors.New(string(b[:n]))
+		default:
+			return nil
+		}
+	}
 }
 
 // received returns the instance of a message; false when it has none. Other descriptors in it are closed.
@@ -76,10 +98,12 @@ func (s *session) armLate(p Pages) {
 	}
 	l, err := newPageLog(p, s.t, s.comms, s.c.MaxFiles, s.widener)
 	if err != nil {
+		s.out.send(stream.Drained{Why: err.Error()})
 		return
 	}
 	s.pages, s.engine = l, l.engine()
-	if s.armPages() != "" {
+	if why := s.armPages(nil); why != "" {
+		s.out.send(stream.Drained{Why: why})
 		return
 	}
 	// Files that are waiting in the queue were opened before, perhaps.

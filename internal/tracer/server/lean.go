@@ -53,7 +53,7 @@ const settling = time.Second
 // numbersDo reports whether the inode numbers that the root shows may tell which file of the image is
 // meant: that takes an overlay whose layers are on one filesystem, which page events cover.
 func (t *target) numbersDo() bool {
-	if !t.overlay() || len(t.layers) == 0 {
+	if !t.overlay() || len(t.layers) == 0 || t.merged {
 		return false
 	}
 	for i := range t.layers {
@@ -162,7 +162,7 @@ func (s *session) firstLean(ino uint64, fd int, how trace.How, pid int32, st *un
 	})
 	l.byNumber.add(n, ino)
 	s.nextID++
-	if s.origin.madeSince(fd, st, s.armed) {
+	if s.origin.madeSince(fd, st, s.dated) {
 		// A run that goes on making files does not go on touching the image.
 		s.entries.at(i).state = left
 		s.skipped++

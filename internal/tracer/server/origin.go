@@ -51,6 +51,14 @@ func (h *fileHandle) of(fd int) (int32, []byte, syscall.Errno) {
 
 func newOrigin(t *target) *origin { return &origin{t: t, handles: t.overlay()} }
 
+// fileTime is the time by which the kernel dates the files that are made from then on: that of its last tick, up to 10 ms
+// behind the clock. Source: kernel/time/timekeeping.c ktime_get_coarse_real_ts64, fs/inode.c current_time.
+func fileTime() time.Time {
+	var ts unix.Timespec
+	_ = unix.ClockGettime(unix.CLOCK_REALTIME_COARSE, &ts) // never fails
+	return time.Unix(ts.Unix())
+}
+
 // of returns where the open file fd, with status st, comes from.
 func (o *origin) of(fd int, st *unix.Statx_t, armed time.Time) whence {
 	if o.t.overlay() {

@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"slices"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -19,9 +18,6 @@ const (
 	pageBatch = 512
 	// maxThreads bounds the cache of threads, and of the table of processes.
 	maxThreads = 1 << 16
-	// rounds is how often arm asks for threads again at most: one more for each time that a process is
-	// faster, which few are twice.
-	rounds = 8
 )
 
 // pageLog folds page events, file by file. One goroutine reads them; what it found is for
@@ -65,28 +61,13 @@ func newPageLog(p Pages, t *target, c *comms, maxFiles int, w *tracefs.Widener) 
 	}, nil
 }
 
-// arm names the threads of the container's processes to the kernel. Threads that appear while it does so are
-// asked for again; those made later the kernel follows by itself.
-func (l *pageLog) arm() error {
+// arm names the threads of the container's processes to the kernel. by is who did so already, and says how that went; nil: nobody.
+func (l *pageLog) arm(by func() error) error {
 	l.devices, l.outside = l.t.devices(), l.t.bound()
-	threads, err := l.t.threads()
-	if err != nil {
-		return err
+	if by != nil {
+		return by()
 	}
-	if err := l.instance.Arm(threads...); err != nil {
-		return err
-	}
-	for range rounds {
-		late, err := l.t.threads()
-		if err != nil || slices.Equal(threads, late) {
-			return err
-		}
-		if err := l.instance.Add(late...); err != nil {
-			return err
-		}
-		threads = late
-	}
-	return nil
+	return l.instance.ArmAll(l.t.threads)
 }
 
 // begin starts the clock, so long after arming, and the reading.

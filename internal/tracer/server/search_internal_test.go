@@ -44,7 +44,7 @@ func layered(t *testing.T) (s *session, ids []inode, sent *os.File) {
 	tt := &target{upper: -1, proc: -1, layers: []layer{{fd: fd, dev: 1, kind: "ext4"}}}
 	s = &session{
 		c: Config{MaxFiles: 100}, t: tt, out: newOutput(sent), comms: newComms(-1, 1), lean: newLean(numbering{}),
-		armed: time.Now().Add(time.Hour), pages: &pageLog{t: tt, spec: tracefs.Spec{Events: tracefs.Pages}},
+		armed: time.Now().Add(time.Hour), dated: time.Now().Add(time.Hour), pages: &pageLog{t: tt, spec: tracefs.Spec{Events: tracefs.Pages}},
 	}
 	return s, ids, sent
 }

@@ -42,6 +42,9 @@ type Config struct {
 type Pages struct {
 	Instance *os.File // nil: none
 	Spec     tracefs.Spec
+	// Ahead says that the parent arms the instance while this process starts. It says on the standard input, a pipe, how that
+	// went: [stream.Armed], or why it failed.
+	Ahead bool
 	// Later says that an instance may come through the standard input, a socket: its descriptor with its Spec as text.
 	Later bool
 }
@@ -89,7 +92,7 @@ func Run(ctx context.Context, c Config, stdin, stdout *os.File) error {
 		c.MaxFiles = DefaultMaxFiles
 	}
 	out := newOutput(stdout)
-	s, err := arm(c, out)
+	s, err := arm(c, stdin, out)
 	if err != nil {
 		f := classify(err)
 		out.send(stream.Failure{Code: f.code, Text: f.Error()})
@@ -106,7 +109,7 @@ func Run(ctx context.Context, c Config, stdin, stdout *os.File) error {
 }
 
 // arm joins the container and puts the marks in place.
-func arm(c Config, out *output) (*session, error) {
+func arm(c Config, stdin *os.File, out *output) (*session, error) {
 	raiseFileLimit()
 	t, err := openTarget(c.PID)
 	if err != nil {
@@ -130,7 +133,11 @@ func arm(c Config, out *output) (*session, error) {
 	if err := t.join(c.Root); err != nil {
 		return fail(fmt.Errorf("join process %d: %w", c.PID, err))
 	}
-	if n := s.armPages(); note == "" {
+	var by func() error
+	if c.Pages.Ahead {
+		by = func() error { return armedAhead(stdin) }
+	}
+	if n := s.armPages(by); note == "" {
 		note = n
 	}
 	if s.pages != nil && s.pages.exact() && t.numbersDo() {
@@ -142,7 +149,7 @@ func arm(c Config, out *output) (*session, error) {
 	if err != nil {
 		return fail(fmt.Errorf("mark the root of process %d: %w", c.PID, err))
 	}
-	s.armed = time.Now()
+	s.armed, s.dated = time.Now(), fileTime()
 	if s.pages != nil {
 		s.pages.begin(0)
 	}
@@ -165,15 +172,16 @@ func (s *session) openPages(p Pages) string {
 	return ""
 }
 
-// armPages makes the kernel record page events, and returns why that failed.
-func (s *session) armPages() string {
+// armPages makes the kernel record page events, if not somebody else does, and returns why that failed.
+func (s *session) armPages(by func() error) string {
 	if s.pages == nil {
 		return ""
 	}
 	s.t.takeRoot()
+	s.t.takeMerged()
 	err := errNoLayers
 	if s.t.sees() {
-		err = s.pages.arm()
+		err = s.pages.arm(by)
 	}
 	if err == nil {
 		return ""

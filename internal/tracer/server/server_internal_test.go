@@ -42,10 +42,14 @@ func decode(t *testing.T, b []byte) []stream.Frame {
 	}
 }
 
+// tickLength is longer than the kernel's clock of files takes for a tick: see fileTime.
+const tickLength = 20 * time.Millisecond
+
 // serve runs the server, lets do run once it is armed, then stops it, and returns what it
 // wrote. It runs as a process: in this one it could take over the main thread for good.
 func serve(t *testing.T, c Config, do func()) []stream.Frame {
 	t.Helper()
+	time.Sleep(tickLength) // what the test made is older than the run
 	testenv.Root(t)
 	testenv.Kernel(t, fanotify.FeatureOpenExec.String(), fanotify.Probe(fanotify.FeatureOpenExec))
 	cmd := exec.Command(testenv.Binary(t, "optimizer-server"),

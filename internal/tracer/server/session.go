@@ -37,6 +37,7 @@ type session struct {
 	t       *target
 	queues  []*queue       // the last one is that of new events
 	closing errgroup.Group // of queues
+	spare   *spare         // nil: it has one group, and had no more
 	out     *output
 	names   *namer
 	origin  *origin
@@ -52,6 +53,7 @@ type session struct {
 	comms   *comms
 	self    int32
 	armed   time.Time
+	dated   time.Time        // the same as fileTime tells it
 	events  []fanotify.Event // the batch being handled
 	busy    func() bool      // reports whether there is no CPU to spare
 	now     time.Duration    // when the event being handled came, after arming
@@ -108,7 +110,7 @@ type pending struct {
 
 func newSession(c Config, t *target, g *fanotify.Group, out *output) *session {
 	s := &session{
-		c: c, t: t, queues: []*queue{{group: g}}, out: out,
+		c: c, t: t, queues: []*queue{{group: g, spare: -1}}, out: out,
 		names:   newNamer(t),
 		others:  newOutsiders(t),
 		comms:   newComms(t.proc, c.PID),
@@ -116,6 +118,7 @@ func newSession(c Config, t *target, g *fanotify.Group, out *output) *session {
 		grade:   trace.GradeFile,
 		self:    int32(os.Getpid()), //nolint:gosec // process ids fit: the kernel's limit is 2^22
 		armed:   time.Now(),
+		dated:   fileTime(),
 		events:  make([]fanotify.Event, batch),
 		seed:    maphash.MakeSeed(),
 		known:   make(map[file]uint32),

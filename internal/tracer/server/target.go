@@ -34,6 +34,7 @@ type target struct {
 
 	hostDev string            // "major:minor" of the server's own root
 	layers  []layer           // where the image's files come from; none when that is not known
+	merged  bool              // the one layer is the root itself, an overlay: see takeMerged
 	own     []*mountinfo.Info // of this process, before the join
 	mounts  []*mountinfo.Info // of the process, before the join
 	mount   *mountinfo.Info   // the mount that root lies on; nil when unknown
@@ -63,7 +64,7 @@ func (t *target) open() (err error) {
 	}
 	name := strconv.Itoa(t.pid)
 	if t.ns, err = unix.Openat(t.proc, name+"/ns/mnt", unix.O_RDONLY|unix.O_CLOEXEC, 0); err != nil {
-		return fmt.Errorf("open mount namespace: %w", err)
+		return fmt.Errorf("open mount namespace: %w", needs(err, "CAP_SYS_PTRACE, or CAP_SYS_ADMIN over the container's user namespace"))
 	}
 	if t.root, err = unix.Openat(t.proc, name+"/root", dir, 0); err != nil {
 		return fmt.Errorf("open root: %w", err)
@@ -92,6 +93,14 @@ func (t *target) open() (err error) {
 	}
 	t.hostDev = fmt.Sprintf("%d:%d", unix.Major(st.Dev), unix.Minor(st.Dev))
 	return t.locate()
+}
+
+// needs says what an operation takes that failed for want of privileges.
+func needs(err error, what string) error {
+	if errors.Is(err, unix.EPERM) || errors.Is(err, unix.EACCES) {
+		return fmt.Errorf("it takes %s: %w", what, err)
+	}
+	return err
 }
 
 // locate finds the mount the root lies on and, for an overlay, its writable layer.
@@ -151,6 +160,36 @@ func (t *target) takeRoot() {
 	}
 }
 
+// takeMerged makes the root the one layer where it is an overlay whose layers cannot be opened by their paths any more, as those of
+// pods with users of their own: they were mounted for the overlay alone. Files of layers on the filesystem of the writable layer have the
+// numbers there that page events give them; for all others see numbered.
+func (t *target) takeMerged() {
+	if !t.overlay() || len(t.layers) > 0 || t.upper < 0 || t.view < 0 || splitsData(t.mount.VFSOptions, readParameter("metacopy")) {
+		return
+	}
+	var st unix.Statx_t
+	if unix.Statx(t.upper, "", unix.AT_EMPTY_PATH, unix.STATX_MNT_ID, &st) != nil {
+		return
+	}
+	m := findMount(t.own, mountOf(&st))
+	if m == nil {
+		return
+	}
+	fd, err := unix.FcntlInt(uintptr(t.view), unix.F_DUPFD_CLOEXEC, 0)
+	if err == nil {
+		t.layers, t.merged = []layer{{fd: fd, dev: deviceOf(m), kind: m.FSType}}, true
+	}
+}
+
+// numbered reports whether the file at p, which has status st in a layer, has there the number that page events give it, and
+// the content that it has in the image: in the layers themselves all have.
+func (t *target) numbered(p string, st *unix.Stat_t) bool {
+	return !t.merged || st.Dev == t.device() && st.Ino>>numberBits == 0 && !t.changed(p)
+}
+
+// device is the device number of the root.
+func (t *target) device() uint64 { return unix.Mkdev(t.stat.Dev_major, t.stat.Dev_minor) }
+
 // sees reports whether page events can be told to be of the image: its layers are known, and one
 // at least is on a filesystem that uses the page cache.
 func (t *target) sees() bool {
@@ -165,7 +204,7 @@ func (t *target) join(dir string) error {
 		return fmt.Errorf("unshare filesystem state: %w", err)
 	}
 	if err := unix.Setns(t.ns, unix.CLONE_NEWNS); err != nil {
-		return fmt.Errorf("setns: %w", err)
+		return fmt.Errorf("setns: %w", needs(err, "CAP_SYS_ADMIN and CAP_SYS_CHROOT"))
 	}
 	if dir = strings.Trim(dir, "/"); dir != "" {
 		how := unix.OpenHow{Flags: unix.O_PATH | unix.O_DIRECTORY | unix.O_CLOEXEC, Resolve: unix.RESOLVE_IN_ROOT}

@@ -16,7 +16,7 @@ import (
 // Bounds on the search at the end of a run.
 const (
 	maxWalk  = 4 << 20         // directory entries
-	walkTime = 5 * time.Second // each search; there are up to four
+	walkTime = 5 * time.Second // each search; there are up to four, and what waits for the end of a run gives them 30 s
 	beatTime = time.Second     // the parent hears of the server at least so often meanwhile: it kills one that is silent
 	maxPath  = 32 << 10        // bytes; below stream.MaxFrame
 )

@@ -16,11 +16,18 @@ import (
 )
 
 // Magic opens a stream; its last byte is the version of the format.
-const Magic = "HSTRACE\x04"
+const Magic = "HSTRACE\x05"
 
 // MaxFrame bounds the bytes of one frame after its length. A path that the kernel
 // names is at most 4096 bytes; one found by walking the tree can be longer.
 const MaxFrame = 64 << 10
+
+// Armed is what the parent of a server writes to its standard input when the trace instance is armed that it handed to it. What it
+// writes in its place says why that failed, in at most MaxArmed bytes, which come in one piece (pipe(7), PIPE_BUF).
+const (
+	Armed    = "armed"
+	MaxArmed = 512 // bytes
+)
 
 // Errors of [Reader.Next].
 var (
@@ -107,7 +114,9 @@ type Process struct{ trace.Process }
 
 // Drained says that the server is done with the trace instance that it was handed: nothing reads it any
 // more, and what it counted as lost is known. Files may still have to be named.
-type Drained struct{}
+type Drained struct {
+	Why string // why it made no use of it; empty: it did
+}
 
 // Failure says why the server cannot trace. No End follows.
 type Failure struct {
@@ -172,7 +181,9 @@ func putAccess(b []byte, id uint32, a *trace.Access) []byte {
 }
 
 func (Pending) append(b []byte) []byte { return append(b, kindPending) }
-func (Drained) append(b []byte) []byte { return append(b, kindDrained) }
+func (f Drained) append(b []byte) []byte {
+	return append(append(b, kindDrained), clip(f.Why, maxText)...)
+}
 
 func (f Merge) append(b []byte) []byte {
 	return append(binary.LittleEndian.AppendUint32(append(b, kindMerge), f.ID), byte(f.How))
@@ -297,7 +308,7 @@ func decode(b []byte, last *string) (Frame, error) {
 	case kindPending:
 		f = Pending{}
 	case kindDrained:
-		f = Drained{}
+		f = Drained{Why: c.text()}
 	case kindMerge:
 		f = Merge{ID: c.uint32(), How: trace.How(c.byte())}
 	case kindFailure:

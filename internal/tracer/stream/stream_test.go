@@ -25,6 +25,7 @@ func frames() []stream.Frame {
 		stream.Touch{ID: math.MaxUint32, Access: trace.Access{Path: "/" + strings.Repeat("x", 4095), PID: -1}},
 		stream.Pending{},
 		stream.Drained{},
+		stream.Drained{Why: "no memory"},
 		stream.Merge{ID: 7, How: trace.Read},
 		stream.Found{ID: 9, Access: trace.Access{Path: "/f", How: trace.Read, Size: 1, Elapsed: 2, PID: 3, Command: "c"}},
 		stream.Rename{ID: 7, Path: "/other\n"},

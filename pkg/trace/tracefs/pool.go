@@ -65,11 +65,12 @@ type Pool struct {
 	count  int          // instances that there are, wherever they are
 	out    int          // those that Get returned and Put did not take back
 	rings  map[*Instance]int64
-	spent  int64     // bytes of rings
-	want   int       // instances to keep ready: at least o.Ready, more after a rush
-	last   time.Time // of the last Get
-	rushed time.Time // when want was last raised or lowered
-	failed error     // of the last attempt to make one; nil after a success
+	spent  int64       // bytes of rings
+	want   int         // instances to keep ready: at least o.Ready, more after a rush
+	last   time.Time   // of the last Get
+	rushed time.Time   // when want was last raised or lowered
+	likely []time.Time // of calls of Get that were announced: when they are not expected any more, in order
+	failed error       // of the last attempt to make one; nil after a success
 	closed bool
 }
 
@@ -124,6 +125,9 @@ func (p *Pool) Get(ctx context.Context) (*Instance, error) {
 		return nil, fmt.Errorf("pool of trace instances: %w", ErrClosed)
 	}
 	p.last = time.Now()
+	if len(p.likely) > 0 {
+		p.likely = p.likely[1:]
+	}
 	p.signal()
 	if n := len(p.ready); n > 0 {
 		i := p.ready[n-1]
@@ -298,7 +302,10 @@ func (p *Pool) rest() time.Duration {
 // Called with mu held.
 func (p *Pool) quiet() time.Duration {
 	d := p.o.Quiet
-	if len(p.ready) <= p.want/2 {
+	switch {
+	case len(p.ready) == 0 && len(p.likely) > 0: // the next one would wait longer for what is not made
+		return 0
+	case len(p.ready) <= p.goal()/2:
 		d /= 20
 	}
 	return max(d-time.Since(p.last), 0)
@@ -324,11 +331,11 @@ func (p *Pool) step() bool {
 	case len(p.used) > 0:
 		p.disarm()
 		return true
-	case len(p.ready) > p.want:
+	case len(p.ready) > p.goal():
 		p.broken = append(p.broken, p.ready[0])
 		p.ready = p.ready[1:]
 		return true
-	case len(p.ready) < p.want && p.count < p.o.Max && p.failed == nil && (p.spent < p.o.Budget || len(p.ready) == 0):
+	case len(p.ready) < p.goal() && p.count < p.o.Max && p.failed == nil && (p.spent < p.o.Budget || len(p.ready) == 0):
 		i, err := p.create()
 		if p.failed = err; err != nil {
 			p.o.Log(err)
@@ -396,7 +403,7 @@ func (p *Pool) recycle() {
 	case err != nil:
 		p.broken = append(p.broken, i)
 	case p.answer(got{i: i}):
-	case len(p.ready) < p.want:
+	case len(p.ready) < p.goal():
 		p.ready = append(p.ready, i)
 	default:
 		p.broken = append(p.broken, i)

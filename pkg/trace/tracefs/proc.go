@@ -14,12 +14,13 @@ import (
 )
 
 // Threads returns the threads that process pid has, itself among them, for [Instance.Arm].
-// It looks until nothing new turns up; one that the process starts later is missed unless
+// It looks until nothing new turns up, a hundred times at most; one that the process starts later is missed unless
 // the process is armed by then. The error is one of fs.ErrNotExist when there is no such
 // process.
 func Threads(pid int) ([]int, error) {
+	const most = 100 // a process that starts and ends threads all the time looks new each time
 	var before []int
-	for {
+	for range most {
 		entries, err := os.ReadDir(fmt.Sprintf("/proc/%d/task", pid))
 		if err != nil {
 			return nil, fmt.Errorf("threads of process %d: %w", pid, err)
@@ -35,11 +36,12 @@ func Threads(pid int) ([]int, error) {
 		}
 		before = threads
 	}
+	return before, nil
 }
 
-// descendants returns the threads of process pid and of all its descendants, as far as they
-// can be found (CONFIG_PROC_CHILDREN).
-func descendants(pid int) []int {
+// Family returns the threads of process pid and of all its descendants, as far as they
+// can be found (CONFIG_PROC_CHILDREN). The error is one of fs.ErrNotExist when there is no such process.
+func Family(pid int) ([]int, error) {
 	var all []int
 	seen := map[int]bool{}
 	for next := []int{pid}; len(next) > 0; next = next[1:] {
@@ -49,6 +51,9 @@ func descendants(pid int) []int {
 		seen[next[0]] = true
 		threads, err := Threads(next[0])
 		if err != nil {
+			if len(all) == 0 {
+				return nil, err
+			}
 			continue // gone
 		}
 		for _, t := range threads {
@@ -64,7 +69,7 @@ func descendants(pid int) []int {
 		}
 		all = append(all, threads...)
 	}
-	return all
+	return all, nil
 }
 
 // online returns the number of CPUs that run; many where that is not known.

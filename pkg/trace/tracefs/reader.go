@@ -273,7 +273,7 @@ func (r *Reader) follow(events []Event) {
 			continue
 		}
 		r.rejoined.Add(1)
-		threads := descendants(int(e.PID))
+		threads, _ := Family(int(e.PID)) // none: it is gone
 		if err := r.in.Add(threads...); err != nil {
 			r.missed.Add(1) // and the count of rejoined says why
 		}

@@ -61,6 +61,8 @@ func file1(what, file, other string) error {
 		cmd := exec.Command("/program", "files", "read:"+file)
 		cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWNS}
 		return cmd.Run()
+	case "await": // that somebody makes the file
+		return await(file)
 	case "child": // so many generations of children, the last of which waits for a file and then reads
 		return child(file, other)
 	case "pause":
@@ -77,18 +79,26 @@ func child(generations, file string) error {
 		if err := os.WriteFile("/s/waits", []byte("x"), 0o644); err != nil {
 			return err
 		}
-		for range 6000 {
-			if _, err := os.Stat(file); err == nil {
-				_, err := os.ReadFile("/s/plain")
-				return errors.Join(err, exec.Command("/program", "nothing").Run())
-			}
-			time.Sleep(10 * time.Millisecond)
+		if err := await(file); err != nil {
+			return err
 		}
-		return errors.New("nobody wants it to")
+		_, err := os.ReadFile("/s/plain")
+		return errors.Join(err, exec.Command("/program", "nothing").Run())
 	}
 	n, err := strconv.Atoi(generations)
 	if err != nil {
 		return err
 	}
 	return exec.Command("/program", "files", fmt.Sprintf("child:%d:%s", n-1, file)).Run()
+}
+
+// await waits until file exists.
+func await(file string) error {
+	for range 6000 {
+		if _, err := os.Stat(file); err == nil {
+			return nil
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	return errors.New("nobody wants it to")
 }

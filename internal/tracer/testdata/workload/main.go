@@ -25,6 +25,8 @@ func main() {
 		err = ranges(os.Args[2:])
 	case "files":
 		err = files(os.Args[2:])
+	case "mixed":
+		err = mixed(os.Args[2:])
 	case "nothing":
 	}
 	if err != nil {
