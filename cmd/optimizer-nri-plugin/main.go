@@ -20,6 +20,7 @@ import (
 	"github.com/headstart-oci/headstart/internal/metrics"
 	"github.com/headstart-oci/headstart/internal/nriplugin"
 	"github.com/headstart-oci/headstart/internal/rebuild"
+	"github.com/headstart-oci/headstart/pkg/trace/tracefs"
 )
 
 // verbRebuild, as the first argument, makes this process build one job of the plugin's queue.
@@ -204,7 +205,11 @@ func serve(ctx context.Context, f *flags, launch *nriplugin.Launch, stderr io.Wr
 	signal.Ignore(syscall.SIGPIPE) // a reader of our stderr may go away
 	counts, server := metrics.New(), &metrics.Server{}
 	defer func() { err = errors.Join(err, server.Close()) }()
-	pages, closePages := nriplugin.OpenPages(log)
+	var pages *tracefs.Pool
+	closePages := func() error { return nil }
+	if nriplugin.WarnPrivileges(log) {
+		pages, closePages = nriplugin.OpenPages(log)
+	}
 	defer func() { err = errors.Join(err, closePages()) }()
 	p, err := nriplugin.New(nriplugin.Options{
 		Own: f.own, Base: f.base, Log: log, Metrics: counts,

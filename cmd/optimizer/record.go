@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"os/exec"
 	"path/filepath"
 	"regexp"
@@ -17,6 +18,7 @@ import (
 	"github.com/headstart-oci/headstart/internal/imageroot"
 	"github.com/headstart-oci/headstart/internal/readylog"
 	"github.com/headstart-oci/headstart/internal/runroot"
+	"github.com/headstart-oci/headstart/pkg/fanotify"
 	"github.com/headstart-oci/headstart/pkg/persist"
 	"github.com/headstart-oci/headstart/pkg/remote"
 )
@@ -297,6 +299,9 @@ func (o *recordOptions) run(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
+	if err := mayRecord(); err != nil {
+		return err
+	}
 	defer func() { err = errors.Join(err, o.pages.close()) }()
 	l := &persist.List{Reference: o.reference, Digest: o.digest, Engine: "fanotify", Grade: "file"}
 	switch {
@@ -317,6 +322,18 @@ func (o *recordOptions) run(ctx context.Context) (err error) {
 		}
 	}
 	return o.runAttached(ctx, server, l)
+}
+
+// mayRecord returns an error where this process has not the privileges that any recording takes.
+func mayRecord() error {
+	err := fanotify.Probe(fanotify.FeatureGroup)
+	if !errors.Is(err, fanotify.ErrPermission) {
+		return nil // what else is wrong the tracer says
+	}
+	if uid := os.Geteuid(); uid != 0 {
+		return fmt.Errorf("record: it takes root, runs as user %d", uid)
+	}
+	return errors.New("record: it takes CAP_SYS_ADMIN on the host: this process has it not, or in a user namespace of its own only")
 }
 
 // runInRoot runs the command and records it from its first instruction.

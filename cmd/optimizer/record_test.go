@@ -230,10 +230,10 @@ func TestRecordTracerDies(t *testing.T) {
 			t.Errorf("kill the tracer: %v", err)
 		}
 	}}
-	var errs bytes.Buffer
-	err := run(t.Context(), []string{"record", "--root", root, "--server-path", server, "-o", name, "--", "hello", "sleep"}, nil, out, &errs)
+	errs := &watched{want: "\x00"} // the program's words come beside ours
+	err := run(t.Context(), []string{"record", "--root", root, "--server-path", server, "-o", name, "--", "hello", "sleep"}, nil, out, errs)
 	if want := "the tracer died before the recording ended; the list was written and is incomplete"; err == nil || err.Error() != want {
-		t.Errorf("error %v, want %s; stderr %s", err, want, errs.String())
+		t.Errorf("error %v, want %s; stderr %s", err, want, errs.all.String())
 	}
 	if l := readListFile(t, name); l.End != "killed" || l.Complete() {
 		t.Errorf("ended by %s, complete %v", l.End, l.Complete())

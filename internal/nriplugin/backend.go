@@ -66,6 +66,9 @@ func OpenBackend(c Config, o BackendOptions) (*Backend, error) {
 		Log:   log,
 		Close: func() error { return errors.Join(store.Close(), logCloser.Close()) },
 	}
+	if o.Pages != nil {
+		b.Expect = o.Pages.Expect
+	}
 	if !c.Rebuild.Enabled {
 		o.serve(&c, log)
 		return b, nil

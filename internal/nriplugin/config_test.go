@@ -221,7 +221,7 @@ func TestConfigure(t *testing.T) {
 		t.Error("Configure with a broken persist_dir succeeds")
 	}
 	mask, err := p.Configure(ctx, upstream+"\n", "containerd", "v2")
-	if err != nil || mask.PrettyString() != "StartContainer,StopContainer" {
+	if err != nil || mask.PrettyString() != "CreateContainer,StartContainer,StopContainer" {
 		t.Errorf("Configure() = %s, %v", mask.PrettyString(), err)
 	}
 	n := opened
@@ -232,7 +232,7 @@ func TestConfigure(t *testing.T) {
 	s := w.session(0)
 	// A new configuration while a recording goes on; events are what the plugin needs in any case.
 	mask, err = p.Configure(ctx, "events = [\"CreateContainer\"]", "containerd", "v2")
-	if err != nil || mask.PrettyString() != "StartContainer,StopContainer" || opened != n+1 {
+	if err != nil || mask.PrettyString() != "CreateContainer,StartContainer,StopContainer" || opened != n+1 {
 		t.Errorf("Configure() = %s, %v", mask.PrettyString(), err)
 	}
 	s.end("exit", nil, "/a")

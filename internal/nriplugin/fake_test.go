@@ -180,12 +180,13 @@ func (w *world) backend() *nriplugin.Backend {
 	}
 }
 
-// open makes a plugin whose configuration is the default one changed by change.
+// open makes a plugin whose configuration is the default one changed by change, and whose hooks wait for a machine that is busy.
 func (w *world) open(change func(*nriplugin.Config, *nriplugin.Options)) {
 	w.t.Helper()
 	c := nriplugin.DefaultConfig()
+	c.StartDeadline = 10 * time.Second
 	o := nriplugin.Options{
-		Own:  &c,
+		Own: &c, HookLimit: time.Minute,
 		Open: func(nriplugin.Config) (*nriplugin.Backend, error) { return w.backend(), nil },
 		Expired: func(hook string) {
 			w.mu.Lock()
@@ -216,7 +217,7 @@ func (w *world) idle() {
 
 func eventually(t testing.TB, what string, ok func() bool) {
 	t.Helper()
-	for end := time.Now().Add(20 * time.Second); time.Now().Before(end); time.Sleep(2 * time.Millisecond) {
+	for end := time.Now().Add(time.Minute); time.Now().Before(end); time.Sleep(2 * time.Millisecond) {
 		if ok() {
 			return
 		}

@@ -55,7 +55,9 @@ type Builds interface {
 
 // Backend is everything a configuration opens.
 type Backend struct {
-	Start    func(ctx context.Context, o tracer.Options) (Session, error)
+	Start func(ctx context.Context, o tracer.Options) (Session, error)
+	// Expect says that Start is likely to be called soon; it does not block. Nil: nobody wants to know.
+	Expect   func()
 	Resolver Resolver
 	Store    Store
 	Builds   Builds // nil: nothing is rebuilt
@@ -169,7 +171,7 @@ func (p *Plugin) use(c Config, text string) error {
 }
 
 // events is what the plugin subscribes to: each event costs containerd a round trip under a lock.
-const events = api.EventMask(1<<(api.Event_START_CONTAINER-1) | 1<<(api.Event_STOP_CONTAINER-1))
+const events = api.EventMask(1<<(api.Event_CREATE_CONTAINER-1) | 1<<(api.Event_START_CONTAINER-1) | 1<<(api.Event_STOP_CONTAINER-1))
 
 // Configure takes containerd's configuration for the plugin, unless it has its own, and
 // returns the events it needs. A bad configuration is an error that matches [ErrConfig].
@@ -250,6 +252,22 @@ func (p *Plugin) Synchronize(_ context.Context, _ []*api.PodSandbox, ctrs []*api
 		})
 	}
 	return nil, nil
+}
+
+// CreateContainer says that a container that is to be recorded will start soon, so that what that needs is made by then.
+// It never changes anything and never returns an error.
+func (p *Plugin) CreateContainer(_ context.Context, pod *api.PodSandbox, ctr *api.Container) (_ *api.ContainerAdjustment, _ []*api.ContainerUpdate, _ error) {
+	defer p.timed("CreateContainer", time.Now())
+	defer p.watch.enter("CreateContainer")()
+	defer p.recovered("CreateContainer")
+	s := p.settings()
+	if s == nil || s.backend.Expect == nil {
+		return nil, nil, nil
+	}
+	if reason, _ := s.choose.choose(pod, ctr); reason == "" {
+		s.backend.Expect()
+	}
+	return nil, nil, nil
 }
 
 // StartContainer begins a recording and returns when it is armed, when it cannot be, or
