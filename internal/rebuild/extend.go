@@ -6,6 +6,9 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
+
+	"go.uber.org/zap"
 
 	"github.com/headstart-oci/headstart/pkg/persist"
 	"github.com/headstart-oci/headstart/pkg/trace"
@@ -35,6 +38,7 @@ func (q *Queue) extend(d *Decision, image, base string, r *Request) *persist.Lis
 	if have.Grade == trace.GradeFile && next.Grade != trace.GradeFile {
 		return nil // what is known by range takes the place of what was known by file
 	}
+	next = sharpen(next, have)
 	lacks := lacking(have, next, r.Options.ChunkSize)
 	switch {
 	case lacks > material:
@@ -47,7 +51,43 @@ func (q *Queue) extend(d *Decision, image, base string, r *Request) *persist.Lis
 	}
 	union, err := unite(have, next)
 	q.warn("unite lists of one image", err)
+	if union == nil {
+		return nil
+	}
+	all := len(union.Accesses)
+	if union = union.Fit(); len(union.Accesses) < all {
+		q.o.Log.Warn("one image was read by so many runs in so many places that no list holds it all: it is built for the last run alone", zap.String("image", r.Image.Reference))
+		return nil
+	}
 	return union
+}
+
+// sharpen returns l with the ranges that have knows of files of which l knows only that they were touched: such a run, which found no
+// trace instance ready, adds the files that are new. Where all of l is of whole files it gets the grade of have, which the union has then: the
+// next run with ranges is to be united with that, too.
+func sharpen(l, have *persist.List) *persist.List {
+	known := make(map[string][]trace.Range, len(have.Accesses))
+	for i := range have.Accesses {
+		if a := &have.Accesses[i]; len(a.Ranges) > 0 {
+			known[a.Path] = a.Ranges
+		}
+	}
+	out := *l
+	out.Accesses = slices.Clone(l.Accesses)
+	for i := range out.Accesses {
+		a := &out.Accesses[i]
+		// Among ranges a file that was read is whole when it was read unseen: all of it may have been.
+		if a.Ranges == nil && (l.Grade == trace.GradeFile || a.How&trace.Read == 0) {
+			a.Ranges = known[a.Path]
+		}
+	}
+	if l.Grade == trace.GradeFile {
+		out.Grade = have.Grade
+		if out.Grade == trace.GradeExact {
+			out.Grade = trace.GradeFaultAround // nobody knows the pages of what is new
+		}
+	}
+	return &out
 }
 
 func readList(f *os.File, err error) (*persist.List, error) {

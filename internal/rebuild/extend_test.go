@@ -46,8 +46,20 @@ func (b *bench) overwrite(q *rebuild.Queue, files ...string) rebuild.Decision {
 	return b.add(q, b.request(text, func(r *rebuild.Request) { r.Overwrite = true }))
 }
 
-// builtFor returns what the n-th build was given: "path:chunks that ranges begin in" in order of the paths.
-func (b *bench) builtFor(d rebuild.Decision) []string {
+// overwriteFiles adds a list of grade file.
+func (b *bench) overwriteFiles(q *rebuild.Queue, files ...string) rebuild.Decision {
+	b.t.Helper()
+	_, whole := touched(b.t, files...)
+	whole.Grade = trace.GradeFile
+	var text strings.Builder
+	if _, err := whole.WriteTo(&text); err != nil {
+		b.t.Fatal(err)
+	}
+	return b.add(q, b.request(text.String(), func(r *rebuild.Request) { r.Overwrite = true }))
+}
+
+// listOf returns the list that the build of d was given.
+func (b *bench) listOf(d rebuild.Decision) *persist.List {
 	b.t.Helper()
 	data, err := os.ReadFile(filepath.Join(b.out, d.Key))
 	if err != nil {
@@ -57,8 +69,14 @@ func (b *bench) builtFor(d rebuild.Decision) []string {
 	if err != nil {
 		b.t.Fatal(err)
 	}
+	return l
+}
+
+// builtFor returns the paths in that list, sorted.
+func (b *bench) builtFor(d rebuild.Decision) []string {
+	b.t.Helper()
 	var paths []string
-	for _, a := range l.Accesses {
+	for _, a := range b.listOf(d).Accesses {
 		paths = append(paths, a.Path)
 	}
 	slices.Sort(paths)
@@ -159,13 +177,7 @@ func TestOverwriteWithoutComparison(t *testing.T) {
 func TestOverwriteWholeFiles(t *testing.T) {
 	b := newBench(t)
 	q := b.open("ok", nil)
-	_, whole := touched(t, "a", "b")
-	whole.Grade = trace.GradeFile
-	var text strings.Builder
-	if _, err := whole.WriteTo(&text); err != nil {
-		t.Fatal(err)
-	}
-	b.add(q, b.request(text.String(), func(r *rebuild.Request) { r.Overwrite = true }))
+	b.overwriteFiles(q, "a", "b")
 	b.run(q)
 	b.waitBuilt(1)
 	b.wantEmpty()
@@ -176,5 +188,53 @@ func TestOverwriteWholeFiles(t *testing.T) {
 	b.waitBuilt(2)
 	if got := b.builtFor(d); !slices.Equal(got, []string{"/a"}) {
 		t.Errorf("built for %q, want what the exact run read", got)
+	}
+}
+
+// A run of whole files adds the files that are new, and no more: the image does not go back and forth between it and the exact runs, and
+// what these said of a file stays.
+func TestOverwriteByWholeFiles(t *testing.T) {
+	b := newBench(t)
+	q := b.open("ok", nil)
+	b.overwrite(q, "a:1", "b:2")
+	b.run(q)
+	b.waitBuilt(1)
+	b.wantEmpty()
+	if d := b.overwriteFiles(q, "b", "a"); d.Verdict != rebuild.Unchanged {
+		t.Errorf("Add(the same as whole files) = %+v, want %q", d, rebuild.Unchanged)
+	}
+	d := b.overwriteFiles(q, "a", "c")
+	if d.Verdict != rebuild.Queued {
+		t.Fatalf("Add(another whole file) = %+v, want %q", d, rebuild.Queued)
+	}
+	b.waitBuilt(2)
+	b.wantEmpty()
+	l := b.listOf(d)
+	if got, want := b.builtFor(d), []string{"/a", "/b", "/c"}; !slices.Equal(got, want) || l.Grade != trace.GradeFaultAround {
+		t.Errorf("built for %q, grade %q, want %q, %q", got, l.Grade, want, trace.GradeFaultAround)
+	}
+	for _, a := range l.Accesses {
+		if whole := a.Ranges == nil; whole != (a.Path == "/c") {
+			t.Errorf("%s: whole is %v", a.Path, whole)
+		}
+	}
+	matches, err := filepath.Glob(filepath.Join(q.Dir(), "built", "*.list"))
+	if err != nil || len(matches) != 1 {
+		t.Fatalf("built lists %q, %v, want one", matches, err)
+	}
+	done, err := filepath.Glob(filepath.Join(q.Dir(), "done", "*.json"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !slices.ContainsFunc(done, func(name string) bool {
+		b, err := os.ReadFile(name)
+		return err == nil && strings.Contains(string(b), `"`+matches[0]+`"`)
+	}) {
+		t.Errorf("none of %q names %s, the list of both runs", done, matches[0])
+	}
+	for _, d := range []rebuild.Decision{b.overwrite(q, "b:2"), b.overwriteFiles(q, "a", "b", "c")} {
+		if d.Verdict != rebuild.Unchanged {
+			t.Errorf("Add() = %+v after a build for both, want %q", d, rebuild.Unchanged)
+		}
 	}
 }

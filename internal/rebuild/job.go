@@ -79,7 +79,7 @@ type Recording struct {
 	Lost      string        `json:"lost,omitempty"`
 	Duration  time.Duration `json:"duration"`
 	End       string        `json:"end"`
-	List      string        `json:"list"` // the list's file
+	List      string        `json:"list"` // the file of the list that the image is built for: the run's, or that of several runs
 }
 
 // Request asks for a rebuild.

@@ -204,6 +204,9 @@ func (q *Queue) put(d *Decision, image string, union *persist.List, r *Request) 
 		List: filepath.Join(q.dir, name), ListHash: r.ListHash,
 		Target: d.Target, Options: r.Options, Recording: r.Recording, Overwrite: r.Overwrite,
 	}
+	if union != nil {
+		job.Recording.List = filepath.Join(q.dir, dirBuilt, image+".list") // it is there when the image is built
+	}
 	if err := q.keepList(r.List, name, union); err != nil {
 		return err
 	}
@@ -229,12 +232,11 @@ func (q *Queue) refuse(d *Decision, image string, overwrite bool) (bool, error) 
 			return true, nil
 		}
 	}
-	var f Failure
-	if exists, err := readJSON(q.root, filepath.Join(dirFailed, d.Key+".json"), &f); exists && err == nil {
-		if time.Since(f.Failed) < q.o.RetryFailed {
-			d.Verdict, d.Failure = FailedBefore, &f
-			return true, nil
-		}
+	if f, err := q.failedBefore(d.Key, image); err != nil {
+		return false, err
+	} else if f != nil {
+		d.Verdict, d.Failure = FailedBefore, f
+		return true, nil
 	}
 	jobs, err := q.names(dirJobs)
 	if err != nil {
@@ -244,6 +246,26 @@ func (q *Queue) refuse(d *Decision, image string, overwrite bool) (bool, error) 
 		return false, fmt.Errorf("%w: %d jobs are waiting", ErrFull, len(jobs))
 	}
 	return false, nil
+}
+
+// failedBefore returns a failure that is no older than RetryFailed: of the job with this key, or of another of its image that no attempt
+// can help, whatever the list. nil: there is none.
+func (q *Queue) failedBefore(key, image string) (*Failure, error) {
+	failed, err := q.names(dirFailed)
+	if err != nil {
+		return nil, err
+	}
+	for _, n := range failed {
+		if !strings.HasPrefix(n, image+"-") {
+			continue
+		}
+		var f Failure
+		exists, err := readJSON(q.root, filepath.Join(dirFailed, n), &f)
+		if err == nil && exists && (f.Permanent || n == key+".json") && time.Since(f.Failed) < q.o.RetryFailed {
+			return &f, nil
+		}
+	}
+	return nil, nil
 }
 
 // last returns the latest result of an image; false when there is none.

@@ -275,6 +275,11 @@ func TestFailures(t *testing.T) {
 			if n := len(b.files("done")); n != 0 {
 				t.Errorf("%d results", n)
 			}
+			if tc.permanent { // so another list does not help either
+				if d := b.add(q, b.request("list 2", nil)); d.Verdict != rebuild.FailedBefore {
+					t.Errorf("Add(another list) = %+v", d)
+				}
+			}
 			// Later it is accepted again.
 			later := b.open("ok", func(o *rebuild.QueueOptions) { o.RetryFailed = time.Nanosecond })
 			if d := b.add(later, b.request("list 1", nil)); d.Verdict != rebuild.Queued {
