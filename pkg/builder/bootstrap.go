@@ -62,27 +62,32 @@ func (c *conversion) packBootstrap(ctx context.Context) (_ digest.Digest, err er
 		return "", err
 	}
 	entries = append(entries, tables...)
-	f, err := os.OpenFile(c.path("bootstrap.tar.gz"), os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
+	layer, diffID, err := writeLayer(ctx, c.path("bootstrap.tar.gz"), entries)
 	if err != nil {
 		return "", err
+	}
+	layer.Annotations = annotations
+	c.res.Bootstrap = File{Path: c.path("bootstrap.tar.gz"), SourceLayer: -1, Descriptor: layer}
+	return diffID, nil
+}
+
+// writeLayer writes the files as a new gzip layer at name, which must not be there. It returns the layer's descriptor and the digest of the
+// uncompressed tar.
+func writeLayer(ctx context.Context, name string, files []tarFile) (_ ocispec.Descriptor, diffID digest.Digest, _ error) {
+	f, err := os.OpenFile(name, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
+	if err != nil {
+		return ocispec.Descriptor{}, "", err
 	}
 	stored, plain := sha256.New(), sha256.New()
 	count := &countWriter{w: io.MultiWriter(f, stored)}
 	z := gzip.NewWriter(count)
-	err = writeTar(ctx, io.MultiWriter(z, plain), entries)
+	err = writeTar(ctx, io.MultiWriter(z, plain), files)
 	if err := errors.Join(err, z.Close(), f.Close()); err != nil {
-		return "", err
+		return ocispec.Descriptor{}, "", err
 	}
-	c.res.Bootstrap = File{
-		Path: f.Name(), SourceLayer: -1,
-		Descriptor: ocispec.Descriptor{
-			MediaType:   ocispec.MediaTypeImageLayerGzip,
-			Digest:      digest.NewDigest(digest.SHA256, stored),
-			Size:        count.n,
-			Annotations: annotations,
-		},
-	}
-	return digest.NewDigest(digest.SHA256, plain), nil
+	return ocispec.Descriptor{
+		MediaType: ocispec.MediaTypeImageLayerGzip, Digest: digest.NewDigest(digest.SHA256, stored), Size: count.n,
+	}, digest.NewDigest(digest.SHA256, plain), nil
 }
 
 // countWriter counts what it passes on.

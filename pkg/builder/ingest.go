@@ -2,6 +2,7 @@ package builder
 
 import (
 	"archive/tar"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -69,6 +70,8 @@ func (l *layerReader) read(ctx context.Context, r io.Reader) error {
 		}
 		hdr, err := tr.Next()
 		if errors.Is(err, io.EOF) {
+			// Of several links to one file the last entry says what its attributes are.
+			slices.SortFunc(l.tree.links, func(a, b *lowerLink) int { return cmp.Compare(a.turn, b.turn) })
 			return nil
 		}
 		if err != nil {
@@ -330,13 +333,14 @@ func (l *layerReader) link(hdr *tar.Header, a attrs) (entry, error) {
 	case e.link != nil:
 		a.ino = nil
 		e.link.attrs = e.link.attrs.merged(a)
+		e.link.turn = l.tree.nextTurn()
 		return e, nil
 	case e.ino != nil:
 		a.apply(e.ino)
 		l.tree.shared[e.ino] = struct{}{}
 		return e, nil
 	}
-	ll := &lowerLink{name: hdr.Name, target: target, attrs: a}
+	ll := &lowerLink{name: hdr.Name, target: target, attrs: a, turn: l.tree.nextTurn()}
 	l.tree.links = append(l.tree.links, ll)
 	return entry{link: ll}, nil
 }

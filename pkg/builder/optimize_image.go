@@ -5,7 +5,6 @@ import (
 	"bufio"
 	"bytes"
 	"context"
-	"crypto/sha256"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -18,7 +17,6 @@ import (
 	"strings"
 	"time"
 
-	"github.com/klauspost/compress/gzip"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"golang.org/x/sync/errgroup"
@@ -362,26 +360,16 @@ func (c *optimization) packLayer(ctx context.Context) (_ digest.Digest, err erro
 			entries = append(entries, tarFile{name: e.name, mode: e.mode, path: e.path, size: e.size})
 		}
 	}
-	f, err := os.OpenFile(c.path("bootstrap.tar.gz"), os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
+	layer, diffID, err := writeLayer(ctx, c.path("bootstrap.tar.gz"), entries)
 	if err != nil {
 		return "", err
 	}
-	stored, plain := sha256.New(), sha256.New()
-	count := &countWriter{w: io.MultiWriter(f, stored)}
-	z := gzip.NewWriter(count)
-	err = writeTar(ctx, io.MultiWriter(z, plain), entries)
-	if err := errors.Join(err, z.Close(), f.Close()); err != nil {
-		return "", err
-	}
-	desc := ocispec.Descriptor{
-		MediaType: ocispec.MediaTypeImageLayerGzip, Digest: digest.NewDigest(digest.SHA256, stored), Size: count.n,
-		Annotations: annotations,
-	}
+	layer.Annotations = annotations
 	if old.MediaType == dockerLayerGzip {
-		desc.MediaType = dockerLayerGzip
+		layer.MediaType = dockerLayerGzip
 	}
-	c.res.Bootstrap = File{Path: f.Name(), SourceLayer: -1, Descriptor: desc}
-	return digest.NewDigest(digest.SHA256, plain), nil
+	c.res.Bootstrap = File{Path: c.path("bootstrap.tar.gz"), SourceLayer: -1, Descriptor: layer}
+	return diffID, nil
 }
 
 // tarFile is one file of a tar: data, or the content of path.

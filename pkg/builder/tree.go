@@ -21,18 +21,26 @@ const (
 type lowerLink struct {
 	name, target string
 	attrs        attrs
+	turn         int // of the last entry that gave it attributes, while its layer is read
 }
 
 // tree is a layer's tree, or the merged one.
 type tree struct {
 	root  entry
 	links []*lowerLink
+	turns int // entries that were or are links to them
 	// shared holds the inodes that may have several names.
 	shared map[*rafs.Inode]struct{}
 }
 
 func newTree() *tree {
 	return &tree{root: newDir(inventedDir()), shared: map[*rafs.Inode]struct{}{}}
+}
+
+// nextTurn returns a number that is larger than those before.
+func (t *tree) nextTurn() int {
+	t.turns++
+	return t.turns
 }
 
 func newDir(ino *rafs.Inode) entry {

@@ -209,3 +209,18 @@ func TestAttributes(t *testing.T) {
 		t.Errorf("XattrsIgnored = %d, want 2", n)
 	}
 }
+
+// Of several links to one file of a lower layer the last entry says what its attributes are, be it a link to a link.
+func TestLowerLinkOrder(t *testing.T) {
+	mode := func(f file, mode int64) file { f.Mode = mode; return f }
+	res := convert(t, tars(t,
+		makeTar(t, reg("f", "data")),
+		makeTar(t, mode(link("a", "f"), 0o600), mode(link("b", "f"), 0o640), mode(link("c", "a"), 0o4755)),
+	), builder.DefaultOptions())
+	got := dumpImage(t, res)
+	for _, p := range []string{"/f", "/a", "/b", "/c"} {
+		if g := got[p]; g.Mode != unix.S_IFREG|0o4755 || g.Link != "/a" && g.Link != "a" {
+			t.Errorf("%s has mode %#o, link %q, want %#o of /a", p, g.Mode, g.Link, unix.S_IFREG|0o4755)
+		}
+	}
+}

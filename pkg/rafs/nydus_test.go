@@ -1,6 +1,8 @@
 package rafs_test
 
 import (
+	"archive/tar"
+	"bytes"
 	"fmt"
 	"maps"
 	"math/rand/v2"
@@ -9,6 +11,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -64,6 +67,71 @@ func TestReadNydusImage(t *testing.T) {
 			diff(t, "tree", got, want)
 			s.compareMount(t)
 		})
+	}
+}
+
+// TestReadLinkedSpecials reads what nydus-image makes of symlinks, FIFOs and devices with several names: an inode each.
+func TestReadLinkedSpecials(t *testing.T) {
+	testenv.Root(t)
+	nydus := testenv.Tool(t, "nydus-image")
+	source := t.TempDir()
+	in := func(name string) string { return filepath.Join(source, name) }
+	must(t, os.WriteFile(in("file"), []byte("data"), 0o644))
+	must(t, os.Link(in("file"), in("hard")))
+	must(t, os.Symlink("file", in("s1")))
+	must(t, os.Link(in("s1"), in("s2")))
+	must(t, unix.Mkfifo(in("p1"), 0o600))
+	must(t, os.Link(in("p1"), in("p2")))
+	must(t, unix.Mknod(in("c1"), unix.S_IFCHR|0o600, int(unix.Mkdev(1, 3))))
+	must(t, os.Link(in("c1"), in("c2")))
+	for _, version := range []string{"5", "6"} {
+		s := runNydus(t, nydus, source, []string{"--fs-version", version})
+		if _, err := s.check(rafs.CheckOptions{Data: true}); err != nil {
+			t.Errorf("v%s: %v", version, err)
+		}
+		if _, err := rafs.OpenStrict(bytes.NewReader(s.bootstrap), int64(len(s.bootstrap))); err != nil {
+			t.Errorf("v%s: OpenStrict = %v", version, err)
+		}
+		img := s.open(t)
+		got := flatten(t, img, img.FS(s.reader))
+		want := flattenDir(t, source, got)
+		got[0].Mtime, got[0].Nsec = want[0].Mtime, want[0].Nsec
+		for i := range want {
+			if m := want[i].Mode & unix.S_IFMT; m != unix.S_IFREG && m != unix.S_IFDIR {
+				want[i].Link, want[i].Nlink = "", 1
+			}
+		}
+		diff(t, "tree of v"+version, got, want)
+	}
+}
+
+// TestReadLinkAttributes reads v5 images of tars whose hard links have headers that differ from the file's: those of the name
+// whose number all have count, which is the first in the tree's order.
+func TestReadLinkAttributes(t *testing.T) {
+	nydus := testenv.Tool(t, "nydus-image")
+	var b bytes.Buffer
+	w := tar.NewWriter(&b)
+	for _, h := range []tar.Header{
+		{Name: "f", Typeflag: tar.TypeReg, Mode: 0o600, Uid: 5, ModTime: time.Unix(1000, 0)},
+		{Name: "a", Typeflag: tar.TypeLink, Linkname: "f", Mode: 0o755, Gid: 7, ModTime: time.Unix(5, 0)},
+		{Name: "z", Typeflag: tar.TypeLink, Linkname: "f", Mode: 0o711, ModTime: time.Unix(6, 0)},
+	} {
+		must(t, w.WriteHeader(&h))
+	}
+	must(t, w.Close())
+	source := filepath.Join(t.TempDir(), "layer.tar")
+	must(t, os.WriteFile(source, b.Bytes(), 0o600))
+	s := runNydus(t, nydus, source, []string{"--fs-version", "5", "--type", "tar-rafs"})
+	if _, err := s.check(rafs.CheckOptions{Data: true}); err != nil {
+		t.Error(err)
+	}
+	img := s.open(t)
+	f := img.Lookup("f")
+	if f == nil || f.Mode != unix.S_IFREG|0o755 || f.UID != 0 || f.GID != 7 || f.Mtime != 5 {
+		t.Fatalf("f = %+v, want what the header of a says", f)
+	}
+	if img.Lookup("a") != f || img.Lookup("z") != f {
+		t.Error("the names are of several files")
 	}
 }
 

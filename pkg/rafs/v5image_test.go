@@ -84,18 +84,9 @@ func TestFixtureRewriteV5(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			s := loadFixture(t, name)
-			img := s.open(t)
-			var out bytes.Buffer
-			_, err := rafs.WriteBootstrap(&out, img)
-			must(t, err)
-			again := &stored{bootstrap: out.Bytes(), blobs: s.blobs}
-			if _, err := again.check(rafs.CheckOptions{Data: true}); err != nil {
-				t.Error(err)
-			}
-			img2 := again.open(t)
-			diff(t, "tree", flatten(t, img2, img2.FS(again.reader)), flatten(t, img, img.FS(s.reader)))
+			again := rewritten(t, s)
 			again.checkNydus(t)
-			sameBytesV5(t, out.Bytes(), s.bootstrap)
+			sameBytesV5(t, again.bootstrap, s.bootstrap)
 		})
 	}
 }

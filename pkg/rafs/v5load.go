@@ -23,6 +23,7 @@ type v5Loader struct {
 	wanted  map[uint32]*Inode  // inodes of the prefetch table, nil until they are met
 	inodes  uint64             // distinct ones so far
 	chunks  []Chunk            // distinct ones, in the order of the files
+	special map[uint32]bool    // symlinks, FIFOs and devices with several names, by entry number
 	lookup  map[uint32]uint32  // chunkID → place in chunks
 	stack   []v5Dir            // directories still to be read
 	deep    bool               // compare digests and counts too, as Check wants
@@ -57,7 +58,7 @@ func (t *v5Tables) load(faults *faultList, tally *tally) (*Image, []Chunk, error
 	l := &v5Loader{
 		v5Tables: t, faults: faults, deep: faults.links, tally: tally, budget: t.src.size,
 		visited: newBitset(uint64(t.super.InodeTableEntries) + 1), // the table itself has 32 times that
-		links:   map[uint32]*v5Link{}, wanted: map[uint32]*Inode{}, lookup: map[uint32]uint32{},
+		links:   map[uint32]*v5Link{}, special: map[uint32]bool{}, wanted: map[uint32]*Inode{}, lookup: map[uint32]uint32{},
 		img: t.bare(),
 	}
 	err := l.run()
@@ -220,10 +221,20 @@ func (l *v5Loader) child(d *v5Dir, n uint32, last string) (v5Record, error) {
 	if err := l.visit(n); err != nil {
 		return r, err
 	}
-	switch linked := r.head.Ino != uint64(n); {
-	case linked && !r.inode.IsRegular():
-		return r, invalid(section, clampOffset(r.offset), "ino", r.head.Ino, fmt.Sprintf("%d: only regular files have hard links", n))
-	case linked || r.inode.IsRegular() && r.head.Nlink > 1:
+	switch linked, regular := r.head.Ino != uint64(n), r.inode.IsRegular(); {
+	case linked && r.inode.IsDir():
+		return r, invalid(section, clampOffset(r.offset), "ino", r.head.Ino, fmt.Sprintf("%d: directories have no hard links", n))
+	case !regular && (linked || !r.inode.IsDir() && r.head.Nlink > 1):
+		// nydus-image links symlinks, FIFOs and devices too: here each name is an inode of its own.
+		if r.head.Ino == 0 || r.head.Ino > uint64(l.super.InodeTableEntries) {
+			return r, invalid(section, clampOffset(r.offset), "ino", r.head.Ino, fmt.Sprintf("1 to %d", l.super.InodeTableEntries))
+		}
+		l.special[n] = true
+		l.met(n, r.inode)
+		if linked {
+			l.inodes-- // nydus-image counts files
+		}
+	case linked || regular && r.head.Nlink > 1:
 		if r.inode, err = l.link(n, &r); err != nil {
 			return r, err
 		}
@@ -251,7 +262,8 @@ func (l *v5Loader) child(d *v5Dir, n uint32, last string) (v5Record, error) {
 	return r, nil
 }
 
-// link returns the inode of a file with several names; the record of every name says the same of it.
+// link returns the inode of a file with several names. The record of every name says the same of its data; where the
+// attributes differ, as nydus-image makes them of a tar whose headers differ, those of the file's own number count.
 func (l *v5Loader) link(n uint32, r *v5Record) (*Inode, error) {
 	section := fmt.Sprintf("inode %d", n)
 	if r.head.Ino == 0 || r.head.Ino > uint64(l.super.InodeTableEntries) {
@@ -267,15 +279,20 @@ func (l *v5Loader) link(n uint32, r *v5Record) (*Inode, error) {
 		return nil, invalid(section, clampOffset(r.offset), "record", "not that of the file's other names", fmt.Sprintf("that of inode %d", ino))
 	}
 	f.names++
-	f.own = f.own || n == ino
+	if n == ino {
+		f.own = true
+		f.inode.Mode, f.inode.UID, f.inode.GID = r.inode.Mode, r.inode.UID, r.inode.GID
+		f.inode.Mtime, f.inode.MtimeNsec, f.inode.Xattrs = r.inode.Mtime, r.inode.MtimeNsec, r.inode.Xattrs
+	}
 	return f.inode, nil
 }
 
-// sameFile reports whether two records of names of one file agree.
+// sameFile reports whether two records of names of one file agree in all but attributes.
 func sameFile(a, b *disk.InodeV5) bool {
 	x, y := *a, *b
 	for _, h := range []*disk.InodeV5{&x, &y} {
-		h.Parent, h.NameSize, h.Flags = 0, 0, h.Flags&^disk.V5InodeHardlink
+		h.Parent, h.NameSize, h.Flags = 0, 0, h.Flags&^(disk.V5InodeHardlink|disk.V5InodeXattr)
+		h.UID, h.GID, h.ProjectID, h.Mode, h.Mtime, h.MtimeNsec = 0, 0, 0, 0, 0, 0
 	}
 	return x == y
 }
@@ -284,6 +301,10 @@ func sameFile(a, b *disk.InodeV5) bool {
 func (l *v5Loader) checkLinks() error {
 	var bad []uint32
 	for ino, f := range l.links {
+		if l.special[ino] {
+			l.inodes--
+			continue // of a tar's link to a FIFO or device nydus-image makes an empty file with that one's number
+		}
 		if !f.own || l.deep && f.names != f.head.Nlink {
 			bad = append(bad, ino)
 		}

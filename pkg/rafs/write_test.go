@@ -97,18 +97,24 @@ func TestWriteBootstrapRefuses(t *testing.T) {
 			b, _ := smallImage(t, smallCombo)
 			img := b.build().open(t)
 			c.change(img)
-			var out counter
-			_, err := rafs.WriteBootstrap(&out, img)
-			if err == nil || !strings.Contains(err.Error(), c.want) {
-				t.Errorf("WriteBootstrap = %v, want an error about %q", err, c.want)
-			}
-			if !errors.Is(err, rafs.ErrInvalid) && !errors.Is(err, rafs.ErrUnsupported) {
-				t.Errorf("WriteBootstrap = %v: neither ErrInvalid nor ErrUnsupported", err)
-			}
-			if out != 0 {
-				t.Errorf("%d bytes were written before the error", out)
-			}
+			isRefused(t, img, c.want)
 		})
+	}
+}
+
+// isRefused holds that the image is not written, with an error that says want, and not begun either.
+func isRefused(t *testing.T, img *rafs.Image, want string) {
+	t.Helper()
+	var out counter
+	_, err := rafs.WriteBootstrap(&out, img)
+	if err == nil || !strings.Contains(err.Error(), want) {
+		t.Errorf("WriteBootstrap = %v, want an error about %q", err, want)
+	}
+	if !errors.Is(err, rafs.ErrInvalid) && !errors.Is(err, rafs.ErrUnsupported) {
+		t.Errorf("WriteBootstrap = %v: neither ErrInvalid nor ErrUnsupported", err)
+	}
+	if out != 0 {
+		t.Errorf("%d bytes were written before the error", out)
 	}
 }
 

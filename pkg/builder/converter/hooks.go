@@ -34,13 +34,22 @@ func LayerConvertFunc(opt PackOption) converter.ConvertFunc {
 		if err != nil {
 			return nil, fmt.Errorf("pack layer %s: %w", desc.Digest, err)
 		}
-		if opt.Backend != nil {
-			if err := opt.Backend.Push(ctx, cs, *out); err != nil {
-				return nil, fmt.Errorf("push blob %s to the %s backend: %w", out.Digest, opt.Backend.Type(), err)
-			}
+		if err := push(ctx, opt.Backend, cs, *out); err != nil {
+			return nil, err
 		}
 		return out, nil
 	}
+}
+
+// push brings what was made to the backend, where there is one.
+func push(ctx context.Context, to Backend, cs content.Store, desc ocispec.Descriptor) error {
+	if to == nil {
+		return nil
+	}
+	if err := to.Push(ctx, cs, desc); err != nil {
+		return fmt.Errorf("push %s to the %s backend: %w", desc.Digest, to.Type(), err)
+	}
+	return nil
 }
 
 // packContent packs a layer of the store into the store, unless the store says that this was done.

@@ -79,10 +79,8 @@ func LayerReconvertFunc(opt UnpackOption) converter.ConvertFunc {
 		if err != nil {
 			return nil, fmt.Errorf("unpack blob %s: %w", desc.Digest, err)
 		}
-		if opt.Backend != nil {
-			if err := opt.Backend.Push(ctx, cs, *out); err != nil {
-				return nil, fmt.Errorf("push layer %s to the %s backend: %w", out.Digest, opt.Backend.Type(), err)
-			}
+		if err := push(ctx, opt.Backend, cs, *out); err != nil {
+			return nil, err
 		}
 		return out, nil
 	}

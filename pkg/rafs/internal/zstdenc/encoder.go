@@ -47,7 +47,8 @@ type Encoder struct {
 	deep     *deepFinder // made when first needed
 	reps     reps
 	block    block
-	codes    []codes // of block.sequences
+	seen     [1 << seenBits]uint32 // see repeatsFar
+	codes    []codes               // of block.sequences
 	literals huff0.Scratch
 
 	prev tables          // those that the decoder has; nil: none that may be used again
@@ -70,7 +71,7 @@ type reps [repeats]uint32
 //
 // The frame depends on src and matches alone. A src above [MaxSize] panics.
 func (e *Encoder) Encode(dst, src []byte, matches []Match) []byte {
-	if !worthUsing(matches, len(src)) {
+	if !worthUsing(matches, len(src)) || e.repeatsFar(src, matches) {
 		matches = nil
 		e.finder.begin(len(src))
 	}

@@ -308,3 +308,47 @@ func ExampleEncoder() {
 	fmt.Println(bytes.Equal(back, chunk), err, len(frame) < len(chunk)/10)
 	// Output: true <nil> true
 }
+
+// TestFarRepeats: of a chunk that repeats what lies further back than its matches reach, the frame is that of a search; of one that
+// does so within their reach, or hardly, it is made of the matches.
+func TestFarRepeats(t *testing.T) {
+	t.Parallel()
+	text := func(seed uint64, n int) []byte { // half of it repeats what is near
+		r := rand.New(rand.NewPCG(seed, 0))
+		b := make([]byte, 0, n+64)
+		for len(b) < n {
+			for range 12 {
+				b = append(b, byte(r.IntN(200)))
+			}
+			if back := 16 + r.IntN(20_000); back < len(b) {
+				b = append(b, b[len(b)-back:][:12]...)
+			}
+		}
+		return b[:n]
+	}
+	near := text(1, 400_000)
+	far := bytes.Repeat(text(2, 100_000), 4)
+	little := append(text(3, 400_000), far[:8_000]...)
+	little = append(little, far[:8_000]...)
+	for name, c := range map[string]struct {
+		src      []byte
+		searched bool
+	}{
+		"near":   {near, false},
+		"far":    {far, true},
+		"little": {little, false},
+		"small":  {append(bytes.Clone(far[:32_600]), far[:32_600]...), false}, // less than twice their reach
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			var e zstdenc.Encoder
+			frame, search := e.Encode(nil, c.src, known(c.src)), e.Encode(nil, c.src, nil)
+			if got := bytes.Equal(frame, search); got != c.searched {
+				t.Errorf("Encode of %d bytes with their matches: %d bytes, that of a search %d: searched: %v, want %v", len(c.src), len(frame), len(search), got, c.searched)
+			}
+			if got, err := decoder(t).DecodeAll(frame, nil); err != nil || !bytes.Equal(got, c.src) {
+				t.Errorf("decoded to %d bytes: %v", len(got), err)
+			}
+		})
+	}
+}

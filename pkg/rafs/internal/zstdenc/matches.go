@@ -2,19 +2,28 @@ package zstdenc
 
 import "bytes"
 
-// Which chunks take the matches they come with; from measurements with Debian and Go
-// images, where they cost about 1 % in size.
+// Which chunks take the matches they come with; from measurements with images of Debian, Python, nginx, node, a JDK and Go,
+// where they cost 1 % in size.
 const (
 	// lostShift: matches that reach behind the start of the chunk are lost. They may make
-	// up an eighth of it.
-	lostShift = 3
+	// up a quarter of it. An eighth takes 0.1 to 0.4 % fewer bytes, and more searches.
+	lostShift = 2
 	// foundShift: a chunk of which less than a quarter is matches does not compress, or its
 	// deflate encoder did not try.
 	foundShift = 2
+
+	// reach is how many bytes back the matches of a deflate stream begin at most. Source: RFC 1951 section 3.2.5.
+	reach = 32 << 10
+	// farShift: a chunk takes no matches where more than a 32nd of it is seen to repeat what lies further back. Of the
+	// bytes of a JDK 27 % are in such chunks, of node 15, of Python 9, of Go 5; a search of them saves 3.6, 1.5, 1.1 and 0.2 % of what is
+	// stored, one of all chunks 4.7, 2.5, 1.3 and 1.6 %.
+	farShift = 5
+	seenBits = 13 // log2 of the entries of Encoder.seen
+	seenSkip = 2  // log2 of how many matches one is looked at of
 )
 
 // worthUsing reports whether matches are about as good as what the finder would find in a
-// chunk of size bytes.
+// chunk of size bytes, as far back as they reach.
 func worthUsing(matches []Match, size int) bool {
 	lost, found := 0, 0
 	for _, m := range matches {
@@ -25,6 +34,39 @@ func worthUsing(matches []Match, size int) bool {
 		}
 	}
 	return lost <= size>>lostShift && found >= size>>foundShift && found > 0
+}
+
+// repeatsFar reports whether much of src repeats what lies further back than the matches of a deflate stream reach, and a
+// search will find. It looks where some matches begin, those whose first bytes have a certain hash: what is repeated was likely
+// cut into the same matches before.
+func (e *Encoder) repeatsFar(src []byte, matches []Match) bool {
+	if len(src) <= 2*reach {
+		return false
+	}
+	clear(e.seen[:])
+	far, end := 0, 0 // bytes that repeat, and where the last of them ended
+	for _, m := range matches {
+		i := int(m.Pos)
+		if i+longString > len(src) {
+			break
+		}
+		v := load64(src, i)
+		h := hashLong(v)
+		if h>>(64-seenBits-seenSkip)&(1<<seenSkip-1) != 0 {
+			continue
+		}
+		last := &e.seen[h>>(64-seenBits)]
+		at := int(*last) - 1
+		*last = uint32(i + 1) //nolint:gosec // at most MaxSize
+		if at < 0 || at+reach >= i || i < end || load64(src, at) != v {
+			continue
+		}
+		n := longString + matchLen(src, at+longString, i+longString)
+		if far, end = far+n, i+n; far > len(src)>>farShift {
+			return true
+		}
+	}
+	return false
 }
 
 // take makes sequences and literals of src from start on out of matches, as far as they
