@@ -9,6 +9,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 
 	"github.com/opencontainers/go-digest"
 	"github.com/opencontainers/image-spec/specs-go"
@@ -160,6 +161,11 @@ func (c *cache) apply(ctx context.Context, from *builder.Source, o builder.Optio
 	return n
 }
 
+// has reports whether a record that apply gave says that a layer's blob is d.
+func (c *cache) has(d digest.Digest) bool {
+	return slices.ContainsFunc(c.fresh, func(e cached) bool { return e.blob != nil && e.blob.Digest == d })
+}
+
 // forget drops the n records that apply gave last: something is wrong with one of them.
 func (c *cache) forget(n int) {
 	bad := c.fresh[len(c.fresh)-n:]
@@ -171,7 +177,7 @@ func (c *cache) forget(n int) {
 
 func (c *cache) blob(b ocispec.Descriptor) remote.Blob {
 	return remote.Blob{
-		Descriptor: b, MountFrom: mountFrom(c.ref, c.target),
+		Descriptor: b, MountFrom: mountFrom(c.ref, c.target), Verify: c.ref.Kind == remote.KindLayout,
 		Open: func(ctx context.Context) (io.ReadCloser, error) { return c.src.Fetch(ctx, b) },
 	}
 }
@@ -208,7 +214,7 @@ func (c *cache) add(ctx context.Context, res *builder.Result) {
 		}
 		for _, f := range files {
 			_, err := c.to.Push(ctx, remote.Blob{
-				Descriptor: f.Descriptor, MountFrom: mountFrom(c.target, c.ref),
+				Descriptor: f.Descriptor, MountFrom: mountFrom(c.target, c.ref), Verify: true,
 				Open: func(context.Context) (io.ReadCloser, error) { return f.Open() },
 			})
 			if err != nil {

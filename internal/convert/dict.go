@@ -49,7 +49,7 @@ func (h *helpers) openDict(ctx context.Context, o Options, target remote.Referen
 	if err != nil {
 		return err
 	}
-	h.addDict(img, d, mountFrom(ref, target))
+	h.addDict(img, d, mountFrom(ref, target), ref.Kind == remote.KindLayout)
 	return nil
 }
 
@@ -73,13 +73,14 @@ func openDict(ctx context.Context, o Options, ref remote.Reference, name string)
 	return img, d, nil
 }
 
-// addDict puts an image behind those of the dictionary; from is the repository that its blobs can be mounted from.
-func (h *helpers) addDict(img *nydusimage.Image, d *builder.Dict, from string) {
+// addDict puts an image behind those of the dictionary; from is the repository that its blobs can be mounted from, and files says
+// that they are plain files, which are verified when they are referred to.
+func (h *helpers) addDict(img *nydusimage.Image, d *builder.Dict, from string, files bool) {
 	for i := range d.Blobs {
 		l := d.Blobs[i].Descriptor
 		if _, known := h.stored[l.Digest]; !known {
 			h.stored[l.Digest] = remote.Blob{
-				Descriptor: l, MountFrom: from,
+				Descriptor: l, MountFrom: from, Verify: files,
 				Open: func(ctx context.Context) (io.ReadCloser, error) { return img.Fetch(ctx, l) },
 			}
 		}
@@ -148,7 +149,7 @@ func (h *helpers) openSeed(ctx context.Context, o Options, ref remote.Reference,
 		err = complete(ctx, d)
 	}
 	if err == nil {
-		h.addDict(img, d, "") // the target has its blobs
+		h.addDict(img, d, "", ref.Kind == remote.KindLayout) // the target has its blobs
 		return nil
 	}
 	if img != nil {
@@ -170,9 +171,12 @@ func complete(ctx context.Context, d *builder.Dict) error {
 		g.Go(func() error {
 			r, err := b.Open(ctx)
 			if err == nil {
-				_, err = r.ReadAt(make([]byte, 1), b.Descriptor.Size-1)
+				var n int
+				if n, err = r.ReadAt(make([]byte, 1), b.Descriptor.Size-1); n == 1 {
+					err = nil // or io.EOF
+				}
 			}
-			if err != nil && !errors.Is(err, io.EOF) {
+			if err != nil {
 				return fmt.Errorf("blob %s: %w", b.Descriptor.Digest, err)
 			}
 			return nil

@@ -228,7 +228,7 @@ func (r *optimizeRun) blobs(res *builder.Optimized) []remote.Blob {
 	from := mountFrom(r.source, r.target)
 	stored := func(d ocispec.Descriptor) {
 		out = append(out, remote.Blob{
-			Descriptor: d, MountFrom: from,
+			Descriptor: d, MountFrom: from, Verify: apart(r.source, r.target),
 			Open: func(ctx context.Context) (io.ReadCloser, error) { return r.src.Fetch(ctx, d) },
 		})
 	}

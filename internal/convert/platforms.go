@@ -278,7 +278,7 @@ func (r *indexRun) copy(ctx context.Context, d ocispec.Descriptor) error {
 			continue // clients fetch it from its URLs
 		}
 		blobs = append(blobs, remote.Blob{
-			Descriptor: l, MountFrom: from,
+			Descriptor: l, MountFrom: from, Verify: apart(r.source, r.target),
 			Open: func(ctx context.Context) (io.ReadCloser, error) { return r.src.Fetch(ctx, l) },
 		})
 	}
@@ -299,6 +299,11 @@ func mountFrom(source, target remote.Reference) string {
 		return source.Repository
 	}
 	return ""
+}
+
+// apart tells whether what target has already may be other bytes than those of source: they are not the same files.
+func apart(source, target remote.Reference) bool {
+	return source.Kind != target.Kind || source.Path != target.Path
 }
 
 // tag writes the index under the target's name.

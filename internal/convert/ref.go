@@ -36,7 +36,7 @@ func (o origin) referenced(res *builder.Result) []remote.Blob {
 	var out []remote.Blob
 	for _, l := range res.Layers {
 		out = append(out, remote.Blob{
-			Descriptor: l, MountFrom: mountFrom(o.source, o.target),
+			Descriptor: l, MountFrom: mountFrom(o.source, o.target), Verify: apart(o.source, o.target),
 			Open: func(ctx context.Context) (io.ReadCloser, error) { return o.src.Fetch(ctx, l) },
 		})
 	}

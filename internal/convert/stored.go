@@ -61,34 +61,70 @@ func (h *helpers) Close() error {
 	return errors.Join(errs...)
 }
 
-// build converts img with what the helpers have. When that fails on account of the cache it
-// is done once more without.
+// build converts img with what the helpers have. When that fails on account of the cache, or of a dictionary that was
+// found and not named, it is done once more without.
 func (h *helpers) build(ctx context.Context, o Options, src remote.Source, img remote.Image, report *reporter) (*builder.Result, error) {
+	defer report.finish()
 	o.Build.List, o.Build.Progress, o.Build.Dict = o.List, report.build, h.of
-	from := builderSource(src, img, o.Build.TempDir)
-	if h.cache == nil {
-		res, err := builder.Convert(ctx, from, o.Build)
-		if err != nil && o.ChunkDict == DictAuto && h.of != nil && ctx.Err() == nil {
+	from, reused := builderSource(src, img, o.Build.TempDir), 0
+	if h.cache != nil {
+		o.Build.Records = true
+		reused = h.cache.apply(ctx, &from, o.Build, h.stored)
+	}
+	for {
+		res, err := h.convert(ctx, from, o.Build)
+		switch {
+		case err == nil || ctx.Err() != nil:
+			return res, err
+		case reused > 0 && errors.Is(err, builder.ErrReuse):
+			h.cache.warn("it is not used: %v", err)
+			h.cache.forget(reused)
+		case o.ChunkDict == DictAuto && o.Build.Dict != nil:
 			// What was found by itself must not stand in the way, as when one of its blobs is damaged.
 			h.notes = append(h.notes, fmt.Sprintf("the images at the target are not referred to: %v", err))
 			o.Build.Dict = nil
-			report.again()
-			res, err = builder.Convert(ctx, builderSource(src, img, o.Build.TempDir), o.Build)
+		default:
+			return nil, err
 		}
-		report.finish()
-		return res, err
-	}
-	o.Build.Records = true
-	reused := h.cache.apply(ctx, &from, o.Build, h.stored)
-	res, err := builder.Convert(ctx, from, o.Build)
-	if reused > 0 && errors.Is(err, builder.ErrReuse) && ctx.Err() == nil {
-		h.cache.warn("it is not used: %v", err)
-		h.cache.forget(reused)
 		report.again()
-		res, err = builder.Convert(ctx, builderSource(src, img, o.Build.TempDir), o.Build)
+		from, reused = builderSource(src, img, o.Build.TempDir), 0
 	}
-	report.finish()
-	return res, err
+}
+
+// convert builds once, and verifies the stored blobs that the result refers to.
+func (h *helpers) convert(ctx context.Context, from builder.Source, o builder.Options) (*builder.Result, error) {
+	res, err := builder.Convert(ctx, from, o)
+	if err != nil {
+		return nil, err
+	}
+	if err := h.verify(ctx, res); err != nil {
+		return nil, errors.Join(err, res.Close())
+	}
+	return res, nil
+}
+
+// verify reads the stored blobs of res that are files of a layout: who may write there may have damaged them, and the image would be
+// as damaged. Registries and containerd have verified what they were given.
+func (h *helpers) verify(ctx context.Context, res *builder.Result) error {
+	for _, f := range res.Blobs {
+		b := h.stored[f.Descriptor.Digest]
+		if !f.Stored || !b.Verify {
+			continue
+		}
+		r, err := b.Open(ctx)
+		if err == nil {
+			_, err = io.Copy(io.Discard, r)
+			err = errors.Join(err, r.Close())
+		}
+		if err == nil {
+			continue
+		}
+		if err = fmt.Errorf("stored blob %s: %w", f.Descriptor.Digest, err); h.cache != nil && h.cache.has(f.Descriptor.Digest) {
+			err = fmt.Errorf("%w: %w", builder.ErrReuse, err)
+		}
+		return err
+	}
+	return nil
 }
 
 // blobs returns the files of res as what is pushed.
@@ -101,7 +137,7 @@ func (h *helpers) blobs(files []builder.File) ([]remote.Blob, error) {
 			if !ok {
 				return nil, fmt.Errorf("blob %s is stored nowhere", f.Descriptor.Digest)
 			}
-			b.Open, b.MountFrom = stored.Open, stored.MountFrom
+			b.Open, b.MountFrom, b.Verify = stored.Open, stored.MountFrom, true // what the target has by its name may be damaged
 		}
 		blobs = append(blobs, b)
 	}

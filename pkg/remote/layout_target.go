@@ -220,26 +220,23 @@ func (t *layoutTarget) Exists(_ context.Context, desc ocispec.Descriptor) (bool,
 	return info.Mode().IsRegular() && info.Size() == desc.Size, nil
 }
 
-// intact reads the file that has the name and size of a blob, and reports whether it has its digest too.
+// intact reads the file that has the name and size of a blob, and reports whether it has its digest too. One that cannot be read has
+// not; the error is that of ctx.
 func (t *layoutTarget) intact(ctx context.Context, desc ocispec.Descriptor) (bool, error) {
 	f, _, err := dirFiles{t.dir}.regular(blobName(desc.Digest))
 	if err != nil {
-		return false, err
+		return false, ctx.Err()
 	}
 	v := verify(f, desc, t.ref.Path)
 	_, err = io.CopyBuffer(struct{ io.Writer }{io.Discard}, untilDone{ctx.Err, v}, make([]byte, 256<<10))
-	err = errors.Join(err, v.Close())
-	if errors.Is(err, ErrDigest) {
-		return false, nil
-	}
-	return err == nil, err
+	return errors.Join(err, v.Close()) == nil, ctx.Err()
 }
 
-// Push implements Target. A blob that is a file on this host takes the place of a damaged one; others, which
-// came from elsewhere, are only looked for.
+// Push implements Target. A blob that is a file on this host, or is to be verified, takes the place of a damaged one; others
+// are only looked for.
 func (t *layoutTarget) Push(ctx context.Context, b Blob) (PushResult, error) {
 	found, err := t.Exists(ctx, b.Descriptor)
-	if err == nil && found && b.File != "" {
+	if err == nil && found && (b.File != "" || b.Verify) {
 		if found, err = t.intact(ctx, b.Descriptor); err != nil {
 			err = fmt.Errorf("oci layout %s: read blob %s: %w", t.ref.Path, b.Descriptor.Digest, err)
 		}
@@ -346,7 +343,7 @@ func (t *layoutTarget) Tag(ctx context.Context, desc ocispec.Descriptor, data []
 		return err
 	}
 	open := func(context.Context) (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(data)), nil }
-	if _, err := t.Push(ctx, Blob{Descriptor: desc, Open: open}); err != nil {
+	if _, err := t.Push(ctx, Blob{Descriptor: desc, Verify: true, Open: open}); err != nil {
 		return err
 	}
 	err := t.locked(ctx, func() error {

@@ -31,7 +31,7 @@ func NewDocument(mediaType string, data []byte) Document {
 
 // Blob returns the document as content to push.
 func (d Document) Blob() Blob {
-	return Blob{Descriptor: d.Descriptor, Open: func(context.Context) (io.ReadCloser, error) {
+	return Blob{Descriptor: d.Descriptor, Verify: true, Open: func(context.Context) (io.ReadCloser, error) {
 		return io.NopCloser(bytes.NewReader(d.Data)), nil
 	}}
 }

@@ -61,6 +61,10 @@ type Blob struct {
 	// filesystem links it in place of copying it; others ignore it.
 	File string
 
+	// Verify has a blob that a layout has already read before it is taken, as one with a File is: a damaged one is
+	// replaced. Others, which verify what they are given before they keep it, ignore it.
+	Verify bool
+
 	// MountFrom is a repository of the target's registry that may have the blob: the
 	// registry is asked to take it from there. Others than registry targets ignore it.
 	MountFrom string
