@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strconv"
 	"text/tabwriter"
 	"time"
 
@@ -65,7 +66,7 @@ func (o *statusOptions) run(ctx context.Context) error {
 		o.note("no daemon runs for %s: nothing is mounted", s.StateDir)
 		return nil
 	}
-	o.note("daemon %d, holder %d, state in %s", s.PID, s.Holder, s.StateDir)
+	o.note("daemon %d, holder %s, state in %s", s.PID, holders(s), s.StateDir)
 	w := tabwriter.NewWriter(o.out, 0, 0, 2, ' ', 0)
 	fmt.Fprintln(w, "DIR\tIMAGE\tDRIVER\tSTATE\tLOCAL\tFETCHED\tREUSED\tREQUESTS\tDEMAND\tPREFETCH\tTABLE\tAHEAD\tMISSES\tOVERTAKES\tWAITS\tWAITED")
 	for _, m := range s.Mounts {
@@ -87,6 +88,14 @@ func (o *statusOptions) run(ctx context.Context) error {
 		}
 	}
 	return nil
+}
+
+// holders names the processes that start a daemon again.
+func holders(s lazy.Status) string {
+	if s.Spare == 0 {
+		return strconv.Itoa(s.Holder)
+	}
+	return fmt.Sprintf("%d and %d", s.Holder, s.Spare)
 }
 
 func mb(n int64) float64 { return float64(n) / 1e6 }

@@ -266,16 +266,8 @@ func (c *Client) Mount(ctx context.Context, dir string, r Request) (Mount, error
 	if err != nil {
 		return Mount{}, err
 	}
-	dir, err = filepath.Abs(dir)
-	if err != nil {
-		return Mount{}, err
-	}
-	at, err := unix.Open(dir, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
-	if err != nil {
-		return Mount{}, &os.PathError{Op: "mount at", Path: dir, Err: err}
-	}
-	if err := unix.Close(at); err != nil {
-		return Mount{}, err
+	if dir, err = erofs.Real(dir); err != nil { // by which it can be unmounted, too
+		return Mount{}, fmt.Errorf("mount: %w", err)
 	}
 	files, err := r.files()
 	if err != nil {
@@ -316,6 +308,10 @@ func (c *Client) mount(ctx context.Context, q call) (_ Mount, err error) {
 // lazy is not set; with lazy it disappears at once, and ends with its last user. [ErrNotMounted] for anything else.
 // When the mount has ended, what it held is given back before Unmount returns.
 func (c *Client) Unmount(ctx context.Context, dir string, lazy bool) error {
+	dir, err := erofs.Real(dir) // umount2(2) follows no link at its end, and no other may be there by then
+	if err != nil {
+		return err
+	}
 	m, err := c.Find(ctx, dir)
 	if err != nil {
 		return err

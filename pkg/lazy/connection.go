@@ -123,8 +123,7 @@ func (d *daemon) disconnect(m *mount) error {
 func (d *daemon) hangUp(m *mount, c *connection) error {
 	err := c.server.Close()
 	if errors.Is(err, fuse.ErrStuck) {
-		m.stuck.Store(c.server)
-		d.stuck.Store(true)
+		m.stuck.Store(c.server) // for release, which waits for it
 	}
 	err = errors.Join(err, d.link.Drop(keptFUSE+m.rec.ID, keptRequests+m.rec.ID))
 	closed := closeAfter(c.server.Ended(), c.close)

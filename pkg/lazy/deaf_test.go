@@ -85,7 +85,7 @@ func deafMount(t *testing.T, b *box) (m lazy.Mount, heal func()) {
 // soon fails the test unless f returns without an error before somebody would lose patience.
 func soon(t *testing.T, what string, f func(ctx context.Context) error) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
 	if err := f(ctx); err != nil {
 		t.Errorf("%s: %v", what, err)

@@ -7,7 +7,7 @@
 // is in the way of its readers any more.
 //
 // Five terms. The daemon, one for each state directory, answers the kernel; [RunDaemon]. The holder is a
-// small process that keeps the daemon's descriptors and starts it again when it dies; [RunHolder].
+// small process that keeps the daemon's descriptors and starts it again when it dies; [RunHolder]. There is a second one, the spare, for when both die at once.
 // A [Client] asks the daemon, which it starts when there is none. A [Mount] is one superblock of the kernel,
 // known by its Device, st_dev of its files; it ends when nobody has it mounted or has its files open.
 // The state directory keeps what was fetched.
@@ -24,7 +24,7 @@
 // Where that is not possible, and for RAFS v5, a mount is served behind FUSE, from the same cache files: see [Driver].
 //
 // Limits: EROFS takes Linux 6.14 with CONFIG_EROFS_FS_BACKED_BY_FILE and CONFIG_FANOTIFY_ACCESS_PERMISSIONS, CAP_SYS_ADMIN, a state
-// directory on a file system with pre-content events (ext4, XFS, btrfs). O_DIRECT is EINVAL on the mount. When daemon
-// and holder die in the same moment, what is not local yet reads as zeros until the next daemon starts, from then on as EIO.
-// FUSE takes Linux 5.4 and CAP_SYS_ADMIN; when both die, reads are ENOTCONN.
+// directory on a file system with pre-content events (ext4, XFS, btrfs). O_DIRECT is EINVAL on the mount. When daemon,
+// holder and spare die in the same moment, what is not local yet reads as zeros until the next daemon starts, from then on as EIO.
+// FUSE takes Linux 5.4 and CAP_SYS_ADMIN; when all die, reads are ENOTCONN.
 package lazy

@@ -14,9 +14,9 @@ import (
 	"github.com/headstart-oci/headstart/pkg/lazy"
 )
 
-// When daemon and holder die in the same moment, nobody has the connections of FUSE mounts any more: all reads are errors, none gives zeros. The
+// When daemon, holder and spare die in the same moment, nobody has the connections of FUSE mounts any more: all reads are errors, none gives zeros. The
 // next daemon says so; what was fetched is there for the next mount.
-func TestBothDieFUSE(t *testing.T) {
+func TestAllDieFUSE(t *testing.T) {
 	t.Parallel()
 	b := newBoxOf(t, lazy.DriverFUSE)
 	m := b.mount(b.mountpoint("mnt"), loose(t, "v5-zstd"))
@@ -24,14 +24,7 @@ func TestBothDieFUSE(t *testing.T) {
 	if _, err := b.client.Wait(t.Context(), m.Device); err != nil {
 		t.Fatal(err)
 	}
-	s := b.status()
-	for _, pid := range []int{s.PID, s.Holder} { // first, so that neither can start the other
-		if err := unix.Kill(pid, unix.SIGSTOP); err != nil {
-			t.Fatal(err)
-		}
-	}
-	kill(t, s.Holder)
-	kill(t, s.PID)
+	b.killEverybody()
 	eventually(t, func() string {
 		// What the kernel has read before may be read still; this it has to ask for.
 		var st unix.Statfs_t

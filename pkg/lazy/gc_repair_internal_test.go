@@ -109,7 +109,7 @@ func TestDroppedIsFetchedLater(t *testing.T) {
 		t.Error("the mount is complete without a chunk")
 	}
 	src.away.Store(false)
-	for deadline := time.Now().Add(20 * time.Second); !d.isComplete(m); time.Sleep(time.Millisecond) {
+	for deadline := time.Now().Add(time.Minute); !d.isComplete(m); time.Sleep(time.Millisecond) {
 		if time.Now().After(deadline) {
 			t.Fatal("nobody fetches what was dropped")
 		}

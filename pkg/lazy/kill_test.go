@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 
+	"github.com/headstart-oci/headstart/internal/endproc"
 	"github.com/headstart-oci/headstart/pkg/lazy"
 )
 
@@ -105,9 +106,51 @@ func testKillWhileReading(t *testing.T, b *box) {
 	}
 }
 
-// When daemon and holder die in the same moment, nobody gets zeros for long: the next daemon makes
+// killEverybody waits for the spare holder, and kills it, the holder and the daemon in the same moment.
+func (b *box) killEverybody() {
+	b.t.Helper()
+	s := b.spared()
+	if err := endproc.All(s.PID, s.Holder, s.Spare); err != nil { // stopped first, so that none can start another
+		b.t.Fatal(err)
+	}
+}
+
+// spared waits for the spare holder.
+func (b *box) spared() (s lazy.Status) {
+	b.t.Helper()
+	eventually(b.t, func() string {
+		var err error
+		if s, err = b.client.Status(b.t.Context(), false); err != nil || s.Spare == 0 {
+			return fmt.Sprintf("%+v, %v, want a spare holder", s, err)
+		}
+		return ""
+	})
+	return s
+}
+
+// When daemon and holder die in the same moment, the spare takes their place: readers wait, and get what they asked for.
+func TestTwoDie(t *testing.T) { eachDriver(t, testTwoDie) }
+
+func testTwoDie(t *testing.T, b *box) {
+	m := b.mount(b.mountpoint("mnt"), loose(t, "v6-zstd"))
+	s := b.spared()
+	done := make(chan error, 1)
+	go func() { done <- compareErr(t, m.Dir) }()
+	if err := endproc.All(s.PID, s.Holder); err != nil {
+		t.Fatal(err)
+	}
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+	after := b.status()
+	if len(after.Mounts) != 1 || after.Mounts[0].State == lazy.StateFailed || after.PID == s.PID || after.Holder != s.Spare {
+		t.Errorf("%d and %d were killed: %+v, want another daemon, which the spare %d has started, with the mount", s.PID, s.Holder, after, s.Spare)
+	}
+}
+
+// When daemon, holder and spare die in the same moment, nobody gets zeros for long: the next daemon makes
 // what is not local an error, and says so. What is local stays.
-func TestBothDie(t *testing.T) {
+func TestAllDie(t *testing.T) {
 	t.Parallel()
 	b := newBox(t)
 	m := b.mount(b.mountpoint("mnt"), loose(t, "v6-zstd"))
@@ -116,15 +159,7 @@ func TestBothDie(t *testing.T) {
 	if _, err := b.client.Wait(t.Context(), whole.Device); err != nil {
 		t.Fatal(err)
 	}
-	s := b.status()
-	// Stopped first, so that neither can start the other.
-	for _, pid := range []int{s.PID, s.Holder} {
-		if err := unix.Kill(pid, unix.SIGSTOP); err != nil {
-			t.Fatal(err)
-		}
-	}
-	kill(t, s.Holder)
-	kill(t, s.PID)
+	b.killEverybody()
 	eventually(t, func() string {
 		if _, err := b.client.Status(t.Context(), false); !errors.Is(err, lazy.ErrNoDaemon) {
 			return fmt.Sprintf("Status() = %v, want ErrNoDaemon", err)

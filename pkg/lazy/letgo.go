@@ -53,10 +53,7 @@ type parts struct {
 func (d *daemon) letGo(dir string, p parts) error {
 	var idle []<-chan struct{}
 	if p.server != nil {
-		idle = append(idle, after(func() {
-			for errors.Is(p.server.Close(), fuse.ErrStuck) { // which waits
-			}
-		}))
+		idle = append(idle, p.server.Idle())
 	}
 	if p.run != nil {
 		idle = append(idle, p.run.End())
@@ -140,4 +137,20 @@ func (d *daemon) closeUse(u *use) error {
 	defer u.b.syncMu.Unlock()
 	u.b.closed = u.b.refs == 0
 	return errors.Join(append(errs, u.b.st.Close())...)
+}
+
+// fetching reports whether something that was asked for over a connection that has ended is on its way still.
+func (d *daemon) fetching() bool {
+	for _, m := range d.all() {
+		s := m.stuck.Load()
+		if s == nil {
+			continue
+		}
+		select {
+		case <-s.Idle():
+		default:
+			return true
+		}
+	}
+	return false
 }

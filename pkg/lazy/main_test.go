@@ -16,6 +16,7 @@ import (
 	"github.com/moby/sys/mountinfo"
 	"golang.org/x/sys/unix"
 
+	"github.com/headstart-oci/headstart/internal/endproc"
 	"github.com/headstart-oci/headstart/internal/testenv"
 	"github.com/headstart-oci/headstart/pkg/fanotify"
 	"github.com/headstart-oci/headstart/pkg/lazy"
@@ -118,8 +119,7 @@ func (b *box) end() {
 		} else {
 			b.t.Errorf("the daemon stays: %+v, %v", s, err)
 		}
-		_ = unix.Kill(s.Holder, unix.SIGKILL)
-		_ = unix.Kill(s.PID, unix.SIGKILL)
+		_ = endproc.Logging(b.run, s.Spare, s.Holder, s.PID)
 	}
 	if logs, err := filepath.Glob(filepath.Join(b.run, "*.log")); err == nil && b.t.Failed() {
 		for _, name := range logs {

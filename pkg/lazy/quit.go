@@ -90,7 +90,7 @@ func (d *daemon) close(done bool) error {
 	if d.socket != nil {
 		errs = append(errs, d.socket.Close())
 	}
-	stuck := d.stuck.Load() || d.late.Load() > 0
+	stuck := d.stuck.Load() || d.late.Load() > 0 || d.fetching()
 	if d.fill != nil && !stuck {
 		stuck = !within(d.fill.End())
 	}

@@ -50,7 +50,7 @@ const restartLimit = time.Minute
 // program; its path is absolute, and the same in the daemon's mount namespace. Mounts stay, and readers wait meanwhile. It returns the state before, and after with
 // the next daemon, whose Version tells whether program could be started: when it could not, the old program goes on. With nothing
 // mounted the daemon ends, and after is empty: the next mount starts another. [ErrNoDaemon] when none runs. The holder stays the
-// old program's, until it ends with the last mount.
+// old program's until the next daemon has lived for 10 s, and is replaced then.
 func (c *Client) Restart(ctx context.Context, program string) (before, after Status, err error) {
 	conn, err := c.dial(ctx)
 	if err != nil {

@@ -287,7 +287,7 @@ func (d *daemon) status(detail bool) *Status {
 	slices.SortFunc(mounts, func(a, b *mount) int {
 		return cmp.Or(a.rec.Since.Compare(b.rec.Since), strings.Compare(a.rec.ID, b.rec.ID))
 	})
-	s := &Status{PID: os.Getpid(), Holder: d.link.Holder(), Version: d.o.Version, StateDir: d.o.StateDir, Mounts: []Mount{}}
+	s := &Status{PID: os.Getpid(), Holder: d.link.Holder(), Spare: d.link.Spare(), Version: d.o.Version, StateDir: d.o.StateDir, Mounts: []Mount{}}
 	for _, m := range mounts {
 		s.Mounts = append(s.Mounts, d.describe(m, detail))
 	}

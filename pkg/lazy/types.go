@@ -31,7 +31,7 @@ var (
 	ErrNotMounted = errors.New("no lazy mount")
 	// ErrNoDaemon: no daemon runs, and none was to be started.
 	ErrNoDaemon = errors.New("no daemon runs")
-	// ErrFailed: daemon and holder of a mount died at once; what was not local is lost to it.
+	// ErrFailed: daemon and holders of a mount died at once; what was not local is lost to it.
 	ErrFailed = errors.New("the mount has lost its daemon")
 )
 
@@ -263,8 +263,10 @@ type Mount struct {
 
 // Status is a daemon with its mounts.
 type Status struct {
-	PID      int     `json:"pid"`
-	Holder   int     `json:"holder_pid"`
+	PID    int `json:"pid"`
+	Holder int `json:"holder_pid"`
+	// Spare is the second holder, which is there some seconds after the daemon; 0 before.
+	Spare    int     `json:"spare_pid,omitempty"`
 	Version  string  `json:"version"`
 	StateDir string  `json:"state_dir"`
 	Mounts   []Mount `json:"mounts"`

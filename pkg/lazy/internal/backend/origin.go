@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"path/filepath"
 	"regexp"
+	"sync"
 
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -44,7 +45,7 @@ type File struct {
 }
 
 // plainID matches what a blob id may be to be a file name.
-var plainID = regexp.MustCompile(`^[0-9A-Za-z]{1,64}$`)
+var plainID = sync.OnceValue(func() *regexp.Regexp { return regexp.MustCompile(`^[0-9A-Za-z]{1,64}$`) })
 
 // originOf finds the blobs of img.
 func originOf(img *nydusimage.Image) (Origin, error) {
@@ -88,7 +89,7 @@ func (o *Origin) check(loose bool) error {
 		for _, f := range []*File{&b.Data, b.Meta} {
 			switch {
 			case f == nil:
-			case !plainID.MatchString(f.ID):
+			case !plainID().MatchString(f.ID):
 				return fmt.Errorf("%w: blob %d: id %q, want at most 64 letters and digits", ErrInvalid, i, f.ID)
 			case !loose && f.descriptor().Digest.Validate() != nil:
 				return fmt.Errorf("%w: blob %d: id %q is no sha256", ErrInvalid, i, f.ID)

@@ -250,13 +250,28 @@ func Unmount(dir string, lazy bool) error {
 	case err == nil:
 		return nil
 	case errors.Is(err, unix.EBUSY):
-		err = errors.Join(ErrBusy, err)
+		err = fmt.Errorf("%w: %w", ErrBusy, err)
 	case errors.Is(err, unix.EPERM):
-		err = errors.Join(ErrPermission, err)
+		err = fmt.Errorf("%w: %w", ErrPermission, err)
 	case errors.Is(err, unix.EINVAL):
 		err = fmt.Errorf("not a mount point: %w", err)
 	}
 	return &os.PathError{Op: "unmount", Path: dir, Err: err}
+}
+
+// Real returns the absolute path of the directory dir, without symbolic links, in the caller's mount namespace; dir itself, made absolute, where
+// the kernel has none, as for a directory outside of the caller's root. It asks no server of a FUSE mount for anything.
+func Real(dir string) (string, error) {
+	fd, err := unix.Open(dir, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return "", &os.PathError{Op: "look at", Path: dir, Err: err}
+	}
+	defer func() { _ = unix.Close(fd) }()
+	real, err := os.Readlink(fmt.Sprintf("/proc/self/fd/%d", fd))
+	if err != nil || !filepath.IsAbs(real) {
+		return filepath.Abs(dir)
+	}
+	return real, nil
 }
 
 // DeviceOf returns st_dev of what dir shows in the caller's mount namespace, and whether dir

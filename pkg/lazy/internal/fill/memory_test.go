@@ -79,7 +79,7 @@ func TestStoppedSources(t *testing.T) {
 					})
 				}
 			}
-			ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+			ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 			defer cancel()
 			for n := range stops {
 				select {

@@ -16,12 +16,12 @@ const (
 // rests fetches the rest of all blobs, until there is none or the run ends. What failed, whatever it was, is tried again: a disk was full, a
 // credential was old, or a file was away. So is what was corrupt, and what was on its way to a reader.
 func (r *Run) rests() {
-	wait := time.Duration(0)
-	last := 0 // chunks that were missing
+	wait := time.Duration(0) // none before the first pass
+	last := 0                // chunks that were missing
 	for {
 		left, missing := r.left()
 		if missing != last {
-			last, wait = missing, 0
+			last, wait = missing, min(wait, restSoon)
 		}
 		if len(left) == 0 && r.finish() {
 			return

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"time"
 
 	"github.com/hanwen/go-fuse/v2/fuse"
@@ -30,7 +31,7 @@ func (s *Server) read(r *reader, in *fuse.ReadIn, h *fuse.InHeader) bool {
 		slot, ok := s.takeSlot()
 		if !ok { // thousands wait: this reader does, too
 			r.yield()
-			return s.wait(in, where, n)
+			return s.wait(in, slices.Clone(where), n) // which others are given: few stays here
 		}
 		if r != nil {
 			r.busy = false

@@ -16,17 +16,28 @@ import (
 // runtime would wake for every request too. So an epoll instance of our own lies between it and the runtime's. What is watched there tells of
 // one event and is silent until somebody waits again.
 //
-// Who has just answered waits for the next request with its thread, for a moment and if not too many do: the runtime's way costs
-// more than to answer a small read.
+// Who has just answered, where requests come one soon after the other, waits for the next one with its thread, for a moment and if not too many do: the
+// runtime's way costs more than to answer a small read.
 type readiness struct {
 	file *os.File // of the instance
 	conn syscall.RawConn
 	fd   int   // what is waited for
 	most int32 // of threads that wait for a moment
+
+	// Of the one caller of wait; kept because what system calls are given is allocated anew each time else.
+	began   time.Time // when it waited last
+	events  [1]unix.EpollEvent
+	polled  [1]unix.PollFd
+	timeout unix.Timespec
 }
 
-// hotWait is how long a thread waits that has just answered: longer than the pause between two reads of a program that does nothing else.
-const hotWait = 200 * time.Microsecond
+const (
+	// hotWait is how long a thread waits that has just answered. It is longer than a tick of the kernel's clock (10 ms at 100 Hz): a timer that is not the
+	// next to end costs nothing, where one of 200 µs has a virtual machine leave to its host for each request (1 to 2 µs of some 10).
+	hotWait = 12 * time.Millisecond
+	// hotGap is the most there may be from one wait to the next: a program that reads now and then would keep others from waiting so.
+	hotGap = 5 * time.Millisecond
+)
 
 // hot counts the threads that do, in all servers of the process. They hold processors of the runtime meanwhile: half of them at most.
 var hot atomic.Int32
@@ -64,7 +75,10 @@ func (r *readiness) arm(ep, op int) error {
 // wait returns when the descriptor may be readable, or has failed; os.ErrDeadlineExceeded after wake. busy: the caller has just answered a request,
 // and started nothing that needs a processor. One caller at a time.
 func (r *readiness) wait(busy bool) error {
-	if busy && r.hot() {
+	now := time.Now()
+	quick := now.Sub(r.began) < hotGap
+	r.began = now
+	if busy && quick && r.hot() {
 		return nil
 	}
 	var err error
@@ -76,9 +90,8 @@ func (r *readiness) wait(busy bool) error {
 				return true
 			}
 		}
-		var events [1]unix.EpollEvent
 		var n int
-		n, err = unix.EpollWait(int(ep), events[:], 0)
+		n, err = unix.EpollWait(int(ep), r.events[:], 0)
 		if errors.Is(err, unix.EINTR) {
 			err = nil
 			return true // who asks tries again
@@ -97,12 +110,13 @@ func (r *readiness) hot() bool {
 	return r.poll(hotWait)
 }
 
-// pending reports whether there is an event.
+// pending reports whether there is an event. The caller is the one that may call wait.
 func (r *readiness) pending() bool { return r.poll(0) }
 
 func (r *readiness) poll(d time.Duration) bool {
-	limit := unix.NsecToTimespec(int64(d))
-	n, err := unix.Ppoll([]unix.PollFd{{Fd: int32(r.fd), Events: unix.POLLIN}}, &limit, nil) //nolint:gosec // a descriptor
+	r.polled[0] = unix.PollFd{Fd: int32(r.fd), Events: unix.POLLIN} //nolint:gosec // a descriptor
+	r.timeout = unix.NsecToTimespec(int64(d))
+	n, err := unix.Ppoll(r.polled[:], &r.timeout, nil)
 	return err == nil && n > 0
 }
 

@@ -55,10 +55,11 @@ type Server struct {
 	readers  sync.WaitGroup
 	fetches  sync.WaitGroup
 	asked    sync.WaitGroup // those of Blobs that were asked for something
-	ended    chan struct{}  // closed when Run has returned
+	idle     func() <-chan struct{}
+	ended    chan struct{} // closed when Run has returned
 
 	slotMu    sync.Mutex
-	freeSlots []int // the last is taken first, so that few pages are touched
+	freeSlots []uint16 // the last is taken first, so that few pages are touched
 
 	failed atomic.Int64
 	warned atomic.Int64 // when a read from the connection failed last that was logged, in ns since 1970
@@ -76,9 +77,19 @@ func NewServer(c Config) (*Server, error) {
 		return nil, err
 	}
 	s.ctx, s.cancel = context.WithCancel(context.Background())
+	s.idle = sync.OnceValue(func() <-chan struct{} {
+		done := make(chan struct{})
+		go func() {
+			defer close(done)
+			s.asked.Wait()
+		}()
+		return done
+	})
+	s.freeSlots = make([]uint16, 0, slots)
+	used := c.Table.used()
 	for n := slots - 1; n >= 0; n-- {
-		if !c.Table.pending(n) {
-			s.freeSlots = append(s.freeSlots, n)
+		if n >= used || !c.Table.pending(n) {
+			s.freeSlots = append(s.freeSlots, uint16(n))
 		}
 	}
 	return s, nil
@@ -142,20 +153,18 @@ func (s *Server) Close() error {
 	s.gate.Lock()
 	s.gate.Unlock() //nolint:staticcheck // waits for who handles a request
 	s.fetches.Wait()
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		s.asked.Wait()
-	}()
 	limit := time.NewTimer(stuckLimit)
 	defer limit.Stop()
 	select {
-	case <-done:
+	case <-s.idle():
 		return err
 	case <-limit.C:
 		return errors.Join(err, ErrStuck)
 	}
 }
+
+// Idle is closed when nothing that was asked of a Blob is on its way any more. It may be called after Close alone.
+func (s *Server) Idle() <-chan struct{} { return s.idle() }
 
 // ErrStuck is returned for something that ignores the end of its context.
 var ErrStuck = errors.New("what fetches for a read does not end")
@@ -260,7 +269,7 @@ func (s *Server) takeOver() {
 	if s.stopping.Load() {
 		return
 	}
-	for n := range slots {
+	for n := range s.c.Table.used() {
 		if in := view[fuse.ReadIn](s.c.Table.slot(n)); s.c.Table.pending(n) {
 			s.fetch(n, *in)
 		}
@@ -292,14 +301,14 @@ func (s *Server) takeSlot() (int, bool) {
 	}
 	n := s.freeSlots[last]
 	s.freeSlots = s.freeSlots[:last]
-	return n, true
+	return int(n), true
 }
 
 func (s *Server) giveBack(n int) {
 	s.c.Table.free(n)
 	s.slotMu.Lock()
 	defer s.slotMu.Unlock()
-	s.freeSlots = append(s.freeSlots, n)
+	s.freeSlots = append(s.freeSlots, uint16(n)) //nolint:gosec // below slots
 }
 
 // send gives an answer to the kernel. A request that it does not know any more was answered before, or nobody waits for it.

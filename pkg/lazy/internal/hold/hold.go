@@ -4,8 +4,12 @@
 // descriptors and start the daemon again with them. Each watches the other: a daemon that is
 // gone is started anew and finds its descriptors ([Join]), a holder that is gone is replaced
 // by the daemon, which gives the new one everything. So either may be killed at any moment and
-// no kept descriptor is closed; what is lost is lost only when both die within the moment that
-// it takes to start a process.
+// no kept descriptor is closed.
+//
+// A second holder, the spare, which the daemon starts when it has lived for a moment, has the same descriptors. It takes
+// the holder's place when daemon and holder are gone together. The holder has a duplicate of the daemon's end of the
+// socket to the spare: the spare sees the end of that socket when neither of them is there any more, and never two of them start
+// a daemon. What is lost is lost when all three die within the moment that it takes to start a process.
 //
 // In the daemon:
 //
@@ -119,9 +123,8 @@ func send(c *net.UnixConn, m message, fds []int) error {
 	return err
 }
 
-// sendFiles sends files in as few messages as the limits allow, sorted by name, and whether
-// these are all.
-func sendFiles(c *net.UnixConn, files map[string]*os.File, whole bool) error {
+// sendFiles sends files in as few messages as the limits allow, sorted by name.
+func sendFiles(c *net.UnixConn, files map[string]*os.File) error {
 	var names []string
 	for n := range files {
 		names = append(names, n)
@@ -136,7 +139,7 @@ func sendFiles(c *net.UnixConn, files map[string]*os.File, whole bool) error {
 			return err
 		}
 	}
-	return send(c, message{Op: opEnd, Whole: whole}, nil)
+	return nil
 }
 
 // receive returns the next message and its descriptors; io.EOF when the other is gone.

@@ -16,6 +16,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/headstart-oci/headstart/internal/endproc"
 	"github.com/headstart-oci/headstart/internal/testenv"
 	"github.com/headstart-oci/headstart/pkg/lazy/internal/hold"
 )
@@ -45,6 +46,7 @@ func TestMain(m *testing.M) {
 // state is what the daemon of the tests says of itself.
 type state struct {
 	PID, Holder, Kept int
+	Spare             int
 	Restarted, Whole  bool
 	Names             []string
 }
@@ -52,7 +54,11 @@ type state struct {
 // daemon keeps a number of files in dir until a file "done" is there, and a pipe that it was
 // started with: who holds the other end sees when nobody has it any more.
 func daemon(dir string) error {
-	link, taken, err := hold.Join(hold.Options{Holder: []string{"a-holder", "a-holder"}, Daemon: os.Args})
+	pause, err := time.ParseDuration(os.Getenv(envSpare))
+	if err != nil {
+		return err
+	}
+	link, taken, err := hold.Join(hold.Options{Holder: []string{"a-holder", "a-holder"}, Daemon: os.Args, Spare: pause})
 	if err != nil {
 		return err
 	}
@@ -85,7 +91,7 @@ func daemon(dir string) error {
 		}
 	}
 	for {
-		if s.Holder, s.Kept = link.Holder(), link.Kept(); s.Kept == 300 {
+		if s.Holder, s.Spare, s.Kept = link.Holder(), link.Spare(), link.Kept(); s.Kept == 300 {
 			b, err := json.Marshal(s)
 			if err = errors.Join(err, os.WriteFile(filepath.Join(dir, "new"), b, 0o600), os.Rename(filepath.Join(dir, "new"), filepath.Join(dir, "state"))); err != nil {
 				return err
@@ -93,6 +99,11 @@ func daemon(dir string) error {
 		}
 		if _, err := os.Stat(filepath.Join(dir, "done")); err == nil {
 			return link.Done()
+		}
+		program := filepath.Join(dir, "program")
+		if path, err := os.ReadFile(program); err == nil {
+			link.Program(string(path))
+			return errors.Join(os.Remove(program), link.Close())
 		}
 		time.Sleep(2 * time.Millisecond)
 	}
@@ -106,7 +117,12 @@ type box struct {
 	last state
 }
 
-func start(t *testing.T) *box {
+func start(t *testing.T) *box { return startWith(t, -1) }
+
+// envSpare is the pause before the daemon of the tests starts its spare.
+const envSpare = "HOLD_TEST_SPARE"
+
+func startWith(t *testing.T, spare time.Duration) *box {
 	t.Helper()
 	b := &box{t: t, dir: t.TempDir()}
 	r, w, err := os.Pipe()
@@ -117,12 +133,12 @@ func start(t *testing.T) *box {
 	cmd := exec.Command("/proc/self/exe")
 	cmd.Args = []string{"a-daemon", "a-daemon", b.dir}
 	cmd.ExtraFiles, cmd.Stderr = []*os.File{w}, os.Stderr
+	cmd.Env = append(os.Environ(), envSpare+"="+spare.String())
 	wait := testenv.Start(t, cmd)
 	t.Cleanup(func() {
-		for _, pid := range []int{b.last.PID, b.last.Holder, b.last.PID} { // each would start the other
-			if pid > 0 && !b.gone() {
-				_ = unix.Kill(pid, unix.SIGKILL)
-			}
+		if t.Failed() && !b.gone() {
+			_ = os.WriteFile(filepath.Join(b.dir, "done"), nil, 0o600) // whoever it is that lives
+			_ = endproc.All(b.last.PID, b.last.Holder, b.last.Spare)
 		}
 		_ = wait()
 		r.Close()

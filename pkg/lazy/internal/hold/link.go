@@ -22,9 +22,16 @@ type Options struct {
 	// Holder is the command line of a process that calls [Run], Daemon that of the daemon. The
 	// program is the daemon's own, whatever their first words are.
 	Holder, Daemon []string
+	// Spare is how long the daemon lives before it starts a second holder; 0: [DefaultSpare]. Negative: it starts none. One that takes over
+	// from another waits a twentieth of that.
+	Spare time.Duration
 	// Log gets what happens to the holder; nil: nothing is logged.
 	Log *zap.Logger
 }
+
+// DefaultSpare is the pause before the spare is started: who starts a daemon waits for data, and the spare would take
+// its part of the processors.
+const DefaultSpare = 2 * time.Second
 
 // Taken is what a daemon finds when it starts.
 type Taken struct {
@@ -41,14 +48,18 @@ type Taken struct {
 type Link struct {
 	o Options
 
-	mu     sync.Mutex // guards what follows
-	conn   *net.UnixConn
-	kept   map[string]*os.File // our own duplicates
-	holder int                 // its process, 0 when not known
-	ending bool
+	mu      sync.Mutex // guards what follows
+	conn    *net.UnixConn
+	kept    map[string]*os.File // our own duplicates
+	holder  int                 // its process, 0 when not known
+	primary *os.File            // pidfd of the holder; nil when not known
+	spare   *spare              // nil: there is none yet
+	old     []*net.UnixConn     // to spares of earlier daemons
+	low     []int               // descriptors that keep their numbers from others, see reserve
+	ending  bool
 
-	watched chan struct{} // closed when watch has ended
-	stop    context.CancelFunc
+	watching sync.WaitGroup // of watch and watchSpare
+	stop     context.CancelFunc
 }
 
 // Restarted reports whether a holder has started this process, in the place of a daemon that ended, and Join was not called yet.
@@ -61,7 +72,7 @@ func Join(o Options) (*Link, Taken, error) {
 		o.Log = zap.NewNop()
 	}
 	ctx, stop := context.WithCancel(context.Background())
-	l := &Link{o: o, kept: map[string]*os.File{}, watched: make(chan struct{}), stop: stop}
+	l := &Link{o: o, kept: map[string]*os.File{}, stop: stop}
 	taken := Taken{Files: map[string]*os.File{}}
 	var err error
 	if Restarted() {
@@ -72,11 +83,23 @@ func Join(o Options) (*Link, Taken, error) {
 		err = l.startHolder()
 		l.mu.Unlock()
 	}
+	if err == nil {
+		l.mu.Lock()
+		err = l.reserve()
+		l.mu.Unlock()
+	}
 	if err != nil {
 		stop()
+		for _, c := range l.old {
+			err = errors.Join(err, c.Close())
+		}
+		l.release()
 		return nil, Taken{}, errors.Join(err, closeAll(taken.Files), closeAll(l.kept))
 	}
-	go l.watch(ctx)
+	l.watching.Go(func() { l.watch(ctx) })
+	if o.Spare >= 0 {
+		l.watching.Go(func() { l.watchSpare(ctx, taken.Restarted) })
+	}
 	return l, taken, nil
 }
 
@@ -86,16 +109,27 @@ func (l *Link) take(taken *Taken) (err error) {
 	if l.conn, err = adopt(fdLink); err != nil {
 		return fmt.Errorf("holder's socket: %w", err)
 	}
-	l.holder = os.Getppid()
+	if err := l.findHolder(); err != nil {
+		return errors.Join(fmt.Errorf("holder: %w", err), l.conn.Close())
+	}
 	for {
 		m, files, err := receive(l.conn)
-		if errors.Is(err, io.EOF) { // a new holder is started by watch
-			return nil
+		if errors.Is(err, io.EOF) {
+			if anyConnected(l.kept) { // it sees the end of this process
+				return errors.Join(errors.New("the holder has died before it gave everything: its spare has it"), l.conn.Close())
+			}
+			return nil // a new holder is started by watch
 		}
 		if err != nil {
 			return errors.Join(fmt.Errorf("take from the holder: %w", err), l.conn.Close())
 		}
 		for i, f := range files {
+			if isSpare(m.Names[i]) {
+				if err := l.inherit(m.Names[i], f); err != nil {
+					return errors.Join(err, l.conn.Close())
+				}
+				continue
+			}
 			his, err1 := dup(f)
 			mine, err2 := dup(f)
 			if err := errors.Join(err1, err2, f.Close()); err != nil {
@@ -105,9 +139,37 @@ func (l *Link) take(taken *Taken) (err error) {
 		}
 		if m.Op == opEnd {
 			taken.Whole = m.Whole
+			l.giveOld()
 			return nil
 		}
 	}
+}
+
+// findHolder finds out who made the socket. Where that process has ended already, primary stays nil, and watch starts another.
+func (l *Link) findHolder() error {
+	raw, err := l.conn.SyscallConn()
+	if err != nil {
+		return err
+	}
+	var cred *unix.Ucred
+	ctlErr := raw.Control(func(fd uintptr) { cred, err = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED) })
+	if err := errors.Join(err, ctlErr); err != nil {
+		return err
+	}
+	l.holder = int(cred.Pid)
+	fd, err := unix.PidfdOpen(l.holder, 0)
+	if errors.Is(err, unix.ESRCH) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("pidfd_open: %w", err)
+	}
+	f := os.NewFile(uintptr(fd), "pidfd")
+	if os.Getppid() != l.holder { // it has ended, and its number may be another's
+		return f.Close()
+	}
+	l.primary = f
+	return nil
 }
 
 // dup duplicates f to a number in the upper half of what this process may have: low ones may mean something to
@@ -161,7 +223,7 @@ func (l *Link) Keep(name string, f *os.File) error {
 		err = old.Close()
 	}
 	l.kept[name] = mine
-	l.tell(message{Op: opKeep, Names: []string{name}}, []int{int(mine.Fd())})
+	l.tellAll(message{Op: opKeep, Names: []string{name}}, []int{int(mine.Fd())})
 	return err
 }
 
@@ -174,7 +236,7 @@ func (l *Link) Drop(names ...string) error {
 		if f := l.kept[n]; f != nil {
 			errs = append(errs, f.Close())
 			delete(l.kept, n)
-			l.tell(message{Op: opDrop, Names: []string{n}}, nil)
+			l.tellAll(message{Op: opDrop, Names: []string{n}}, nil)
 		}
 	}
 	return errors.Join(errs...)
@@ -196,17 +258,13 @@ func (l *Link) Program(path string) {
 }
 
 // Kept returns how many descriptors the holder has.
-func (l *Link) Kept() int {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return len(l.kept)
-}
+func (l *Link) Kept() int { return len(l.Names()) }
 
 // Names returns the names of the descriptors that the holder has, sorted.
 func (l *Link) Names() []string {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	return slices.Sorted(maps.Keys(l.kept))
+	return slices.DeleteFunc(slices.Sorted(maps.Keys(l.kept)), isSpare)
 }
 
 // Holder returns the process of the holder.
@@ -232,11 +290,22 @@ func (l *Link) end(done bool) error {
 	l.ending = true
 	l.stop()
 	if done {
+		l.endSpares() // first: it would take the holder's place
 		l.tell(message{Op: opDone}, nil)
 	}
 	err := errors.Join(l.conn.CloseRead(), closeAll(l.kept))
+	if l.spare != nil {
+		err = errors.Join(err, l.spare.conn.CloseRead())
+	}
+	if l.primary != nil {
+		err = errors.Join(err, l.primary.Close())
+	}
+	l.release()
 	l.mu.Unlock()
-	<-l.watched
+	l.watching.Wait()
+	for _, c := range l.spareConns() {
+		err = errors.Join(err, c.Close())
+	}
 	return errors.Join(err, l.conn.Close())
 }
 
@@ -260,7 +329,6 @@ func backoff(last, lived time.Duration) time.Duration {
 
 // watch waits for the holder's end and starts another.
 func (l *Link) watch(ctx context.Context) {
-	defer close(l.watched)
 	pause, born := time.Duration(0), time.Time{}
 	for {
 		l.mu.Lock()
@@ -296,37 +364,80 @@ func (l *Link) watch(ctx context.Context) {
 
 // startHolder starts a holder and gives it everything. The caller holds mu.
 func (l *Link) startHolder() error {
+	p, err := l.begin(func(conn *net.UnixConn) error {
+		// Before its process is there: while it lives, no spare must take it for dead.
+		return sendFiles(conn, spareLinks(l.kept))
+	})
+	if p.conn != nil {
+		l.conn = p.conn
+	}
+	l.holder = p.pid
+	if l.primary != nil {
+		err = errors.Join(err, l.primary.Close())
+	}
+	if l.primary = p.pidfd; err != nil {
+		return fmt.Errorf("start holder: %w", err) // conn has lost its other end: watch tries again
+	}
+	l.tellPrimary()
+	if err := l.give(p.conn, withoutSpares(l.kept)); err != nil {
+		return fmt.Errorf("give everything to the holder: %w", err)
+	}
+	return nil
+}
+
+// process is a holder that was started.
+type process struct {
+	conn  *net.UnixConn
+	pid   int
+	pidfd *os.File
+}
+
+// begin starts a process that calls [Run], and calls before with the socket to it, before it is there. There is a socket also when
+// there is an error, with nobody at its other end.
+func (l *Link) begin(before func(*net.UnixConn) error) (p process, err error) {
 	conn, theirs, err := pair()
 	if err != nil {
-		return err
+		return p, err
 	}
+	p.conn = conn
 	self, err := unix.PidfdOpen(os.Getpid(), 0)
 	if err != nil {
-		return errors.Join(fmt.Errorf("pidfd_open: %w", err), conn.Close(), theirs.Close())
+		return p, errors.Join(fmt.Errorf("pidfd_open: %w", err), theirs.Close())
 	}
 	pidfd := os.NewFile(uintptr(self), "pidfd")
+	err = before(conn)
+	his := -1
 	cmd := exec.Command("/proc/self/exe")
 	cmd.Args = l.o.Holder
 	cmd.Stderr = os.Stderr
 	cmd.Dir = "/"
 	cmd.ExtraFiles = []*os.File{theirs, pidfd}
-	cmd.SysProcAttr = &unix.SysProcAttr{Setsid: true}
-	l.conn, l.holder = conn, 0
-	err = cmd.Start()
+	cmd.SysProcAttr = &unix.SysProcAttr{Setsid: true, PidFD: &his}
+	if err == nil {
+		err = cmd.Start()
+	}
 	if closed := errors.Join(theirs.Close(), pidfd.Close()); err == nil {
 		err = closed
 	}
 	if err != nil {
-		return fmt.Errorf("start holder: %w", err) // conn has lost its other end: watch tries again
+		return p, err
 	}
-	l.holder = cmd.Process.Pid
+	p.pid = cmd.Process.Pid
+	if his >= 0 {
+		p.pidfd = os.NewFile(uintptr(his), "pidfd")
+	}
 	go func() { _ = cmd.Wait() }() // ends with the holder, which outlives this process or is reaped here
-	err = send(conn, message{Op: opDaemon, Argv: l.o.Daemon}, nil)
+	return p, nil
+}
+
+// give sends a new holder everything.
+func (l *Link) give(conn *net.UnixConn, files map[string]*os.File) error {
+	err := send(conn, message{Op: opDaemon, Argv: l.o.Daemon}, nil)
 	if err == nil {
-		err = sendFiles(conn, l.kept, true)
+		err = sendFiles(conn, files)
 	}
-	if err != nil {
-		return fmt.Errorf("give everything to the holder: %w", err)
+	if err == nil {
+		err = send(conn, message{Op: opEnd, Whole: true}, nil)
 	}
-	return nil
+	return err
 }

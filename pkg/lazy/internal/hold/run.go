@@ -54,6 +54,10 @@ func Run(ctx context.Context, log *zap.Logger) error {
 		if done || err != nil {
 			return err
 		}
+		if !h.whole && anyConnected(h.files) { // which sees the end of this process
+			log.Warn("the daemon is gone and has not given everything to this holder: the spare has it")
+			return nil
+		}
 		if len(h.files) == 0 {
 			log.Info("the daemon is gone and had nothing kept")
 			return nil
@@ -96,10 +100,44 @@ func (h *holder) serve() (done bool, err error) {
 	if err := h.conn.Close(); err != nil {
 		h.log.Warn("close socket", zap.Error(err))
 	}
-	if done {
+	if done || h.superseded() {
 		return true, nil
 	}
 	return false, h.waitDaemon()
+}
+
+// dyingLimit is how long a holder may take to end whose descriptors are closed.
+const dyingLimit = 10 * time.Second
+
+// superseded reports whether this process is a spare that is not needed: the holder lives, and starts a daemon which does not know
+// of this process. Else it is the holder from now on.
+func (h *holder) superseded() bool {
+	f := h.files[namePrimary]
+	if f == nil {
+		return false
+	}
+	defer h.drop(namePrimary)
+	if gone(int(f.Fd()), dyingLimit) {
+		h.log.Warn("daemon and holder are gone: the spare takes their place", zap.Int("kept", len(h.files)-1))
+		return false
+	}
+	h.log.Warn("the daemon is gone, and its holder does not know of this spare")
+	return true
+}
+
+// gone waits until the process of a pidfd has ended, with all its threads, for a negative time without end.
+func gone(pidfd int, limit time.Duration) bool {
+	poll := []unix.PollFd{{Fd: int32(pidfd), Events: unix.POLLIN}} //nolint:gosec // a descriptor fits an int32
+	for {
+		wait := -1
+		if limit >= 0 {
+			wait = int(limit / time.Millisecond)
+		}
+		n, err := unix.Poll(poll, wait)
+		if !errors.Is(err, unix.EINTR) {
+			return n > 0
+		}
+	}
 }
 
 func (h *holder) obey(m message, files []*os.File) (done bool) {
@@ -108,8 +146,7 @@ func (h *holder) obey(m message, files []*os.File) (done bool) {
 		h.argv, h.program, h.tried = m.Argv, m.Program, false
 	case opKeep:
 		for i, n := range m.Names {
-			h.drop(n)
-			h.files[n] = files[i]
+			h.keep(n, files[i])
 		}
 	case opEnd:
 		h.whole = m.Whole
@@ -123,6 +160,23 @@ func (h *holder) obey(m message, files []*os.File) (done bool) {
 		h.log.Error("message of the daemon is not known", zap.String("op", m.Op))
 	}
 	return false
+}
+
+func (h *holder) keep(name string, f *os.File) {
+	if name != nameDaemon {
+		h.drop(name)
+		h.files[name] = f
+		return
+	}
+	fd, err := unix.FcntlInt(f.Fd(), unix.F_DUPFD_CLOEXEC, 0)
+	if err = errors.Join(err, f.Close()); err != nil {
+		h.log.Error("the daemon's descriptor", zap.Error(err))
+		return
+	}
+	if h.daemon >= 0 {
+		_ = unix.Close(h.daemon)
+	}
+	h.daemon = fd
 }
 
 func (h *holder) drop(name string) {
@@ -141,15 +195,8 @@ func (h *holder) waitDaemon() error {
 	if h.daemon < 0 {
 		return nil
 	}
-	poll := []unix.PollFd{{Fd: int32(h.daemon), Events: unix.POLLIN}} //nolint:gosec // a descriptor fits an int32
-	for {
-		_, err := unix.Poll(poll, -1)
-		if err == nil {
-			break
-		}
-		if !errors.Is(err, unix.EINTR) {
-			return fmt.Errorf("wait for the daemon: %w", err)
-		}
+	if !gone(h.daemon, -1) {
+		return errors.New("wait for the daemon: no pidfd")
 	}
 	err := unix.Close(h.daemon)
 	h.daemon = -1
@@ -180,7 +227,10 @@ func (h *holder) restart() error {
 	cmd.ExtraFiles = []*os.File{theirs}
 	pidfd := -1
 	cmd.SysProcAttr = &unix.SysProcAttr{Setsid: true, PidFD: &pidfd}
-	err = cmd.Start()
+	// Before the process is there: while it lives, no spare must take this one's place.
+	if err = sendFiles(conn, spareLinks(h.files)); err == nil {
+		err = cmd.Start()
+	}
 	if closed := theirs.Close(); err == nil {
 		err = closed
 	}
@@ -188,5 +238,8 @@ func (h *holder) restart() error {
 		return err
 	}
 	h.child, h.daemon = cmd, pidfd
-	return sendFiles(conn, h.files, h.whole)
+	if err := sendFiles(conn, withoutSpares(h.files)); err != nil {
+		return err
+	}
+	return send(conn, message{Op: opEnd, Whole: h.whole}, nil)
 }

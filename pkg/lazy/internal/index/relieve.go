@@ -11,7 +11,7 @@ const (
 	// mm/memory.c fault_around_pages.
 	relieveEvery = 32
 	// relieveFrom is the size of the smallest file that is worth it, in bytes.
-	relieveFrom = 8 << 20
+	relieveFrom = 1 << 20
 )
 
 // relieve gives the pages of the file that are mapped back to the page cache, which has them all the same, now and then: they count as memory of

@@ -209,6 +209,42 @@ func TestPutAfterClone(t *testing.T) {
 	must(t, blob.Close())
 }
 
+// Who looks which blocks are shared opens data files without the store's lock: who opens a blob meanwhile does not take that for a mount that nobody guards.
+func TestEntriesBesideOpens(t *testing.T) {
+	dir := testenv.MountDisk(t, 400<<20, testenv.Tool(t, reflinking[0]))
+	s := open(t, filepath.Join(dir, "state"), store.Options{})
+	b, chunks, data := layout(5000, 70_000)
+	blob := openBlob(t, s, b, chunks)
+	must(t, blob.Put(chunks[0], data[0]))
+	must(t, blob.Close())
+	over := make(chan struct{})
+	var work sync.WaitGroup
+	for range 2 {
+		work.Go(func() {
+			for {
+				select {
+				case <-over:
+					return
+				default:
+				}
+				if entries, err := s.Entries(false); err != nil || len(entries) != 1 || entries[0].Aside {
+					t.Errorf("Entries() = %+v, %v, want the blob", entries, err)
+					return
+				}
+			}
+		})
+	}
+	for range 300 {
+		blob := openBlob(t, s, b, chunks)
+		if n := holds(t, blob, chunks, data); n != 1 {
+			t.Errorf("%d chunks are ready, want 1: it was begun anew", n)
+		}
+		must(t, blob.Close())
+	}
+	close(over)
+	work.Wait()
+}
+
 // Where files cannot share blocks, nothing is tried twice, and what is copied is right.
 func TestCloneUnable(t *testing.T) {
 	t.Parallel()

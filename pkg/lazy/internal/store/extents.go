@@ -83,17 +83,46 @@ func (s *Store) sharing() bool {
 	return st.Type == unix.XFS_SUPER_MAGIC || st.Type == unix.BTRFS_SUPER_MAGIC
 }
 
-// extentsOf returns the shared extents of the data file called name. The caller holds mu.
+// extentsOf returns the shared extents of the data file called name. It may take a while, as btrfs looks for all who have each of them: nobody waits
+// for it but who wants to open or remove a blob that is not open, and only this one.
 func (s *Store) extentsOf(name string) (list []extent, bytes int64, err error) {
-	if b := s.blobs[name]; b != nil {
-		return sharedExtents(b.data)
+	s.mu.Lock()
+	for s.busy[name] {
+		s.idle.Wait()
 	}
+	if b := s.blobs[name]; b != nil {
+		b.refs++
+		s.mu.Unlock()
+		list, bytes, err = sharedExtents(b.data)
+		return list, bytes, errors.Join(err, b.giveBack())
+	}
+	s.busy[name] = true // whoever found our descriptor would take it for that of a mount
+	s.mu.Unlock()
+	defer func() {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		delete(s.busy, name)
+		s.idle.Broadcast()
+	}()
 	f, err := s.root.Open("blobs/" + name + "/data")
 	if err != nil {
 		return nil, 0, err
 	}
 	list, bytes, err = sharedExtents(f)
 	return list, bytes, errors.Join(err, f.Close())
+}
+
+// giveBack is Close, which writes nothing while others have the blob.
+func (b *Blob) giveBack() error {
+	s := b.store
+	s.mu.Lock()
+	if b.refs > 1 {
+		b.refs--
+		s.mu.Unlock()
+		return nil
+	}
+	s.mu.Unlock()
+	return b.Close()
 }
 
 // ledger counts blocks that several entries have once.

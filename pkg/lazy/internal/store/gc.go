@@ -184,8 +184,8 @@ func (s *Store) take(name string, pinned bool) error {
 func (s *Store) evict(name string, pinned bool) (aside string, full bool, err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	for s.leaving[name] {
-		s.left.Wait()
+	for s.busy[name] {
+		s.idle.Wait()
 	}
 	if _, err := s.root.Lstat(path.Join(pinsDir, name)); err == nil && !pinned {
 		return "", false, fmt.Errorf("remove blob %s: %w", name, ErrPinned)
@@ -209,15 +209,15 @@ func (s *Store) evict(name string, pinned bool) (aside string, full bool, err er
 		return "", false, fmt.Errorf("remove blob %s: %w", name, ErrInUse)
 	}
 	// The index may take a while: who wants this blob meanwhile waits, others do not.
-	s.leaving[name] = true
+	s.busy[name] = true
 	s.mu.Unlock()
 	err = s.forget(name)
 	if full = errors.Is(err, syscall.ENOSPC); full {
 		err = nil
 	}
 	s.mu.Lock()
-	delete(s.leaving, name)
-	s.left.Broadcast()
+	delete(s.busy, name)
+	s.idle.Broadcast()
 	if err == nil {
 		aside, err = s.rename(name)
 	}

@@ -112,6 +112,7 @@ func (s *Store) Entries(detail bool) ([]Entry, error) {
 	for _, name := range names {
 		s.mu.Lock()
 		e, err := s.entry(name, detail)
+		s.mu.Unlock()
 		if err == nil && sharing {
 			e.shared, e.Shared, err = s.extentsOf(name)
 			e.Shared = min(e.Shared, e.Bytes)
@@ -119,7 +120,6 @@ func (s *Store) Entries(detail bool) ([]Entry, error) {
 				err = nil
 			}
 		}
-		s.mu.Unlock()
 		if errors.Is(err, fs.ErrNotExist) {
 			continue // removed meanwhile
 		}
@@ -303,8 +303,8 @@ func (s *Store) describe(name string) (b rafs.Blob, err error) {
 func (s *Store) openNamed(name string) (*Blob, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	for s.leaving[name] {
-		s.left.Wait()
+	for s.busy[name] {
+		s.idle.Wait()
 	}
 	if open := s.blobs[name]; open != nil {
 		open.refs++

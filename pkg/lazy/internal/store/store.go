@@ -66,11 +66,11 @@ type Store struct {
 	unmark func(data *os.File) (bool, error) // nil: there are no marks
 	copies atomic.Bool                       // the file system cannot share blocks: see Clone
 
-	mu      sync.Mutex // guards what follows
-	kept    map[string]Kept
-	blobs   map[string]*Blob
-	leaving map[string]bool // blobs that the index is forgetting: nobody opens them
-	left    *sync.Cond      // of mu: one is not leaving any more
+	mu    sync.Mutex // guards what follows
+	kept  map[string]Kept
+	blobs map[string]*Blob
+	busy  map[string]bool // blobs that are not open, and that somebody works on without mu: nobody opens them
+	idle  *sync.Cond      // of mu: one is not busy any more
 }
 
 // directories below the state directory.
@@ -95,8 +95,8 @@ func Open(path string, o Options) (_ *Store, err error) {
 	if err != nil {
 		return nil, fmt.Errorf("state directory: %w", err)
 	}
-	s := &Store{path: path, root: root, lock: o.Lock, log: o.Log, index: o.Index, unmark: o.Unmark, kept: map[string]Kept{}, blobs: map[string]*Blob{}, leaving: map[string]bool{}}
-	s.left = sync.NewCond(&s.mu)
+	s := &Store{path: path, root: root, lock: o.Lock, log: o.Log, index: o.Index, unmark: o.Unmark, kept: map[string]Kept{}, blobs: map[string]*Blob{}, busy: map[string]bool{}}
+	s.idle = sync.NewCond(&s.mu)
 	if s.log == nil {
 		s.log = zap.NewNop()
 	}
@@ -299,8 +299,8 @@ func check(b rafs.Blob, chunks []rafs.Chunk) ([]chunkRecord, error) {
 // openBlob opens, loads or creates the data file called name. errConflict when it cannot
 // be shared; with patience, ErrInUse for what it puts aside without. The caller holds mu.
 func (s *Store) openBlob(name string, b rafs.Blob, recs []chunkRecord, patience bool) (*Blob, error) {
-	for s.leaving[name] {
-		s.left.Wait()
+	for s.busy[name] {
+		s.idle.Wait()
 	}
 	if open := s.blobs[name]; open != nil {
 		if err := open.extend(b, recs); err != nil {
