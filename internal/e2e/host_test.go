@@ -44,7 +44,12 @@ type host struct {
 // newHost starts a private containerd without plugins.
 func newHost(t *testing.T) *host {
 	t.Helper()
-	env := critest.Start(t, testcri.Options{})
+	return newHostWith(t, testcri.Options{})
+}
+
+func newHostWith(t *testing.T, o testcri.Options) *host {
+	t.Helper()
+	env := critest.Start(t, o)
 	base := t.TempDir()
 	h := &host{Env: env, base: base, plugin: filepath.Join(base, "optimizer-nri-plugin"), server: filepath.Join(base, "optimizer-server")}
 	for to, name := range map[string]string{h.plugin: "optimizer-nri-plugin", h.server: "optimizer-server"} {
@@ -153,8 +158,8 @@ type byHand struct {
 }
 
 // start runs the plugin by hand and returns once containerd has registered it; it is
-// killed when the test ends.
-func (u *setup) start(t *testing.T) *byHand {
+// killed when the test ends. It is run by a command, if there is one.
+func (u *setup) start(t *testing.T, by ...string) *byHand {
 	t.Helper()
 	conf := filepath.Join(filepath.Dir(u.persist), "plugin.toml")
 	must(t, os.WriteFile(conf, []byte(u.config), 0o644))
@@ -162,7 +167,8 @@ func (u *setup) start(t *testing.T) *byHand {
 	registered := strings.Count(u.host.Log(), name)
 	stderr, err := os.OpenFile(u.log+".stderr", os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o644)
 	must(t, err)
-	cmd := exec.Command(u.host.plugin, "--config", conf, "--name", name, "--idx", "07", "--nri-socket", u.host.NRISocket())
+	args := append(by, u.host.plugin, "--config", conf, "--name", name, "--idx", "07", "--nri-socket", u.host.NRISocket())
+	cmd := exec.Command(args[0], args[1:]...)
 	cmd.Stdout, cmd.Stderr = stderr, stderr
 	p := &byHand{cmd: cmd, wait: testenv.Start(t, cmd)}
 	must(t, stderr.Close())

@@ -1,6 +1,7 @@
 package testcri
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"errors"
@@ -40,7 +41,10 @@ func newEnv(bins binaries, o Options) (_ *Env, err error) {
 	if err != nil {
 		return nil, err
 	}
-	e := &Env{id: id, dir: filepath.Join(base, "cri-"+id), runDir: filepath.Join(records, id), bins: bins, extra: o.Env}
+	e := &Env{
+		id: id, dir: filepath.Join(base, "cri-"+id), runDir: filepath.Join(records, id), bins: bins, extra: o.Env,
+		snaps: cmp.Or(o.Snapshotter, defaultSnapshotter),
+	}
 	if err := os.MkdirAll(e.runDir, 0o755); err != nil {
 		return nil, err
 	}

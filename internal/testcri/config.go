@@ -7,12 +7,19 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"text/template"
 
 	"golang.org/x/sys/unix"
 )
+
+// defaultSnapshotter is containerd's own choice.
+const defaultSnapshotter = "overlayfs"
+
+// optionalSnapshotters need a filesystem, a device or a configuration of their own to start, and are off unless asked for.
+var optionalSnapshotters = []string{"blockfile", "btrfs", "devmapper", "erofs", "zfs"}
 
 // configTemplate is containerd's configuration. Every path that has a default
 // outside the private directory is set.
@@ -21,11 +28,7 @@ root = "{{.Dir}}/root"
 state = "{{.Dir}}/state"
 temp = "{{.Dir}}/tmp"
 imports = []
-disabled_plugins = [
-  "io.containerd.snapshotter.v1.blockfile", "io.containerd.snapshotter.v1.btrfs",
-  "io.containerd.snapshotter.v1.devmapper", "io.containerd.snapshotter.v1.erofs",
-  "io.containerd.snapshotter.v1.zfs", "io.containerd.image-verifier.v1.bindir",
-]
+disabled_plugins = [{{range .Unused}}"io.containerd.snapshotter.v1.{{.}}", {{end}}"io.containerd.image-verifier.v1.bindir"]
 
 [grpc]
   address = "{{.Address}}"
@@ -38,7 +41,7 @@ disabled_plugins = [
 [plugins."io.containerd.shim.v1.manager"]
   socket_dir = "{{.Sockets}}"
 [plugins."io.containerd.cri.v1.images"]
-  snapshotter = "overlayfs"
+  snapshotter = "{{.Snapshotter}}"
   [plugins."io.containerd.cri.v1.images".pinned_images]
     sandbox = "{{.Pause}}"
   [plugins."io.containerd.cri.v1.images".registry]
@@ -102,7 +105,8 @@ func (e *Env) writeFiles(o Options) error {
 		"Dir": e.dir, "Address": e.Address(), "Level": level, "Sockets": filepath.Join(e.runDir, "s"),
 		"Pause": pauseRef, "Hosts": e.HostsDir(), "RestrictOOM": restrict, "Runc": e.bins.runc,
 		"NRISocket": e.NRISocket(), "Plugins": e.PluginDir(), "PluginConfigs": e.PluginConfigDir(),
-		"Extra": o.Config,
+		"Extra": o.Config, "Snapshotter": e.snaps,
+		"Unused": slices.DeleteFunc(slices.Clone(optionalSnapshotters), func(s string) bool { return s == e.snaps }),
 	})
 	if err != nil {
 		return err

@@ -23,14 +23,18 @@ type PodOptions struct {
 	Namespace   string
 	Labels      map[string]string
 	Annotations map[string]string
+	Privileged  bool                  // it may have privileged containers
+	HostPID     bool                  // it shares the host's process ids
+	Users       *runtimeapi.IDMapping // where the pod's users begin on the host, as hostUsers: false asks for; nil: they are the host's
 }
 
 // Pod is a running pod sandbox on the host's network.
 type Pod struct {
 	ID string
 
-	env    *Env
-	config *runtimeapi.PodSandboxConfig
+	env        *Env
+	config     *runtimeapi.PodSandboxConfig
+	namespaces *runtimeapi.NamespaceOption
 }
 
 // ContainerOptions describes a container. Only Image is required.
@@ -90,18 +94,28 @@ func (e *Env) RunPod(ctx context.Context, o PodOptions) (*Pod, error) {
 		Annotations:  o.Annotations,
 		Linux: &runtimeapi.LinuxPodSandboxConfig{
 			CgroupParent:    cgroupParent(e.id),
-			SecurityContext: &runtimeapi.LinuxSandboxSecurityContext{NamespaceOptions: hostNetwork()},
+			SecurityContext: &runtimeapi.LinuxSandboxSecurityContext{NamespaceOptions: o.namespaces(), Privileged: o.Privileged},
 		},
 	}
 	r, err := e.Runtime().RunPodSandbox(ctx, &runtimeapi.RunPodSandboxRequest{Config: config})
 	if err != nil {
 		return nil, fmt.Errorf("run pod %s: %w", o.Name, err)
 	}
-	return &Pod{ID: r.GetPodSandboxId(), env: e, config: config}, nil
+	return &Pod{ID: r.GetPodSandboxId(), env: e, config: config, namespaces: o.namespaces()}, nil
 }
 
-func hostNetwork() *runtimeapi.NamespaceOption {
-	return &runtimeapi.NamespaceOption{Network: runtimeapi.NamespaceMode_NODE, Pid: runtimeapi.NamespaceMode_CONTAINER}
+// namespaces returns what the pod shares with the host: its network, and what o says.
+func (o *PodOptions) namespaces() *runtimeapi.NamespaceOption {
+	n := &runtimeapi.NamespaceOption{Network: runtimeapi.NamespaceMode_NODE, Pid: runtimeapi.NamespaceMode_CONTAINER}
+	if o.HostPID {
+		n.Pid = runtimeapi.NamespaceMode_NODE
+	}
+	if m := o.Users; m != nil {
+		n.UsernsOptions = &runtimeapi.UserNamespace{
+			Mode: runtimeapi.NamespaceMode_POD, Uids: []*runtimeapi.IDMapping{m}, Gids: []*runtimeapi.IDMapping{m},
+		}
+	}
+	return n
 }
 
 // Stop ends the pod's containers and its sandbox.
@@ -136,7 +150,7 @@ func (p *Pod) Create(ctx context.Context, o ContainerOptions) (*Container, error
 		LogPath:     o.Name + ".log",
 		Linux: &runtimeapi.LinuxContainerConfig{
 			SecurityContext: &runtimeapi.LinuxContainerSecurityContext{
-				NamespaceOptions: hostNetwork(), Privileged: o.Privileged, ReadonlyRootfs: o.ReadOnly,
+				NamespaceOptions: p.namespaces, Privileged: o.Privileged, ReadonlyRootfs: o.ReadOnly,
 			},
 		},
 	}

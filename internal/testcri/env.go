@@ -50,6 +50,7 @@ type Options struct {
 	PluginConfigs map[string]string // files of NRI's plugin configuration directory: name ("02-name.conf") to content
 	Hosts         map[string]string // registry host ("127.0.0.1:5000") to its hosts.toml
 	Config        string            // TOML appended to containerd's configuration
+	Snapshotter   string            // of all images and containers; empty: overlayfs. What it needs configured, Config says
 	Env           []string          // added to containerd's environment
 	Debug         bool              // containerd logs at level debug
 	Out           io.Writer         // gets what package tools installs, and warnings; nil: nothing
@@ -64,6 +65,7 @@ type Env struct {
 	runDir  string // short, for the shims' sockets; also the record for the next Start
 	bins    binaries
 	extra   []string // environment
+	snaps   string   // the snapshotter
 	owner   *os.File // the locked record
 	closing sync.Once
 	closed  error

@@ -140,7 +140,7 @@ func (e *Env) ImportOCI(ctx context.Context, layoutPath, ref string) (err error)
 	if err != nil {
 		return err
 	}
-	if err := img.Unpack(ctx, "overlayfs"); err != nil {
+	if err := img.Unpack(ctx, e.snaps); err != nil {
 		return fmt.Errorf("unpack: %w", err)
 	}
 	return e.waitImage(ctx, ref)

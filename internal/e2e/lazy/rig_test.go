@@ -15,6 +15,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/headstart-oci/headstart/internal/endproc"
 	"github.com/headstart-oci/headstart/internal/testenv"
 )
 
@@ -25,6 +26,7 @@ const patience = 60 * time.Second
 type status struct {
 	PID    int `json:"pid"`
 	Holder int `json:"holder_pid"`
+	Spare  int `json:"spare_pid"`
 	Mounts []struct {
 		Dir        string `json:"dir"`
 		State      string `json:"state"`
@@ -78,7 +80,9 @@ func newRig(t *testing.T) *rig {
 				t.Error(err)
 			}
 		}
-		r.end(t, s.Holder, s.PID)
+		if err := endproc.Logging(r.run, s.Spare, s.Holder, s.PID); err != nil {
+			t.Error(err)
+		}
 		if t.Failed() {
 			logs, _ := filepath.Glob(filepath.Join(r.run, "*.log"))
 			for _, name := range logs {
@@ -102,33 +106,6 @@ func newRigOf(t *testing.T, driver string) *rig {
 func eachDriver(t *testing.T, f func(t *testing.T, driver string)) {
 	for _, driver := range []string{"erofs", "fuse"} {
 		t.Run(driver, func(t *testing.T) { f(t, driver) })
-	}
-}
-
-// end kills a daemon and its holder. Each would start the other again: both are stopped first.
-func (r *rig) end(t *testing.T, pids ...int) {
-	t.Helper()
-	var fds []int
-	for _, pid := range pids {
-		fd, err := unix.PidfdOpen(pid, 0)
-		if pid == 0 || errors.Is(err, unix.ESRCH) {
-			continue // no daemon, or it has ended
-		}
-		must(t, err)
-		fds = append(fds, fd)
-	}
-	for _, signal := range []unix.Signal{unix.SIGSTOP, unix.SIGKILL} {
-		for _, fd := range fds {
-			if err := unix.PidfdSendSignal(fd, signal, nil, 0); err != nil && !errors.Is(err, unix.ESRCH) {
-				t.Error(err)
-			}
-		}
-	}
-	for _, fd := range fds {
-		if n, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, int(patience/time.Millisecond)); n != 1 && !errors.Is(err, unix.EINTR) {
-			t.Errorf("a daemon does not end: %v", err)
-		}
-		must(t, unix.Close(fd))
 	}
 }
 
