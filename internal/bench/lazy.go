@@ -287,7 +287,7 @@ func (r *lazyRig) end(ctx context.Context) error {
 		}
 		err = errors.Join(err, r.optimizer(ctx, nil, "umount", "--lazy", m.Dir))
 	}
-	err = errors.Join(err, endproc.All(s.Holder, s.PID))
+	err = errors.Join(err, endproc.Logging(filepath.Join(r.dir, "run"), s.Spare, s.Holder, s.PID))
 	return err
 }
 

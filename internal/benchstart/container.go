@@ -26,9 +26,9 @@ type started struct {
 	began  time.Time // of everything
 	layers []string  // directories, the lowest first
 	pids   []int     // of the daemons that serve it
-	// report fills in what the mode knows of the start; may be nil.
-	report func(*result) error
-	stops  []func() error // what takes it away, in reverse
+	// report fills in what the mode knows of the start until ready; may be nil. after is report once the program has ended.
+	report, after func(*result) error
+	stops         []func() error // what takes it away, in reverse
 }
 
 func (s *started) onClose(f func() error) { s.stops = append(s.stops, f) }
@@ -44,9 +44,9 @@ func (s *started) close() (err error) {
 // start is one start of a container.
 type start struct{ began, ready time.Time }
 
-// startContainer starts the image's command on the layers, waits until it says that it is ready, and
-// ends it.
-func startContainer(ctx context.Context, img *image, layers []string, scratch string) (s start, err error) {
+// startContainer starts the image's command on the layers, waits until it says that it is ready, calls atReady, if it is not nil,
+// and ends it. What a program reads to end is no part of its start: atReady does not see it.
+func startContainer(ctx context.Context, img *image, layers []string, scratch string, atReady func() error) (s start, err error) {
 	if err := os.Mkdir(scratch, 0o700); err != nil {
 		return s, err
 	}
@@ -75,11 +75,10 @@ func startContainer(ctx context.Context, img *image, layers []string, scratch st
 	defer limit.Stop()
 	select {
 	case s.ready = <-ready:
-		return s, nil
 	case <-p.Done():
 		select {
 		case s.ready = <-ready: // said so and ended
-			return s, nil
+			return s, call(atReady)
 		default:
 		}
 		return s, fmt.Errorf("the container ended before it was ready: %w: %s", p.Wait(), said.String())
@@ -88,6 +87,14 @@ func startContainer(ctx context.Context, img *image, layers []string, scratch st
 	case <-ctx.Done():
 		return s, ctx.Err()
 	}
+	return s, call(atReady)
+}
+
+func call(f func() error) error {
+	if f == nil {
+		return nil
+	}
+	return f()
 }
 
 // tailWriter keeps the last bytes of what is written. Safe for concurrent use.

@@ -43,7 +43,7 @@ type lazyMount struct {
 // in the background, so that what passes the link is the start's.
 func (b *bench) lazy(ctx context.Context, driver, tag string, img *image, link *linksim.Link, dir string) (_ *started, err error) {
 	m := &lazyMount{b: b, state: filepath.Join(dir, "state"), runDir: filepath.Join(dir, "run"), dir: filepath.Join(dir, "mnt")}
-	s := &started{layers: []string{m.dir}, report: func(r *result) error { return m.report(ctx, r) }}
+	s := &started{layers: []string{m.dir}, report: func(r *result) error { return m.report(ctx, r) }, after: func(r *result) error { return m.after(ctx, r) }}
 	if err := errors.Join(os.Mkdir(m.state, 0o700), os.Mkdir(m.runDir, 0o700), os.Mkdir(m.dir, 0o755)); err != nil {
 		return nil, err
 	}
@@ -80,7 +80,7 @@ func (m *lazyMount) status(ctx context.Context) (s lazy.Status, err error) {
 	return s, err
 }
 
-// report says what was fetched on demand, and why.
+// report says what was fetched on demand until the program was ready, and why.
 func (m *lazyMount) report(ctx context.Context, r *result) error {
 	s, err := m.status(ctx)
 	if err != nil {
@@ -89,6 +89,32 @@ func (m *lazyMount) report(ctx context.Context, r *result) error {
 	mount := s.Mounts[0]
 	r.Misses, r.Overtakes, r.Fetched = int(mount.Stats.Misses), int(mount.Stats.Overtakes), &mount.Stats
 	for _, miss := range mount.Misses {
+		if !miss.Overtake {
+			r.MissBytes += miss.Size
+		}
+	}
+	r.Missed = missed(&mount)
+	return nil
+}
+
+// after says what the program missed from then on, until it had ended.
+func (m *lazyMount) after(ctx context.Context, r *result) error {
+	s, err := m.status(ctx)
+	if err != nil {
+		return err
+	}
+	all := missed(&s.Mounts[0])
+	r.AfterReady = all[min(len(r.Missed), len(all)):]
+	return nil
+}
+
+// missed says of each miss and overtake of a mount what it was. Without a prefetch blob every chunk is one, and they are not named.
+func missed(mount *lazy.Mount) []string {
+	if mount.Stats.Prefetch.Chunks == 0 {
+		return nil
+	}
+	var out []string
+	for _, miss := range mount.Misses {
 		what := "missed"
 		switch {
 		case miss.Overtake:
@@ -96,14 +122,9 @@ func (m *lazyMount) report(ctx context.Context, r *result) error {
 		case miss.Late:
 			what = "missed after the prefetch blob"
 		}
-		if !miss.Overtake {
-			r.MissBytes += miss.Size
-		}
-		if mount.Stats.Prefetch.Chunks > 0 { // without a prefetch blob every chunk is one
-			r.Missed = append(r.Missed, fmt.Sprintf("%s: chunk %d of blob %.12s, %d bytes at %d, %s", what, miss.Index, miss.Blob, miss.Size, miss.Offset, miss.Path))
-		}
+		out = append(out, fmt.Sprintf("%s: chunk %d of blob %.12s, %d bytes at %d, %s", what, miss.Index, miss.Blob, miss.Size, miss.Offset, miss.Path))
 	}
-	return nil
+	return out
 }
 
 // close unmounts, and ends holder and daemon, which would wait a while for another mount.
@@ -118,7 +139,7 @@ func (m *lazyMount) close(ctx context.Context) error {
 	if err != nil {
 		return errors.Join(err, unix.Unmount(m.dir, unix.MNT_DETACH))
 	}
-	if err := endproc.All(s.Holder, s.PID); err != nil {
+	if err := endproc.Logging(m.runDir, s.Spare, s.Holder, s.PID); err != nil {
 		return err
 	}
 	var st, parent unix.Stat_t

@@ -218,24 +218,29 @@ func (b *bench) once(ctx context.Context, img *image, p linksim.Profile, m mode)
 	}
 	defer func() { err = errors.Join(err, s.close()) }()
 	r.Mounted, r.Misses = time.Since(s.began), -1
-	first, err := startContainer(ctx, img, s.layers, filepath.Join(dir, "first"))
+	first, err := startContainer(ctx, img, s.layers, filepath.Join(dir, "first"), func() error {
+		passed := link.Stats() // what goes on from here on is not the start's
+		r.Down, r.Up, r.Requests, r.Connections = passed.Down, passed.Up, passed.Requests, passed.Connections
+		if b.requests {
+			for _, q := range link.Requests() {
+				fmt.Fprintf(b.out, "    %8.3fs %s %s %s\n", q.At.Sub(s.began).Seconds(), q.Method, q.Target, q.Range)
+			}
+		}
+		if s.report == nil {
+			return nil
+		}
+		return s.report(&r)
+	})
 	if err != nil {
 		return r, err
 	}
-	passed := link.Stats() // what goes on in the background from here on is not the start's
 	r.Ready = first.ready.Sub(s.began)
-	r.Down, r.Up, r.Requests, r.Connections = passed.Down, passed.Up, passed.Requests, passed.Connections
-	if b.requests {
-		for _, q := range link.Requests() {
-			fmt.Fprintf(b.out, "    %8.3fs %s %s %s\n", q.At.Sub(s.began).Seconds(), q.Method, q.Target, q.Range)
-		}
-	}
-	if s.report != nil {
-		if err := s.report(&r); err != nil {
+	if s.after != nil {
+		if err := s.after(&r); err != nil {
 			return r, err
 		}
 	}
-	again, err := startContainer(ctx, img, s.layers, filepath.Join(dir, "again"))
+	again, err := startContainer(ctx, img, s.layers, filepath.Join(dir, "again"), nil)
 	if err != nil {
 		return r, fmt.Errorf("again: %w", err)
 	}

@@ -39,6 +39,9 @@ type result struct {
 	MissBytes int64    `json:"miss_bytes"`
 	Overtakes int      `json:"overtakes"`
 	Missed    []string `json:"missed,omitempty"`
+	// AfterReady says the same of what the program read from then on until it had been ended, which a recording that ends while
+	// the program serves does not have.
+	AfterReady []string `json:"after_ready,omitempty"`
 
 	// What the lazy mount asked for until it was ready: on demand, for the prefetch blob, for the files of the prefetch table behind it, and ahead of
 	// who reads front to back.
@@ -89,6 +92,9 @@ func (b *bench) printRows(img *image, p linksim.Profile, rows []result) {
 		}
 		for _, m := range r.Missed {
 			fmt.Fprintf(b.out, "    %s\n", m)
+		}
+		for _, m := range r.AfterReady {
+			fmt.Fprintf(b.out, "    when it was ready, until it had ended: %s\n", m)
 		}
 		if r.Mode == "prefetch" {
 			least := p.Transfer(img.bootstrap+img.prefetch.Bytes) + 6*p.RTT + r.Warm
