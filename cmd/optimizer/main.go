@@ -56,9 +56,7 @@ func mainCode() int {
 
 // run executes one command line.
 func run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.Writer) error {
-	root := newRoot(streams{in: stdin, out: stdout, err: stderr})
-	root.SetArgs(args)
-	err := root.ExecuteContext(ctx)
+	err := newRoot(streams{in: stdin, out: stdout, err: stderr}, args).ExecuteContext(ctx)
 	if err != nil && ctx.Err() != nil {
 		return fmt.Errorf("interrupted: %w", err)
 	}
