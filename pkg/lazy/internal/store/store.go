@@ -77,7 +77,7 @@ type Store struct {
 var directories = []string{"blobs", "bootstraps", "mounts", pinsDir}
 
 // Open opens the state directory at path and creates it where it is missing. It returns
-// [ErrLocked] while another process has it.
+// [ErrLocked] while another process has it, half a second later.
 //
 // Without o.Lock nothing of an earlier process lives: incomplete data files that
 // somebody has open are cut to nothing, so that their mounts read errors where they would
@@ -128,13 +128,22 @@ func Open(path string, o Options) (_ *Store, err error) {
 	return s, nil
 }
 
+// lockWait is how long Open waits for the lock: a child that another thread of the process
+// forks has it from a descriptor that was just closed, until its execve(2) closes that too.
+const lockWait = 500 * time.Millisecond
+
 // takeLock locks the directory until the file is closed everywhere.
 func takeLock(root *os.Root) (*os.File, error) {
 	f, err := root.OpenFile("lock", os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {
 		return nil, err
 	}
-	err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+	for deadline := time.Now().Add(lockWait); ; time.Sleep(5 * time.Millisecond) {
+		err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		if retry := errors.Is(err, unix.EWOULDBLOCK) || errors.Is(err, unix.EINTR); !retry || time.Now().After(deadline) {
+			break
+		}
+	}
 	if errors.Is(err, unix.EWOULDBLOCK) {
 		err = ErrLocked
 	}
