@@ -91,24 +91,6 @@ func testMount(t *testing.T, driver lazy.Driver, r lazy.Request) {
 	compare(t, dir)
 }
 
-// marksOf counts the marks of a process' fanotify groups.
-func marksOf(t testing.TB, pid int) int {
-	t.Helper()
-	infos, err := filepath.Glob(fmt.Sprintf("/proc/%d/fdinfo/*", pid))
-	if err != nil || len(infos) == 0 {
-		t.Fatalf("descriptors of %d: %d, %v", pid, len(infos), err)
-	}
-	most := 0
-	for _, name := range infos {
-		b, err := os.ReadFile(name)
-		if err != nil {
-			continue // closed since
-		}
-		most = max(most, strings.Count(string(b), "fanotify ino:")) // kept twice, counted once
-	}
-	return most
-}
-
 // The prefetch blob and the background bring everything without a reader.
 func TestBackground(t *testing.T) { mostlyEROFS(t, testBackground) }
 
