@@ -27,10 +27,11 @@ import (
 
 const (
 	pluginFile = "02-optimizer-nri-plugin"
-	// patience bounds every wait for something that normally takes a moment; a rebuild
-	// of a large image beside other tests is the longest.
+	// patience bounds every wait for something that normally takes a moment.
 	patience = 90 * time.Second
-	poll     = 20 * time.Millisecond
+	// buildPatience bounds the wait for a rebuild, which leaves the CPUs and disks to all others.
+	buildPatience = 5 * time.Minute
+	poll          = 20 * time.Millisecond
 )
 
 // host is a containerd with our programs beside it.
@@ -49,8 +50,8 @@ func newHost(t *testing.T) *host {
 
 func newHostWith(t *testing.T, o testcri.Options) *host {
 	t.Helper()
+	base := t.TempDir() // first, so that it goes last: the plugin may write there till containerd ends
 	env := critest.Start(t, o)
-	base := t.TempDir()
 	h := &host{Env: env, base: base, plugin: filepath.Join(base, "optimizer-nri-plugin"), server: filepath.Join(base, "optimizer-server")}
 	for to, name := range map[string]string{h.plugin: "optimizer-nri-plugin", h.server: "optimizer-server"} {
 		copyProgram(t, testenv.Binary(t, name), to)
@@ -207,7 +208,13 @@ type stop struct{ error }
 // eventually waits until try returns nil.
 func eventually(t *testing.T, what string, try func() error) {
 	t.Helper()
-	deadline := time.Now().Add(patience)
+	within(t, patience, what, try)
+}
+
+// within waits for so long at most until try returns nil.
+func within(t *testing.T, limit time.Duration, what string, try func() error) {
+	t.Helper()
+	deadline := time.Now().Add(limit)
 	for {
 		err := try()
 		if err == nil {
@@ -270,7 +277,7 @@ func (u *setup) results(t *testing.T) map[string][]rebuild.Result {
 func (u *setup) built(t *testing.T, manifest digest.Digest) rebuild.Result {
 	t.Helper()
 	var res rebuild.Result
-	eventually(t, "rebuild of "+manifest.String(), func() error {
+	within(t, buildPatience, "rebuild of "+manifest.String(), func() error {
 		all := u.results(t)
 		if r := all[manifest.String()]; len(r) > 0 {
 			res = r[0]

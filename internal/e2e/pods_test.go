@@ -18,6 +18,7 @@ func TestPods(t *testing.T) {
 	u := h.newSetup(t, settings{"rebuild.enabled": "false", "start_deadline": `"900ms"`})
 	u.drop(t)
 	must(t, h.Import(t.Context(), layersRef, img))
+	h.awaitInstance(t)
 	for _, tt := range []struct {
 		name string
 		pod  testcri.PodOptions
@@ -65,10 +66,8 @@ func TestUnprivilegedPlugin(t *testing.T) {
 			u := h.newSetup(t, settings{"rebuild.enabled": "false", "start_deadline": `"900ms"`})
 			p := u.start(t, setpriv, "--bounding-set="+tt.without)
 			o := testcri.ContainerOptions{Image: layersRef, Name: strings.ReplaceAll(tt.name, " ", "-"), Args: layersArgs}
-			if tt.want == "" { // a plugin that has just begun has no trace instance ready: the next container finds one
-				first := o
-				first.Name += "-first"
-				u.list(t, h.runIn(t, pod, first).id)
+			if tt.want == "" {
+				h.awaitInstance(t)
 			}
 			r := h.runIn(t, pod, o)
 			if r.exit != 0 {
