@@ -53,7 +53,14 @@ func held(t testing.TB, pid int) holds {
 	must(t, err)
 	tasks, err := os.ReadDir(fmt.Sprintf("/proc/%d/task", pid))
 	must(t, err)
-	h := holds{files: len(files), threads: len(tasks)}
+	h := holds{threads: len(tasks)}
+	for _, f := range files {
+		// Instances of the pool, which keeps more of them for a while after a rush, are looked at by name.
+		to, err := os.Readlink(fmt.Sprintf("/proc/%d/fd/%s", pid, f.Name()))
+		if err == nil && !strings.Contains(to, tracefs.Prefix) {
+			h.files++
+		}
+	}
 	for _, task := range tasks {
 		children, err := os.ReadFile(fmt.Sprintf("/proc/%d/task/%s/children", pid, task.Name()))
 		if err != nil && !errors.Is(err, os.ErrNotExist) {
@@ -194,7 +201,7 @@ func shortLived(t *testing.T, more func(i int) bool) {
 		var h holds
 		eventually(t, "a plugin at rest", func() bool {
 			before := held(t, pid)
-			time.Sleep(300 * time.Millisecond)
+			time.Sleep(tracefs.DefaultQuiet + 500*time.Millisecond)
 			h = held(t, pid)
 			return h == before && h.children == 0
 		})
@@ -207,7 +214,7 @@ func shortLived(t *testing.T, more func(i int) bool) {
 	}
 	after := settled()
 	t.Logf("after %d runs the plugin has %+v, before %+v", i, after, before)
-	if after.files > before.files+2 || after.children != 0 || after.threads > before.threads+8 {
+	if after.files > before.files+2 || after.children != 0 || after.threads > before.threads+16 {
 		t.Errorf("after %d runs the plugin has %+v, before %+v", i, after, before)
 	}
 	own := slices.DeleteFunc(instances(t), func(name string) bool { return !strings.HasPrefix(name, fmt.Sprintf("%s%d-", tracefs.Prefix, pid)) })

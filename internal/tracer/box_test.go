@@ -192,7 +192,7 @@ func startUnarmed(t *testing.T, pid int, o tracer.Options) *tracer.Session {
 	}
 	o.Log = zaptest.NewLogger(t)
 	if o.Pages == nil {
-		o.Pages = pool(t)
+		o.Pages = poolOf(t)
 	}
 	s, err := tracer.Start(context.Background(), o)
 	if err != nil {

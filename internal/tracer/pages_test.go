@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"sync"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -31,6 +32,21 @@ func pool(t testing.TB) *tracefs.Pool {
 			t.Errorf("close tracefs: %v", err)
 		}
 	})
+	return p
+}
+
+// pools are those of the tests that run: one each, however many containers it starts.
+var pools sync.Map
+
+// poolOf returns the pool of a test's sessions that have none of their own.
+func poolOf(t testing.TB) *tracefs.Pool {
+	t.Helper()
+	if p, ok := pools.Load(t); ok {
+		return p.(*tracefs.Pool)
+	}
+	t.Cleanup(func() { pools.Delete(t) })
+	p := pool(t)
+	pools.Store(t, p)
 	return p
 }
 
