@@ -32,10 +32,10 @@ func (l *layer) visible() bool { return slices.Contains(cached, l.kind) }
 var errNoLayers = errors.New("the image's layers cannot be seen from here")
 
 // openLayers opens the lower directories of an overlay, as mounts, this process' own, show
-// them. It returns errNoLayers when any of them is not there.
-func openLayers(overlay *mountinfo.Info, mounts []*mountinfo.Info) ([]layer, error) {
+// them; metacopy is what the overlay module does by default. It returns errNoLayers when any of them is not there.
+func openLayers(overlay *mountinfo.Info, mounts []*mountinfo.Info, metacopy bool) ([]layer, error) {
 	dirs := lowerDirs(overlay.VFSOptions)
-	if len(dirs) == 0 || splitsData(overlay.VFSOptions, readParameter("metacopy")) {
+	if len(dirs) == 0 || splitsData(overlay.VFSOptions, metacopy) {
 		return nil, errNoLayers
 	}
 	for _, base := range bases(overlay, mounts) {
@@ -63,7 +63,8 @@ func splitsData(options string, on bool) bool {
 	return on
 }
 
-// readParameter returns a default of the overlay module.
+// readParameter returns a default of the overlay module. It is for before the join: what a container has
+// at the same path may be anything.
 func readParameter(name string) bool {
 	b, err := os.ReadFile("/sys/module/overlay/parameters/" + name)
 	return err == nil && strings.HasPrefix(string(b), "Y")

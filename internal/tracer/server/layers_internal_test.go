@@ -97,7 +97,7 @@ func lowerOverlay(dir, lower string) ([]layer, error) {
 	}
 	for _, m := range own {
 		if m.Mountpoint == merged {
-			return openLayers(m, own)
+			return openLayers(m, own, false)
 		}
 	}
 	return nil, fmt.Errorf("%s is no mount point", merged)

@@ -32,6 +32,8 @@ type target struct {
 	host  int  // the host's mountinfo: whatever reads it sees the namespace it was opened in
 	load  int  // the host's loadavg, -1 when there is none
 
+	metacopy bool // the default of the overlay module
+
 	hostDev string            // "major:minor" of the server's own root
 	layers  []layer           // where the image's files come from; none when that is not known
 	merged  bool              // the one layer is the root itself, an overlay: see takeMerged
@@ -91,6 +93,7 @@ func (t *target) open() (err error) {
 	if err := unix.Stat("/", &st); err != nil {
 		return fmt.Errorf("stat /: %w", err)
 	}
+	t.metacopy = readParameter("metacopy")
 	t.hostDev = fmt.Sprintf("%d:%d", unix.Major(st.Dev), unix.Minor(st.Dev))
 	return t.locate()
 }
@@ -132,7 +135,7 @@ func (t *target) locate() error {
 		return nil
 	}
 	var err error
-	t.layers, err = openLayers(t.mount, t.own)
+	t.layers, err = openLayers(t.mount, t.own, t.metacopy)
 	if errors.Is(err, errNoLayers) {
 		err = nil
 	}
@@ -164,7 +167,7 @@ func (t *target) takeRoot() {
 // pods with users of their own: they were mounted for the overlay alone. Files of layers on the filesystem of the writable layer have the
 // numbers there that page events give them; for all others see numbered.
 func (t *target) takeMerged() {
-	if !t.overlay() || len(t.layers) > 0 || t.upper < 0 || t.view < 0 || splitsData(t.mount.VFSOptions, readParameter("metacopy")) {
+	if !t.overlay() || len(t.layers) > 0 || t.upper < 0 || t.view < 0 || splitsData(t.mount.VFSOptions, t.metacopy) {
 		return
 	}
 	var st unix.Statx_t

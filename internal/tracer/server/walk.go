@@ -101,17 +101,26 @@ type walk struct {
 	entries int
 }
 
+// maxHeld bounds the paths of the directories that are yet to be visited, in bytes: half a million of usual ones.
+const maxHeld = 32 << 20
+
 var errWalkBound = errors.New("too much to search")
 
 // run visits directories breadth first while further says so.
 func (w *walk) run(further func() bool) error {
-	dirs := []string{"/"}
+	dirs, held := []string{"/"}, 0
 	for len(dirs) > 0 && further() {
 		dir := dirs[0]
-		dirs = dirs[1:]
+		dirs[0], dirs, held = "", dirs[1:], held-len(dirs[0])
 		more, err := w.dir(dir)
 		if err != nil {
 			return err
+		}
+		for _, m := range more {
+			held += len(m)
+		}
+		if held > maxHeld {
+			return errWalkBound
 		}
 		dirs = append(dirs, more...)
 	}
