@@ -10,10 +10,10 @@ import (
 
 // DefaultHookLimit is how long a hook may run before the plugin ends itself. NRI gives
 // 2 s (api.DefaultPluginRequestTimeout), after which containerd fails the container's start.
-const DefaultHookLimit = time.Second
+const DefaultHookLimit = 1400 * time.Millisecond
 
 // killMargin is when, after the limit, the kernel kills a process whose watchdog did not.
-const killMargin = 500 * time.Millisecond
+const killMargin = 300 * time.Millisecond
 
 // watchdog calls expire when a hook runs for longer than limit, and has the kernel kill
 // the process killMargin later: also one whose threads are all stuck, or that was
