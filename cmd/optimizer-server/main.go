@@ -3,6 +3,9 @@
 // plugin and by optimizer record, one process per container.
 //
 //	optimizer-server --pid PID [--attach] [--root DIR] [--max-files N] [--pages SPEC [--pages-ahead] 3<instance]
+//	optimizer-server --standby
+//
+// With --standby its arguments, separated by zeros, come as the first packet through standard input, with the instance.
 //
 // It ends when the process does, on SIGTERM or SIGINT, and when its standard input, if
 // that is a pipe, is closed; everything that happened before is written first. Exit status:
@@ -35,16 +38,14 @@ const (
 	memoryLimit = 64 << 20 // bytes; soft
 )
 
-// pagesFD is the descriptor of the instance of tracefs: the first after standard error.
+// pagesFD is the descriptor of the instance of tracefs unless it comes with orders: the first after standard error.
 const pagesFD = 3
 
 func main() {
 	runtime.LockOSThread() // the server joins another mount namespace
 	debug.SetGCPercent(gcPercent)
 	debug.SetMemoryLimit(memoryLimit)
-	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP)
-	err := run(ctx, os.Args[1:], os.Getenv, os.Stdin, os.Stdout, os.Stderr)
-	stop()
+	err := start(os.Args[1:])
 	switch {
 	case errors.Is(err, flag.ErrHelp):
 	case errors.Is(err, errUsage):
@@ -56,8 +57,30 @@ func main() {
 	}
 }
 
-func run(ctx context.Context, args []string, env func(string) string, stdin, stdout *os.File, stderr io.Writer) error {
-	c, err := parse(args, env, stderr)
+// start runs with args, or with those that come.
+func start(args []string) error {
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP)
+	defer stop()
+	instance := pagesFD
+	if len(args) == 1 && args[0] == "--standby" {
+		idle := context.AfterFunc(ctx, func() { os.Exit(0) })                                   // there is nothing to finish
+		_, _ = parse([]string{"--pid", "1"}, -1, func(string) string { return "" }, io.Discard) // what is done once is quicker
+		var err error
+		args, instance, err = server.StandBy(os.Stdin)
+		if errors.Is(err, io.EOF) {
+			return nil // nobody wants anything
+		}
+		if err != nil {
+			return err
+		}
+		idle()
+	}
+	return run(ctx, args, instance, os.Getenv, os.Stdin, os.Stdout, os.Stderr)
+}
+
+// run traces as args say; instance is the descriptor of the instance of tracefs if there is one, -1 if there is none.
+func run(ctx context.Context, args []string, instance int, env func(string) string, stdin, stdout *os.File, stderr io.Writer) error {
+	c, err := parse(args, instance, env, stderr)
 	if err != nil {
 		return err
 	}
@@ -65,7 +88,7 @@ func run(ctx context.Context, args []string, env func(string) string, stdin, std
 }
 
 // parse reads the flags, and what is missing from the environment.
-func parse(args []string, env func(string) string, stderr io.Writer) (server.Config, error) {
+func parse(args []string, instance int, env func(string) string, stderr io.Writer) (server.Config, error) {
 	flags := flag.NewFlagSet("optimizer-server", flag.ContinueOnError)
 	flags.SetOutput(stderr)
 	var c server.Config
@@ -90,7 +113,10 @@ func parse(args []string, env func(string) string, stderr io.Writer) (server.Con
 		if err := c.Pages.Spec.UnmarshalText([]byte(spec)); err != nil {
 			return server.Config{}, fmt.Errorf("%w: --pages: %w", errUsage, err)
 		}
-		c.Pages.Instance = os.NewFile(pagesFD, "tracefs instance")
+		if instance < 0 {
+			return server.Config{}, fmt.Errorf("%w: --pages: no instance of tracefs came along", errUsage)
+		}
+		c.Pages.Instance = os.NewFile(uintptr(instance), "tracefs instance")
 	}
 	if spec != "" && c.Pages.Later {
 		return server.Config{}, fmt.Errorf("%w: --pages and --pages-later exclude each other", errUsage)

@@ -36,13 +36,14 @@ func TestParse(t *testing.T) {
 		"no files":        {args: []string{"--pid", "7", "--max-files", "0"}, err: "--max-files is 0, want at least 1"},
 		"argument":        {args: []string{"--pid", "7", "more"}, err: `unexpected argument "more"`},
 		"ahead of what":   {args: []string{"--pid", "7", "--pages-ahead"}, err: "--pages-ahead is for --pages"},
+		"no instance":     {args: []string{"--pid", "7", "--pages", "1,false"}, err: "no instance of tracefs came along"},
 		"unknown flag":    {args: []string{"--what"}, err: "flag provided but not defined"},
 		"flag, not usage": {args: []string{"--pid"}, err: "flag needs an argument"},
 	}
 	for name, tt := range tests {
 		t.Run(name, func(t *testing.T) {
 			var stderr bytes.Buffer
-			got, err := parse(tt.args, func(k string) string { return tt.env[k] }, &stderr)
+			got, err := parse(tt.args, -1, func(k string) string { return tt.env[k] }, &stderr)
 			if tt.err != "" {
 				if !errors.Is(err, errUsage) || !strings.Contains(err.Error(), tt.err) || got != (server.Config{}) {
 					t.Errorf("parse = %+v, %v; want %q", got, err, tt.err)
@@ -55,14 +56,14 @@ func TestParse(t *testing.T) {
 		})
 	}
 	var stderr bytes.Buffer
-	if _, err := parse([]string{"--help"}, os.Getenv, &stderr); !errors.Is(err, flag.ErrHelp) || !strings.Contains(stderr.String(), "_MNTNS_PID") {
+	if _, err := parse([]string{"--help"}, -1, os.Getenv, &stderr); !errors.Is(err, flag.ErrHelp) || !strings.Contains(stderr.String(), "_MNTNS_PID") {
 		t.Errorf("parse(--help) = %v, says %q", err, stderr.String())
 	}
 }
 
 func TestRunUsage(t *testing.T) {
 	var stderr bytes.Buffer
-	if err := run(context.Background(), []string{"x"}, os.Getenv, nil, nil, &stderr); !errors.Is(err, errUsage) {
+	if err := run(context.Background(), []string{"x"}, -1, os.Getenv, nil, nil, &stderr); !errors.Is(err, errUsage) {
 		t.Errorf("run = %v, want %v", err, errUsage)
 	}
 }

@@ -46,9 +46,10 @@ func OpenBackend(c Config, o BackendOptions) (*Backend, error) {
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("key persist_dir: %w", err), logCloser.Close())
 	}
+	reserve := tracer.NewReserve(c.ServerPath, log)
 	b := &Backend{
 		Start: func(ctx context.Context, t tracer.Options) (Session, error) {
-			t.Pages, t.PagesWait = o.Pages, pagesWait
+			t.Pages, t.PagesWait, t.Reserve = o.Pages, pagesWait, reserve
 			s, err := tracer.Start(ctx, t)
 			if err != nil {
 				return nil, err // not a nil *tracer.Session in an interface
@@ -62,12 +63,18 @@ func OpenBackend(c Config, o BackendOptions) (*Backend, error) {
 		LogPath: func(ctx context.Context, container string) (string, error) {
 			return readylog.Path(ctx, c.ContainerdAddress, container)
 		},
+		Expect: func() {
+			reserve.Expect()
+			if o.Pages != nil {
+				o.Pages.Expect()
+			}
+		},
 		Store: store,
 		Log:   log,
-		Close: func() error { return errors.Join(store.Close(), logCloser.Close()) },
-	}
-	if o.Pages != nil {
-		b.Expect = o.Pages.Expect
+		Close: func() error {
+			reserve.Close()
+			return errors.Join(store.Close(), logCloser.Close())
+		},
 	}
 	if !c.Rebuild.Enabled {
 		o.serve(&c, log)

@@ -3,11 +3,8 @@ package tracer
 import (
 	"context"
 	"errors"
-	"fmt"
 	"io"
 	"net"
-	"os"
-	"os/exec"
 
 	"go.uber.org/zap"
 	"golang.org/x/sys/unix"
@@ -15,27 +12,6 @@ import (
 	"github.com/headstart-oci/headstart/internal/tracer/stream"
 	"github.com/headstart-oci/headstart/pkg/trace/tracefs"
 )
-
-// input returns the session's end of what is to be the standard input of cmd, and, where that is a socket, the end of the process,
-// which the caller closes.
-func (s *Session) input(cmd *exec.Cmd) (ours io.WriteCloser, theirs *os.File, err error) {
-	if !s.later {
-		ours, err = cmd.StdinPipe()
-		return ours, nil, err
-	}
-	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
-	if err != nil {
-		return nil, nil, fmt.Errorf("make a socket: %w", err)
-	}
-	theirs = os.NewFile(uintptr(fds[1]), "the tracer's input")
-	mine := os.NewFile(uintptr(fds[0]), "input of the tracer")
-	conn, err := net.FileConn(mine) // a copy
-	if err = errors.Join(err, mine.Close()); err != nil {
-		return nil, nil, errors.Join(err, theirs.Close())
-	}
-	cmd.Stdin = theirs
-	return conn, theirs, nil
-}
 
 // armAhead arms the instance, where there is one, while the server starts: each takes some two milliseconds, and the container
 // waits. What it returns gets the outcome.
@@ -70,7 +46,7 @@ func (s *Session) lend() {
 	ctx, cancel := context.WithCancel(context.Background())
 	s.unlend = cancel
 	conn, ok := s.stdin.(*net.UnixConn)
-	if !ok {
+	if !s.later || !ok {
 		return
 	}
 	s.lending.Go(func() {

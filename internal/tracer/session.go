@@ -16,14 +16,14 @@ import (
 )
 
 // run owns the process: it reads until the stream ends, then waits for it, once.
-func (s *Session) run(ctx context.Context, stdout io.ReadCloser) {
+func (s *Session) run(ctx context.Context) {
 	watched, ended := make(chan struct{}), make(chan struct{})
 	go func() {
 		defer close(watched)
-		s.watch(ctx, stdout, ended)
+		s.watch(ctx, s.stdout, ended)
 	}()
 	in := receiver{s: s}
-	err := in.read(stream.NewReader(bufio.NewReaderSize(stdout, 64<<10)))
+	err := in.read(stream.NewReader(bufio.NewReaderSize(s.stdout, 64<<10)))
 	if err != nil {
 		// Nothing sensible follows, and a process that writes on would never end.
 		_ = s.cmd.Process.Kill() // it may have ended already
@@ -213,7 +213,7 @@ func (r *receiver) result(err error, exit string) Result {
 	case r.failure != nil && err == nil:
 		res.Err = failed(*r.failure)
 	default:
-		res.Err = fmt.Errorf("%w (%s)%s: %w", ErrKilled, exit, quoted(s.err.String()), err)
+		res.Err = fmt.Errorf("%w (%s)%s: %w", ErrKilled, exit, quoted(s.stderr.String()), err)
 	}
 	if res.Err != nil {
 		res.End = EndKilled

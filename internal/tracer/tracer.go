@@ -18,15 +18,13 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"os"
-	"os/exec"
 	"strconv"
 	"sync"
-	"syscall"
 	"time"
 
 	"go.uber.org/zap"
+	"golang.org/x/sys/unix"
 
 	"github.com/headstart-oci/headstart/pkg/trace"
 	"github.com/headstart-oci/headstart/pkg/trace/tracefs"
@@ -67,6 +65,7 @@ type Options struct {
 	// PagesWait is how long a start waits for page events when none are ready; 0: as long as it takes. When that is over the recording
 	// begins without, and gets them as soon as there are some: files that were touched before then count as a whole.
 	PagesWait time.Duration
+	Reserve   *Reserve      // of servers of that binary which stand by; nil: one is started
 	PID       int           // the container's first process, as the host numbers it
 	Attach    bool          // it runs already, so that its start is missing: a loss
 	Timeout   time.Duration // 0: none; the recording ends then, counted from arming
@@ -90,11 +89,10 @@ type Result struct {
 
 // Session is one running recording. All methods are safe for concurrent use.
 type Session struct {
-	o       Options
-	log     *zap.Logger
-	cmd     *exec.Cmd
-	stdin   io.WriteCloser
-	err     tail
+	o   Options
+	log *zap.Logger
+	*process
+	spec    string         // of the instance that was ready
 	later   bool           // there was no instance in time, and one may come
 	unlend  func()         // ends the wait for it
 	lending sync.WaitGroup // done when nobody waits for it
@@ -142,60 +140,54 @@ func Start(ctx context.Context, o Options) (*Session, error) {
 	}
 	s.takePages(ctx)
 	armed := s.armAhead()
-	stdout, err := s.spawn()
-	if err != nil {
+	if err := s.spawn(); err != nil {
 		s.giveBack()
 		s.returning.Wait()
 		return nil, fmt.Errorf("start tracer %s: %w", o.Server, err)
 	}
 	s.tell(armed)
 	s.lend()
-	go s.run(ctx, stdout)
+	go s.run(ctx)
 	return s, nil
 }
 
-// spawn starts the process. Its standard input is a pipe that carries one message at most: its end
-// asks the server to finish, and comes by itself when this process dies.
-func (s *Session) spawn() (io.ReadCloser, error) {
-	cmd := exec.Command(s.o.Server, "--pid", strconv.Itoa(s.o.PID))
+// spawn has a server that stands by do it, or starts one.
+func (s *Session) spawn() error {
+	args := []string{"--pid", strconv.Itoa(s.o.PID)}
 	if s.o.Attach {
-		cmd.Args = append(cmd.Args, "--attach")
+		args = append(args, "--attach")
 	}
+	var instance *os.File
 	if s.pages != nil {
-		spec, err := s.pages.Spec().MarshalText()
-		if err != nil {
-			return nil, err
-		}
-		cmd.Args = append(cmd.Args, "--pages", string(spec), "--pages-ahead")
-		cmd.ExtraFiles = []*os.File{s.pages.File()} // descriptor 3
+		args = append(args, "--pages", s.spec, "--pages-ahead")
+		instance = s.pages.File()
 	}
 	if s.later {
-		cmd.Args = append(cmd.Args, "--pages-later")
+		args = append(args, "--pages-later")
 	}
-	cmd.Env = []string{"GOMAXPROCS=2", "GOTRACEBACK=single"}
-	cmd.Dir = "/"
-	cmd.Stderr = &s.err
-	// The binary may be a script whose children outlive it and keep its output open.
-	cmd.WaitDelay = waitDelay
-	// A group of its own: ^C at a terminal is for the parent, which then asks for the end.
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
-	stdin, theirs, err := s.input(cmd)
-	if err != nil {
-		return nil, err
+	for p := s.o.Reserve.take(); p != nil; p = s.o.Reserve.take() {
+		err := p.order(args, instance)
+		if err == nil {
+			s.process = p
+			return nil
+		}
+		s.log.Debug("a tracer that stood by is of no use", zap.Error(err))
+		go p.dismiss()
 	}
-	if theirs != nil {
-		defer theirs.Close() //nolint:errcheck // the process has its own by then
+	p, cmd := newProcess(s.o.Server)
+	cmd.Args = append(cmd.Args, args...)
+	if instance != nil {
+		cmd.ExtraFiles = []*os.File{instance} // descriptor 3
 	}
-	stdout, err := cmd.StdoutPipe()
-	if err != nil {
-		return nil, errors.Join(err, stdin.Close())
+	socket := 0
+	if s.later {
+		socket = unix.SOCK_STREAM
 	}
-	if err := cmd.Start(); err != nil {
-		_ = stdin.Close() // a pipe is closed already
-		return nil, err
+	if err := p.start(socket); err != nil {
+		return err
 	}
-	s.cmd, s.stdin = cmd, stdin
-	return stdout, nil
+	s.process = p
+	return nil
 }
 
 // takePages gets an instance for the page events. Without one the recording goes on.
@@ -217,7 +209,13 @@ func (s *Session) takePages(ctx context.Context) {
 		s.filesOnly(err.Error())
 		return
 	}
-	s.pages = in
+	spec, err := in.Spec().MarshalText()
+	if err != nil {
+		s.filesOnly(err.Error())
+		s.o.Pages.Put(in)
+		return
+	}
+	s.pages, s.spec = in, string(spec)
 }
 
 // filesOnly logs why there are no page events.
@@ -266,40 +264,4 @@ func (s *Session) Stop(reason string) {
 func (s *Session) Result() Result {
 	<-s.done
 	return s.res
-}
-
-// tail keeps the first bytes that a process wrote to its standard error.
-type tail struct {
-	mu sync.Mutex
-	b  []byte
-}
-
-const maxTail = 4 << 10 // bytes
-
-// Write implements io.Writer; it never fails and keeps at most maxTail bytes.
-func (t *tail) Write(p []byte) (int, error) {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	t.b = append(t.b, p[:min(len(p), maxTail-len(t.b))]...)
-	return len(p), nil
-}
-
-func (t *tail) String() string {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	return string(t.b)
-}
-
-// asExit returns how a process ended in one line.
-func asExit(err error) string {
-	var exit *exec.ExitError
-	switch {
-	case err == nil:
-		return "exit status 0"
-	case errors.As(err, &exit):
-		return exit.Error()
-	case errors.Is(err, os.ErrClosed), errors.Is(err, exec.ErrWaitDelay):
-		return "ended, output cut off"
-	}
-	return err.Error()
 }

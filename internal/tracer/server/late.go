@@ -62,10 +62,24 @@ func armedAhead(stdin *os.File) error {
 
 // received returns the instance of a message; false when it has none. Other descriptors in it are closed.
 func received(text, rights []byte) (Pages, bool) {
-	var p Pages
+	fd := descriptor(rights)
+	if fd < 0 {
+		return Pages{}, false
+	}
+	p := Pages{Instance: os.NewFile(uintptr(fd), "tracefs instance")}
+	if p.Spec.UnmarshalText(text) != nil {
+		_ = p.Instance.Close()
+		return Pages{}, false
+	}
+	return p, true
+}
+
+// descriptor returns the first descriptor of a control message, -1 when there is none. Others are closed.
+func descriptor(rights []byte) int {
+	first := -1
 	messages, err := unix.ParseSocketControlMessage(rights)
 	if err != nil {
-		return p, false
+		return first
 	}
 	for i := range messages {
 		fds, err := unix.ParseUnixRights(&messages[i])
@@ -73,21 +87,14 @@ func received(text, rights []byte) (Pages, bool) {
 			continue
 		}
 		for _, fd := range fds {
-			if p.Instance != nil {
+			if first >= 0 {
 				_ = unix.Close(fd)
 				continue
 			}
-			p.Instance = os.NewFile(uintptr(fd), "tracefs instance")
+			first = fd
 		}
 	}
-	if p.Instance == nil {
-		return p, false
-	}
-	if p.Spec.UnmarshalText(text) != nil {
-		_ = p.Instance.Close()
-		return Pages{}, false
-	}
-	return p, true
+	return first
 }
 
 // armLate makes the kernel record page events from now on. Where it cannot, the list is of whole files, as it would have been.
