@@ -127,6 +127,9 @@ func benchBurst(ctx context.Context, b *bench) (err error) {
 	fmt.Fprintf(b.out, "%-44s %10.2f\n", "ratio of user and system time, all processes", ratio(medianCPU(with), medianCPU(without)))
 	fmt.Fprintf(b.out, "%-44s %10s  (largest resident set of one more run)\n", "memory of optimizer-server", mib(peak))
 	fmt.Fprintf(b.out, "%-44s %10d of %d, losses %v\n", "files listed", len(l.Accesses), workload.BurstFiles+1, l.Losses)
+	b.aim("burst: the program's own time, of that without a tracer", ratio(slowed, own), 1.5)
+	b.aim("burst: memory of the tracer, MiB", float64(peak)/(1<<20), 20)
+	b.aim("burst: files that are not listed", float64(workload.BurstFiles+1-len(l.Accesses)), 0)
 	return nil
 }
 

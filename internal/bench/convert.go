@@ -139,6 +139,8 @@ func (b *bench) convertOne(ctx context.Context, peer, dir string, img *workload.
 	printSide(b, "optimizer convert (checked, packaged)", ourRuns, ourBytes)
 	fmt.Fprintf(b.out, "%-44s %10.2f %10.2f %10.2f %10.3f\n", "ratio ours / theirs", ratio(medianWall(ourRuns), medianWall(theirRuns)),
 		ratio(medianCPU(ourRuns), medianCPU(theirRuns)), float64(maxRSS(ourRuns))/float64(maxRSS(theirRuns)), float64(ourBytes)/float64(peerBytes))
+	b.aim("convert: "+img.Reference+", wall of nydus-image", ratio(medianWall(ourRuns), medianWall(theirRuns)), 0.5)
+	b.aim("convert: "+img.Reference+", bytes of nydus-image", float64(ourBytes)/float64(peerBytes), 1.03)
 	return nil
 }
 

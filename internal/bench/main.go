@@ -3,7 +3,9 @@
 // cost and completeness on a burst of files, the latency that the plugin adds to a
 // container's start, what is recorded of a start against what it needs, and what lazy mounts share.
 //
-//	go run ./internal/bench [-rows convert,optimize,check,memory,burst,start,ready,ranges,lazy,cas,disk,gc,fuse] [-runs 7]
+//	go run ./internal/bench [-rows convert,optimize,check,memory,burst,start,ready,ranges,lazy,cas,disk,gc,fuse] [-runs 7] [-check]
+//
+// It ends with the aims that were set for what was measured, and whether they were met; with -check a miss is an error.
 //
 // Walls are medians of interleaved runs, so that a slow minute of the machine falls on
 // both sides; ratios, not times, are what the tables are for.
@@ -54,6 +56,7 @@ type bench struct {
 	dir      string // scratch, removed at the end
 	bin      string // our commands
 	tools    *tools.Store
+	aims     []aim
 }
 
 type row struct {
@@ -102,6 +105,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) (err erro
 	fs.SetOutput(stderr)
 	want := fs.String("rows", "", "comma-separated rows to run; empty: all")
 	runs := fs.Int("runs", 7, "timed runs of each side")
+	check := fs.Bool("check", false, "fail when an aim is missed")
 	if err := fs.Parse(args); err != nil {
 		return flag.ErrHelp
 	}
@@ -128,6 +132,9 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) (err erro
 		if err := r.run(ctx, b); err != nil {
 			return fmt.Errorf("%s: %w", r.name, err)
 		}
+	}
+	if err := b.verdict(); *check {
+		return err
 	}
 	return nil
 }

@@ -55,6 +55,7 @@ func benchMemory(ctx context.Context, b *bench) error {
 			few = s.rss
 		case 1_000_000:
 			perFile = fmt.Sprintf("%.0f", float64(s.rss-few)/900_000)
+			b.aim("memory: "+c.name+", bytes a file", float64(s.rss-few)/900_000, 600)
 		}
 		fmt.Fprintf(b.out, "%-44s %9.2fs %10s %14s\n", c.name, s.wall.Seconds(), mib(s.rss), perFile)
 	}

@@ -58,6 +58,8 @@ func benchOptimize(ctx context.Context, b *bench) (err error) {
 				return err
 			}
 			printSide(b, "RAFS v"+version+", "+c.name, runs, size)
+			b.aim("optimize: RAFS v"+version+", "+c.name+", seconds", medianWall(runs).Seconds(), 0.5)
+			b.aim("optimize: RAFS v"+version+", "+c.name+", MiB of memory", float64(maxRSS(runs))/(1<<20), 64)
 		}
 	}
 	return nil

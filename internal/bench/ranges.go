@@ -240,6 +240,11 @@ func (b *bench) printRanges(name string, l *persist.List, truth map[string]exten
 			fmt.Fprintf(b.log, "bench: %s: %d of %d pages are not in the list: %s\n", name, n, len(truth[p]), p)
 		}
 	}
+	if name == string(workload.Python) {
+		b.aim("ranges: "+name+", prefetch blob, MB raw", float64(blob.RawBytes)/1e6, 32)
+		b.aim("ranges: "+name+", prefetch blob, MB", float64(blob.Bytes)/1e6, 12.5)
+		b.aim("ranges: "+name+", % of the truth that is not in it", 100-100*float64(chunks)/float64(max(needed, 1)), 0.1)
+	}
 	share := func(n int64) string { return fmt.Sprintf("%.2f %%", 100*float64(n)/float64(max(needed, 1))) }
 	fmt.Fprintf(b.out, "%-18s %6d %10s %10s %10s %10s %9s %10s %10s %9s  %s\n", name, len(l.Accesses), mb(whole), mb(recorded), mb(certain), mb(needed),
 		share(covered), mb(blob.RawBytes), mb(blob.Bytes), share(chunks), l.Grade)
