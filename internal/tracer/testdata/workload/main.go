@@ -27,6 +27,10 @@ func main() {
 		err = files(os.Args[2:])
 	case "mixed":
 		err = mixed(os.Args[2:])
+	case "processes":
+		err = processes(number(2), number(3))
+	case "pages":
+		err = pages(number(2), number(3))
 	case "nothing":
 	}
 	if err != nil {

@@ -1,0 +1,112 @@
+package tracer_test
+
+import (
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strconv"
+	"strings"
+	"testing"
+
+	"github.com/headstart-oci/headstart/internal/testenv"
+	"github.com/headstart-oci/headstart/internal/tracer"
+	"github.com/headstart-oci/headstart/pkg/trace"
+	"github.com/headstart-oci/headstart/pkg/trace/tracefs"
+)
+
+// leastRing is the size of the ring buffers that an instance gets where many containers start: see tracefs.PoolOptions.
+const leastRing = 512 << 10
+
+// TestMillionEvents holds that a container of 500 processes that touch a million pages is recorded whole by way of the server, with
+// the smallest ring buffers, and what that costs.
+func TestMillionEvents(t *testing.T) {
+	processes, each := 500, 2000
+	if testing.Short() {
+		processes = 50
+	}
+	const sharedPages = 3000
+	page := os.Getpagesize()
+	b := newDiskBox(t, fmt.Sprintf("mkdir s/own; for i in $(seq 0 %d); do echo $i > s/own/$i; done; head -c %d /dev/urandom > s/shared", processes-1, sharedPages*page))
+	c := b.create(t, pivot, "/program", "processes", strconv.Itoa(processes), strconv.Itoa(each))
+	s, _ := pooled(t, c, tracefs.PoolOptions{Ready: 1, Instance: tracefs.Options{Ring: leastRing}})
+	peak := watchRSS(childOf(t, os.Getpid(), "optimizer-server"), s.Done())
+	c.run(t)
+	r := result(t, s)
+	kib := <-peak
+	t.Logf("%d events, %d processes: peak memory %d KiB, losses %q", r.Trace.Events, len(r.Trace.Processes), kib, lossOf(r))
+	if r.Err != nil || !r.Trace.Complete() || r.Grade == trace.GradeFile || r.End != tracer.EndExit {
+		t.Errorf("end %q, error %v, losses %q, grade %s", r.End, r.Err, lossOf(r), r.Grade)
+	}
+	if r.Trace.Events < int64(processes*each) {
+		t.Errorf("%d events, want one for each of %d reads at least", r.Trace.Events, processes*each)
+	}
+	if kib > 20<<10 {
+		t.Errorf("peak memory %d KiB, want 20 MiB at most", kib)
+	}
+	truth := make(pageSet)
+	for p := range int64(sharedPages) {
+		if p%3 != 1 {
+			truth[p] = true
+		}
+	}
+	lower, upper := bounds(t, r, "/s/shared", int64(sharedPages*page))
+	judge(t, "/s/shared", lower, truth, upper)
+	if len(lower) != len(truth) || len(upper) != len(truth) {
+		t.Errorf("%d pages certain, %d listed, %d read", len(lower), len(upper), len(truth))
+	}
+	byPID := make(map[int32]trace.Process)
+	for _, p := range r.Trace.Processes {
+		byPID[p.PID] = p
+	}
+	readers := make(map[int32]bool)
+	for i := range processes {
+		a, ok := find(r, fmt.Sprintf("/s/own/%d", i))
+		p, known := byPID[a.PID]
+		if !ok || len(a.Ranges) != 1 || !known || p.Parent != int32(c.pid()) || p.Command != "program" {
+			t.Fatalf("file of process %d: %+v, listed %t, of process %+v", i, a, ok, p)
+		}
+		readers[a.PID] = true
+	}
+	if len(readers) != processes || len(byPID) != processes+1 || len(r.Trace.Processes) != processes+1 {
+		t.Errorf("files of %d processes, %d of them in the list, want %d and their parent", len(readers), len(r.Trace.Processes), processes)
+	}
+}
+
+// TestBurstOfPagesWhileBusy holds that a burst of files is recorded whole, ranges and all, where other programs want every CPU.
+func TestBurstOfPagesWhileBusy(t *testing.T) {
+	files := burstFiles
+	if testing.Short() {
+		files = 5 * burstPerDir
+	}
+	b := newDiskBox(t, fmt.Sprintf("mkdir burst; cd burst; for d in $(seq -w 0 %d); do mkdir $d; done; "+
+		"seq 0 %d | awk '{f=sprintf(\"%%02d/%%05d\", $1/%d, $1); print \"content\" > f; close(f)}'", max(files/burstPerDir-1, 10), files-1, burstPerDir))
+	c := b.create(t, pivot, "/program", "burst", strconv.Itoa(files), strconv.Itoa(burstPerDir))
+	s := start(t, c, tracer.Options{})
+	peak := watchRSS(childOf(t, os.Getpid(), "optimizer-server"), s.Done())
+	for range runtime.NumCPU() {
+		testenv.Start(t, exec.Command("sh", "-c", "while :; do :; done"))
+	}
+	c.run(t)
+	r := result(t, s)
+	t.Logf("%d files, %d events: peak memory %d KiB", len(r.Trace.Accesses), r.Trace.Events, <-peak)
+	if r.Err != nil || !r.Trace.Complete() || r.Grade == trace.GradeFile || len(r.Trace.Accesses) != files+1 {
+		t.Errorf("error %v, losses %q, grade %s, %d files", r.Err, lossOf(r), r.Grade, len(r.Trace.Accesses))
+	}
+	last, seen := -1, 0
+	for _, a := range r.Trace.Accesses {
+		if !strings.HasPrefix(a.Path, "/burst/") {
+			continue
+		}
+		i, err := strconv.Atoi(filepath.Base(a.Path))
+		if err != nil || i <= last || howString(a.How) != "or-" || len(a.Ranges) != 1 || a.Ranges[0].Offset != 0 || a.Ranges[0].Length != 8 || !a.Ranges[0].Certain {
+			t.Fatalf("access %+v after number %d, %v", a, last, err)
+		}
+		last = i
+		seen++
+	}
+	if seen != files {
+		t.Errorf("%d of %d files are listed", seen, files)
+	}
+}
