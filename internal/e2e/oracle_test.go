@@ -107,6 +107,7 @@ func straceRun(t *testing.T, client *containerd.Client, img *workload.Image, arg
 		got, err = straceLog(f, root)
 		return errors.Join(err, f.Close())
 	})
+	must(t, got.load(pristine))
 	for _, path := range got.paths() {
 		info, err := os.Lstat(filepath.Join(pristine, path))
 		if err != nil || !info.Mode().IsRegular() || shadowed(path) {

@@ -36,6 +36,7 @@ func TestEndToEnd(t *testing.T) {
 	before := h.latency(t, static)
 	u := h.newSetup(t, nil)
 	u.drop(t)
+	u.awaitPages(t)
 
 	t.Run("static", func(t *testing.T) {
 		testImage(t, u, static, static.Command(), h.runCommand)
@@ -145,6 +146,7 @@ func testImage(t *testing.T, u *setup, img *workload.Image, argv []string, run f
 	if list.Digest != img.Target.Digest.String() || list.Container != id {
 		t.Errorf("list of image %s, container %s; want %s, %s", list.Digest, list.Container, img.Target.Digest, id)
 	}
+	t.Run("ranges", func(t *testing.T) { testRanges(t, list) })
 	t.Run("strace", func(t *testing.T) {
 		wait := func(cmd *exec.Cmd, _ string) error { return cmd.Wait() }
 		if strings.Contains(img.Reference, "nginx") {

@@ -227,7 +227,7 @@ func rangeFaults(list *persist.List, want *straced) (faults []string) {
 			if !ok {
 				faults = append(faults, "read and not listed: "+path)
 			}
-			continue // all of it counts
+			continue // all of it counts; tooMuch says whether it may
 		}
 		listed, certain := map[int64]bool{}, map[int64]bool{}
 		for _, r := range a.Ranges {
@@ -256,6 +256,7 @@ func rangeFaults(list *persist.List, want *straced) (faults []string) {
 			faults = append(faults, "mapped and not listed: "+path)
 		}
 	}
+	faults = append(faults, tooMuch(list, want)...)
 	slices.Sort(faults)
 	return faults
 }
@@ -266,24 +267,34 @@ func TestRangeFaults(t *testing.T) {
 	page := int64(os.Getpagesize())
 	want := newStraced()
 	want.reads["/a"] = []extent{{page - 1, page + 1}, {5 * page, 5*page + 1}}
-	want.mapped["/b"] = []extent{{0, 1}}
+	want.mapped["/b"] = []extent{{page + 1, page + 2}}
 	good := []trace.Range{{Length: 2 * page, Certain: true}, {Offset: 5 * page, Length: 10, Certain: true}}
+	none := []trace.Range{}
 	for name, test := range map[string]struct {
 		list  []trace.Access
 		fault string
 	}{
-		"equal":     {[]trace.Access{{Path: "/a", Ranges: good}, {Path: "/b"}}, ""},
-		"whole":     {[]trace.Access{{Path: "/a"}, {Path: "/b"}}, ""},
-		"unlisted":  {[]trace.Access{{Path: "/b"}}, "read and not listed: /a"},
-		"unmapped":  {[]trace.Access{{Path: "/a"}}, "mapped and not listed: /b"},
-		"missing":   {[]trace.Access{{Path: "/a", Ranges: good[:1]}, {Path: "/b"}}, "of the pages read 1 are not listed and 0 not certain: /a"},
-		"empty":     {[]trace.Access{{Path: "/a", Ranges: []trace.Range{}}, {Path: "/b"}}, "of the pages read 3 are not listed and 0 not certain: /a"},
-		"uncertain": {[]trace.Access{{Path: "/a", Ranges: []trace.Range{{Length: 6 * page}}}, {Path: "/b"}}, "of the pages read 0 are not listed and 3 not certain: /a"},
+		"equal":     {[]trace.Access{{Path: "/a", Ranges: good}, {Path: "/b", Ranges: []trace.Range{{Offset: page, Length: page}}}}, ""},
+		"whole":     {[]trace.Access{{Path: "/a"}, {Path: "/b", Ranges: none}}, "counted as a whole: /a"},
+		"runtime":   {[]trace.Access{{Path: "/a", How: trace.Read | trace.Runtime}, {Path: "/b", Ranges: none}}, ""},
+		"unlisted":  {[]trace.Access{{Path: "/b", Ranges: none}}, "read and not listed: /a"},
+		"unmapped":  {[]trace.Access{{Path: "/a", Ranges: good}}, "mapped and not listed: /b"},
+		"missing":   {[]trace.Access{{Path: "/a", Ranges: good[:1]}, {Path: "/b", Ranges: none}}, "of the pages read 1 are not listed and 0 not certain: /a"},
+		"empty":     {[]trace.Access{{Path: "/a", Ranges: none}, {Path: "/b", Ranges: none}}, "of the pages read 3 are not listed and 0 not certain: /a"},
+		"uncertain": {[]trace.Access{{Path: "/a", Ranges: unsure(good)}, {Path: "/b", Ranges: none}}, "of the pages read 0 are not listed and 3 not certain: /a"},
+		"too much": {
+			[]trace.Access{{Path: "/a", Ranges: append(good, trace.Range{Offset: 2 * page, Length: page + 1})}, {Path: "/b", Ranges: []trace.Range{{Length: 2 * page}}}},
+			"of the pages listed 1 were neither read nor mapped: /b\nof the pages listed 2 were neither read nor mapped: /a",
+		},
 	} {
-		l := &persist.List{Trace: trace.Trace{Accesses: test.list}}
+		l := &persist.List{Grade: trace.GradeFaultAround, Trace: trace.Trace{Accesses: test.list}}
 		if got := strings.Join(rangeFaults(l, want), "\n"); got != test.fault {
 			t.Errorf("%s: rangeFaults = %q, want %q", name, got, test.fault)
 		}
+	}
+	whole := &persist.List{Grade: trace.GradeFile, Trace: trace.Trace{Accesses: []trace.Access{{Path: "/a"}, {Path: "/b"}}}}
+	if got := rangeFaults(whole, want); len(got) > 0 {
+		t.Errorf("a list of whole files: rangeFaults = %q", got)
 	}
 }
 
