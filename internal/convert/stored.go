@@ -79,7 +79,7 @@ func (h *helpers) build(ctx context.Context, o Options, src remote.Source, img r
 		case reused > 0 && errors.Is(err, builder.ErrReuse):
 			h.cache.warn("it is not used: %v", err)
 			h.cache.forget(reused)
-		case o.ChunkDict == DictAuto && o.Build.Dict != nil:
+		case o.ChunkDict == DictAuto && o.Build.Dict != nil && errors.Is(err, builder.ErrDict):
 			// What was found by itself must not stand in the way, as when one of its blobs is damaged.
 			h.notes = append(h.notes, fmt.Sprintf("the images at the target are not referred to: %v", err))
 			o.Build.Dict = nil
@@ -119,10 +119,11 @@ func (h *helpers) verify(ctx context.Context, res *builder.Result) error {
 		if err == nil {
 			continue
 		}
-		if err = fmt.Errorf("stored blob %s: %w", f.Descriptor.Digest, err); h.cache != nil && h.cache.has(f.Descriptor.Digest) {
-			err = fmt.Errorf("%w: %w", builder.ErrReuse, err)
+		fault := builder.ErrDict
+		if h.cache != nil && h.cache.has(f.Descriptor.Digest) {
+			fault = builder.ErrReuse
 		}
-		return err
+		return fmt.Errorf("%w: stored blob %s: %w", fault, f.Descriptor.Digest, err)
 	}
 	return nil
 }

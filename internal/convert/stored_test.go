@@ -199,18 +199,48 @@ func TestBuildCacheDamage(t *testing.T) {
 	}
 }
 
-// A source that fails is no reason to build the image again without the cache.
-func TestBuildCacheSourceFails(t *testing.T) {
+// A source that fails is no reason to build the image again without the cache, nor without the dictionary that was found.
+func TestHelpersSourceFails(t *testing.T) {
 	t.Parallel()
-	dir := t.TempDir()
-	o := options(t, "oci:"+dir+"/out")
-	o.BuildCache, o.BuildCacheMax, o.Build.Workers = "oci:"+dir+"/cache:cache", 1, 1 // the first layer's; one layer after the other
-	run(t, o)
-	source := filepath.Join(dir, "source")
-	if err := os.CopyFS(source, os.DirFS(strings.TrimPrefix(o.Source, "oci:"))); err != nil {
+	for name, set := range map[string]func(o *convert.Options, dir string){
+		"cache": func(o *convert.Options, dir string) { // the first layer's
+			o.BuildCache, o.BuildCacheMax = "oci:"+dir+"/cache:cache", 1
+		},
+		"dictionary": func(o *convert.Options, _ string) { o.ChunkDict = convert.DictAuto },
+	} {
+		t.Run(name, func(t *testing.T) {
+			dir := t.TempDir()
+			o := options(t, "oci:"+dir+"/out:a")
+			o.Build.Workers = 1 // one layer after the other
+			set(&o, dir)
+			run(t, o)
+			if sum := run(t, o); sum.LayersReused+sum.DictBlobs == 0 {
+				t.Fatalf("%+v, want something of the first image", sum)
+			}
+			var gone string
+			o.Source, gone = withoutLayer(t, o.Source)
+			built := 0 // times that the first layer, which the source has, was made
+			o.Progress = func(e convert.Event) {
+				if e.Finished && e.Task == "layer 1/2" {
+					built++
+				}
+			}
+			if _, err := convert.Run(t.Context(), o); err == nil || !strings.Contains(err.Error(), gone) || built != 1 {
+				t.Errorf("Run = %v after the first layer was made %d times, want one time and an error about %s", err, built, gone)
+			}
+			empty(t, o.Build.TempDir)
+		})
+	}
+}
+
+// withoutLayer copies a layout but for the image's second layer, and returns the copy and what it lacks.
+func withoutLayer(t *testing.T, from string) (ref, gone string) {
+	t.Helper()
+	dir := filepath.Join(t.TempDir(), "source")
+	if err := os.CopyFS(dir, os.DirFS(strings.TrimPrefix(from, "oci:"))); err != nil {
 		t.Fatal(err)
 	}
-	src, err := remote.OpenSource(t.Context(), remote.Layout(source, ""), remote.Options{})
+	src, err := remote.OpenSource(t.Context(), remote.Layout(dir, ""), remote.Options{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -218,21 +248,11 @@ func TestBuildCacheSourceFails(t *testing.T) {
 	if err := errors.Join(err, src.Close()); err != nil {
 		t.Fatal(err)
 	}
-	gone := img.Layers[1].Descriptor.Digest.Encoded()
-	if err := os.Remove(filepath.Join(source, "blobs", "sha256", gone)); err != nil {
+	gone = img.Layers[1].Descriptor.Digest.Encoded()
+	if err := os.Remove(filepath.Join(dir, "blobs", "sha256", gone)); err != nil {
 		t.Fatal(err)
 	}
-	o.Source = "oci:" + source
-	built := 0 // times that the first layer, which the source has, was made
-	o.Progress = func(e convert.Event) {
-		if e.Finished && e.Task == "layer 1/2" {
-			built++
-		}
-	}
-	if _, err := convert.Run(t.Context(), o); err == nil || !strings.Contains(err.Error(), gone) || built != 1 {
-		t.Errorf("Run = %v after the first layer was made %d times, want one time and an error about %s", err, built, gone)
-	}
-	empty(t, o.Build.TempDir)
+	return "oci:" + dir, gone
 }
 
 func TestHelperErrors(t *testing.T) {

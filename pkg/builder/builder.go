@@ -215,6 +215,9 @@ var (
 	// ErrReuse is returned, with the cause, when [Layer].Record or what it goes with is at fault, or may be: without
 	// records the conversion may succeed. What fails to be written, and other layers that fail, are not it.
 	ErrReuse = errors.New("reuse of a built layer")
+	// ErrDict is returned, with the cause, when [Options].Dict is at fault, or may be: without it the conversion may succeed. A source
+	// that cannot be read, and what fails to be written, are not it.
+	ErrDict = errors.New("chunk dictionary")
 )
 
 // Close removes the files of r. It may be called more than once.

@@ -151,6 +151,7 @@ type conversion struct {
 	prefetch *builtBlob
 	copies   *copies // of prefetch
 	dict     *dict   // nil: none
+	merged   bool    // the layers are one tree
 
 	mu sync.Mutex // guards calls of o.Progress
 }
@@ -215,6 +216,7 @@ func (c *conversion) assemble(ctx context.Context, cfg sourceConfig) error {
 			st.Chunks += int(l.blob.ChunkCount)
 		}
 	}
+	c.merged = true
 	final := merged.finalize()
 	plan := planPrefetch(final.root, c.o.List, c.o.ChunkSize)
 	c.res.Stats.Entries, c.res.Stats.Files = final.entries, len(final.files)

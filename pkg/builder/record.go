@@ -258,7 +258,7 @@ func (c *conversion) readRecord(ctx context.Context, i int) (_ builtLayer, err e
 		if err := stored.check(); err != nil {
 			return builtLayer{}, err
 		}
-		l.blob = &builtBlob{Blob: *h.Blob, stored: &stored, reused: true}
+		l.blob = &builtBlob{Blob: *h.Blob, stored: &stored, fault: ErrReuse}
 	}
 	c.progress(Event{Stage: StageLayer, Layer: i, Done: src.Descriptor.Size, Total: src.Descriptor.Size})
 	return l, nil

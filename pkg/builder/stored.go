@@ -130,12 +130,12 @@ func (d *Dict) index(o Options, first int) (*dict, error) {
 		return nil, nil
 	}
 	if err := d.check(o); err != nil {
-		return nil, fmt.Errorf("chunk dictionary: %w", err)
+		return nil, fmt.Errorf("%w: %w", ErrDict, err)
 	}
 	out := &dict{chunks: map[dictKey]rafs.Chunk{}}
 	out.add(d, map[string]int{}, first)
 	if n := len(out.blobs); n > maxDictBlobs || first+n > math.MaxUint16 {
-		return nil, fmt.Errorf("%w: chunk dictionary has %d blobs, at most %d", ErrUnsupported, n, maxDictBlobs)
+		return nil, fmt.Errorf("%w: %w: it has %d blobs, at most %d", ErrDict, ErrUnsupported, n, maxDictBlobs)
 	}
 	return out, nil
 }
@@ -177,7 +177,7 @@ type builtBlob struct {
 	path   string // with layer: of the file that holds the table
 	stored *StoredBlob
 	layer  *Layer // where the chunks are, when they stay in a layer of the source
-	reused bool   // stored came with a layer's record
+	fault  error  // with stored: what an error of reading it is, ErrReuse or ErrDict
 }
 
 // open returns the blob's bytes; who closes them must ask whether they can be.
@@ -186,42 +186,47 @@ func (b *builtBlob) open(ctx context.Context) (io.ReaderAt, error) {
 		return os.Open(b.path)
 	}
 	r, err := b.stored.Open(ctx)
-	switch {
-	case err != nil && b.reused:
-		return nil, fmt.Errorf("%w: stored blob %s: %w", ErrReuse, b.ID, err)
-	case err != nil:
-		return nil, fmt.Errorf("stored blob %s: %w", b.ID, err)
-	case b.reused:
-		return reusedReader{r}, nil
+	if err != nil {
+		return nil, fmt.Errorf("%w: stored blob %s: %w", b.fault, b.ID, err)
 	}
-	return r, nil
+	return faultReader{r, b.fault}, nil
 }
 
-// reusedReader reads the stored blob of a record.
-type reusedReader struct{ io.ReaderAt }
+// faultReader reads a stored blob.
+type faultReader struct {
+	io.ReaderAt
+	fault error
+}
 
-// ReadAt reads; its errors are ErrReuse.
-func (r reusedReader) ReadAt(p []byte, off int64) (int, error) {
+// ReadAt reads; its errors are fault, too.
+func (r faultReader) ReadAt(p []byte, off int64) (int, error) {
 	n, err := r.ReaderAt.ReadAt(p, off)
 	if err != nil && !errors.Is(err, io.EOF) {
-		err = fmt.Errorf("%w: %w", ErrReuse, err)
+		err = fmt.Errorf("%w: %w", r.fault, err)
 	}
 	return n, err
 }
 
 // Close closes the reader, if it can be.
-func (r reusedReader) Close() error { return closeReader(r.ReaderAt) }
+func (r faultReader) Close() error { return closeReader(r.ReaderAt) }
 
-// blame makes err, of what was made of all layers, ErrReuse when bytes are not what they should be and some of them
-// are of a record. Errors of writing are of no such class.
+// blame makes err, of what was made of all layers, ErrReuse or ErrDict when bytes are not what they should be and some of them
+// are of a record or of the dictionary. Errors of writing are of no such class.
 func (c *conversion) blame(err error) error {
-	reused := slices.ContainsFunc(c.layers, func(l builtLayer) bool { return l.reused })
-	if !reused || errors.Is(err, ErrReuse) {
+	var fault error
+	switch {
+	case errors.Is(err, ErrReuse), errors.Is(err, ErrDict):
 		return err
+	case slices.ContainsFunc(c.layers, func(l builtLayer) bool { return l.reused }):
+		fault = ErrReuse
+	case c.merged && c.res.Stats.DictChunks > 0:
+		fault = ErrDict
+	default:
+		return err // of layers that do not go together, perhaps, which no dictionary is the reason for
 	}
 	for _, class := range []error{ErrInvalid, ErrDigest, rafs.ErrInvalid, rafs.ErrUnsupported, rafs.ErrDigest, io.ErrUnexpectedEOF} {
 		if errors.Is(err, class) {
-			return fmt.Errorf("%w: %w", ErrReuse, err)
+			return fmt.Errorf("%w: %w", fault, err)
 		}
 	}
 	return err
@@ -257,7 +262,7 @@ func (c *conversion) blobAt(n uint16) *builtBlob {
 		return c.layers[n].blob
 	}
 	i := int(n) - c.prefetchNumber() - 1
-	return &builtBlob{Blob: c.dict.blobs[i].Blob, stored: &c.dict.blobs[i]}
+	return &builtBlob{Blob: c.dict.blobs[i].Blob, stored: &c.dict.blobs[i], fault: ErrDict}
 }
 
 // numberBlobs makes the blob table: the blobs that files refer to, those of the layers first,
@@ -292,7 +297,11 @@ func (c *conversion) numberBlobs(ctx context.Context, files []*rafs.Inode, recor
 		t.add(prefetch, -1, c.prefetch)
 	}
 	if len(t.blobs) > rafs.MaxBlobs {
-		return nil, fmt.Errorf("%w: the image needs %d blobs, the format counts %d, and too few of them are of layers to make one of", ErrUnsupported, len(t.blobs), rafs.MaxBlobs)
+		err := fmt.Errorf("%w: the image needs %d blobs, the format counts %d, and too few of them are of layers to make one of", ErrUnsupported, len(t.blobs), rafs.MaxBlobs)
+		if c.res.Stats.DictBlobs > 0 {
+			err = fmt.Errorf("%w: %w", ErrDict, err)
+		}
+		return nil, err
 	}
 	for _, f := range files {
 		for i := range f.Chunks {
