@@ -81,7 +81,7 @@ var modes = []mode{
 // options are the command's flags.
 type options struct {
 	workloads, links, modes []string
-	runs                    int
+	runs, recordings        int
 	json, svg               string
 	requests                bool
 }
@@ -104,14 +104,15 @@ func parse(args []string, stderr io.Writer) (o options, err error) {
 	l := list("links", "fast,middle,slow", "links: fast (10 ms, 1 Gbit/s), middle (20 ms, 100 Mbit/s), slow (80 ms, 25 Mbit/s)")
 	m := list("modes", "pull,lazy,prefetch,nydusd,nydusd-prefetch", "ways to start")
 	fs.IntVar(&o.runs, "runs", 3, "starts of each kind; the median counts")
+	fs.IntVar(&o.recordings, "recordings", 3, "starts that are recorded for the prefetch blob, one after the other")
 	fs.StringVar(&o.json, "json", "", "file for all results")
 	fs.StringVar(&o.svg, "svg", "", "file for a plot")
 	fs.BoolVar(&o.requests, "requests", false, "print what each start asks the registry for")
 	if err := fs.Parse(args); err != nil {
 		return o, flag.ErrHelp
 	}
-	if fs.NArg() > 0 || o.runs < 1 {
-		fmt.Fprintf(stderr, "got arguments %q and %d runs, want none and at least 1\n", fs.Args(), o.runs)
+	if fs.NArg() > 0 || o.runs < 1 || o.recordings < 1 {
+		fmt.Fprintf(stderr, "got arguments %q, %d runs and %d recordings, want none, and at least 1 of each\n", fs.Args(), o.runs, o.recordings)
 		return o, flag.ErrHelp
 	}
 	o.workloads, o.links, o.modes = strings.Split(*w, ","), strings.Split(*l, ","), strings.Split(*m, ",")

@@ -48,8 +48,8 @@ func (b *bench) prepare(ctx context.Context, name workload.Name) (*image, error)
 	if err != nil {
 		return nil, err
 	}
-	list := filepath.Join(dir, "list")
-	if _, err := b.command(ctx, nil, b.optimizer, "record", "--quiet", "--server-path", b.server, "-o", list, "--timeout", recordLimit+"s", "--scratch", dir, "oci:"+source.Dir); err != nil {
+	list, err := b.record(ctx, dir, "oci:"+source.Dir)
+	if err != nil {
 		return nil, err
 	}
 	convertTo := func(tag string, more ...string) (sum convert.Summary, err error) {
@@ -77,6 +77,21 @@ func (b *bench) prepare(ctx context.Context, name workload.Name) (*image, error)
 		}
 	}
 	return img, nil
+}
+
+// record records some starts of an image, which differ where programs have threads, and returns their profile.
+func (b *bench) record(ctx context.Context, dir, ref string) (profile string, err error) {
+	var lists []string
+	for n := range b.recordings {
+		list := filepath.Join(dir, fmt.Sprint("list", n))
+		if _, err := b.command(ctx, nil, b.optimizer, "record", "--quiet", "--server-path", b.server, "-o", list, "--timeout", recordLimit+"s", "--scratch", dir, ref); err != nil {
+			return "", err
+		}
+		lists = append(lists, list)
+	}
+	profile = filepath.Join(dir, "profile")
+	_, err = b.command(ctx, nil, b.optimizer, append([]string{"profile", "merge", "--quiet", "-o", profile}, lists...)...)
+	return profile, err
 }
 
 func (b *bench) pushPlain(ctx context.Context, img *image) error {
