@@ -14,14 +14,11 @@ import (
 	"github.com/headstart-oci/headstart/internal/testenv"
 )
 
-// TestFixtures compares every v6 fixture, mounted lazily, with the tree that it means, by the fixtures' own comparer.
-func TestFixtures(t *testing.T) {
+// v6Fixtures returns what mounts each of the v6 fixtures.
+func v6Fixtures(t *testing.T) map[string][]string {
+	t.Helper()
 	fixtures := testenv.Fixtures(t)
-	python, err := exec.LookPath("python3")
-	if err != nil {
-		testenv.Missing(t, "python3: %v", err)
-	}
-	mounts := map[string][]string{"oci/nydus-v6": {"oci:" + filepath.Join(fixtures, "oci", "nydus-v6")}}
+	mounts := map[string][]string{"oci-nydus-v6": {"oci:" + filepath.Join(fixtures, "oci", "nydus-v6")}}
 	dirs, err := filepath.Glob(filepath.Join(fixtures, "nydus", "v6-*"))
 	must(t, err)
 	if len(dirs) == 0 {
@@ -30,7 +27,17 @@ func TestFixtures(t *testing.T) {
 	for _, d := range dirs {
 		mounts[filepath.Base(d)] = []string{"--bootstrap", filepath.Join(d, "image.boot"), "--blob-dir", filepath.Join(d, "blobs")}
 	}
-	for name, args := range mounts {
+	return mounts
+}
+
+// TestFixtures compares every v6 fixture, mounted lazily, with the tree that it means, by the fixtures' own comparer.
+func TestFixtures(t *testing.T) {
+	fixtures := testenv.Fixtures(t)
+	python, err := exec.LookPath("python3")
+	if err != nil {
+		testenv.Missing(t, "python3: %v", err)
+	}
+	for name, args := range v6Fixtures(t) {
 		t.Run(name, func(t *testing.T) {
 			r := newRig(t)
 			for _, background := range []string{"none", "full"} {

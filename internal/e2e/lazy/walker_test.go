@@ -166,11 +166,17 @@ func throughPipe(way string, f *os.File, size int, h hash.Hash) (err error) {
 // startWalker starts a process that does w; the returned function waits for it and returns what it found.
 func startWalker(t *testing.T, w walk) func() (map[string]string, error) {
 	t.Helper()
-	text, err := json.Marshal(w)
-	must(t, err)
 	self, err := os.Executable()
 	must(t, err)
-	cmd := exec.Command(self)
+	return startWalkerOf(t, self, w)
+}
+
+// startWalkerOf is startWalker for a copy of this program.
+func startWalkerOf(t *testing.T, program string, w walk) func() (map[string]string, error) {
+	t.Helper()
+	text, err := json.Marshal(w)
+	must(t, err)
+	cmd := exec.Command(program)
 	cmd.Env = append(os.Environ(), walkerVariable+"="+string(text))
 	var out, said strings.Builder
 	cmd.Stdout, cmd.Stderr = &out, &said
@@ -185,6 +191,12 @@ func startWalker(t *testing.T, w walk) func() (map[string]string, error) {
 
 // readAll has n processes read the tree at once in all ways, each one of part files, and compares what they found with want.
 func readAll(t *testing.T, root string, want map[string]string, n, part int) {
+	t.Helper()
+	readAllBy(t, root, want, n, part, ways)
+}
+
+// readAllBy is readAll by some ways.
+func readAllBy(t *testing.T, root string, want map[string]string, n, part int, ways []string) {
 	t.Helper()
 	waits := make([]func() (map[string]string, error), n)
 	for i := range waits {
