@@ -111,12 +111,16 @@ type contents struct {
 	last   uint32            // id that was given last; none is given twice
 }
 
+// lockLimit is how long a new process waits for the file's lock: one that ends has it until its last thread is gone, and a child that another
+// process forks until its execve.
+const lockLimit = 10 * time.Second
+
 // open opens the file. The caller is alone, or holds mu.
 func (x *Index) open() (err error) {
 	got := contents{caches: map[uint32]*cache{}, names: map[string]*cache{}}
 	var db *bolt.DB
 	err = shield(func() (err error) {
-		db, err = bolt.Open(x.path, 0o600, &bolt.Options{Timeout: time.Second, InitialMmapSize: mapped, FreelistType: bolt.FreelistMapType})
+		db, err = bolt.Open(x.path, 0o600, &bolt.Options{Timeout: lockLimit, InitialMmapSize: mapped, FreelistType: bolt.FreelistMapType})
 		return err
 	})
 	if err != nil {

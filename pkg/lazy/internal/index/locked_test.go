@@ -10,12 +10,14 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"golang.org/x/sys/unix"
 
 	"github.com/headstart-oci/headstart/pkg/lazy/internal/index"
 )
 
 // An index that somebody else has open, or that cannot be opened now, is not thrown away.
 func TestOpenLocked(t *testing.T) {
+	t.Parallel()
 	path := filepath.Join(t.TempDir(), "index")
 	x := open(t, path)
 	if err := x.Add("one", entries(0, 10), 1); err != nil {
@@ -30,6 +32,28 @@ func TestOpenLocked(t *testing.T) {
 	x = open(t, path)
 	if got := places(t, x, 7); len(got) != 1 || x.Fresh() {
 		t.Errorf("after an Open beside it the index has %v, Fresh() = %t", got, x.Fresh())
+	}
+}
+
+// A lock that somebody has for a while, such as a process that ends, is waited for.
+func TestOpenLockedForAWhile(t *testing.T) {
+	t.Parallel()
+	path := filepath.Join(t.TempDir(), "index")
+	if err := open(t, path).Close(); err != nil {
+		t.Fatal(err)
+	}
+	f, err := os.Open(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX); err != nil {
+		t.Fatal(err)
+	}
+	closed := make(chan error, 1)
+	time.AfterFunc(1500*time.Millisecond, func() { closed <- f.Close() })
+	open(t, path)
+	if err := <-closed; err != nil {
+		t.Fatal(err)
 	}
 }
 

@@ -111,6 +111,9 @@ func (s *Store) Entries(detail bool) ([]Entry, error) {
 	sharing := s.sharing()
 	for _, name := range names {
 		s.mu.Lock()
+		for detail && s.busy[name] { // whoever works on it has it open, and is no mount
+			s.idle.Wait()
+		}
 		e, err := s.entry(name, detail)
 		s.mu.Unlock()
 		if err == nil && sharing {
