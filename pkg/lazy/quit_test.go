@@ -62,7 +62,7 @@ func TestSuccessorsSocket(t *testing.T) {
 	if second.PID == first.PID || len(second.Mounts) != 1 {
 		t.Fatalf("%+v, want another daemon than %d", second, first.PID)
 	}
-	if err := unix.Unmount(m.Dir, 0); err != nil {
+	if err := unmountSoon(func() error { return unix.Unmount(m.Dir, 0) }); err != nil {
 		t.Fatal(err)
 	}
 	if n, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, 60_000); n != 1 {
@@ -72,6 +72,37 @@ func TestSuccessorsSocket(t *testing.T) {
 		t.Errorf("Status() = %+v, %v, want that of daemon %d", s, err, second.PID)
 	}
 	compare(t, again.Dir)
+}
+
+// A daemon that takes over makes a socket where the name of the one before is gone.
+func TestSocketGone(t *testing.T) {
+	t.Parallel()
+	b := newBox(t)
+	m := b.mount(b.mountpoint("mnt"), layout(t))
+	before := b.status()
+	sockets, err := filepath.Glob(filepath.Join(b.run, "*.sock"))
+	if err != nil || len(sockets) != 1 {
+		t.Fatalf("%v, %v, want one socket", sockets, err)
+	}
+	if err := os.Remove(sockets[0]); err != nil {
+		t.Fatal(err)
+	}
+	kill(t, before.PID)
+	eventually(t, func() string {
+		if s, err := b.client.Status(t.Context(), false); err != nil || s.PID == before.PID || len(s.Mounts) != 1 {
+			return fmt.Sprintf("%+v, %v, want another daemon than %d with its mount", s, err, before.PID)
+		}
+		return ""
+	})
+	compare(t, m.Dir)
+	kill(t, b.status().PID) // and the next one takes that
+	eventually(t, func() string {
+		if s, err := b.client.Status(t.Context(), false); err != nil || len(s.Mounts) != 1 {
+			return fmt.Sprintf("%+v, %v, want the mount", s, err)
+		}
+		return ""
+	})
+	b.unmount(m.Dir)
 }
 
 // Another user who gets at the socket is told so before the daemon has read a byte of his.
