@@ -304,6 +304,24 @@ func (c *Client) mount(ctx context.Context, q call) (_ Mount, err error) {
 	return Mount{}, errors.Join(err, erofs.Unmount(q.Dir, true))
 }
 
+// busyLimit is how long Unmount waits for a child of another program that has a file of the mount open between fork and execve.
+const busyLimit = 200 * time.Millisecond
+
+// whileBusy calls f again and again while it returns [ErrBusy], until the deadline.
+func whileBusy(ctx context.Context, deadline time.Time, f func() error) error {
+	for {
+		err := f()
+		if !errors.Is(err, ErrBusy) || time.Now().After(deadline) {
+			return err
+		}
+		select {
+		case <-ctx.Done():
+			return err
+		case <-time.After(10 * time.Millisecond):
+		}
+	}
+}
+
 // Unmount unmounts dir, which must be where a lazy mount is, in the caller's mount namespace. [ErrBusy] when it is in use and
 // lazy is not set; with lazy it disappears at once, and ends with its last user. [ErrNotMounted] for anything else.
 // When the mount has ended, what it held is given back before Unmount returns.
@@ -316,7 +334,7 @@ func (c *Client) Unmount(ctx context.Context, dir string, lazy bool) error {
 	if err != nil {
 		return err
 	}
-	if err := erofs.Unmount(dir, lazy); err != nil {
+	if err := whileBusy(ctx, time.Now().Add(busyLimit), func() error { return erofs.Unmount(dir, lazy) }); err != nil {
 		return err
 	}
 	if lazy {

@@ -118,7 +118,7 @@ func TestRecordIsLost(t *testing.T) {
 	if s := b.status(); len(s.Mounts) != 0 {
 		t.Errorf("%+v, want no mount that is known", s.Mounts)
 	}
-	if err := unix.Unmount(m.Dir, 0); err != nil {
+	if err := unmountSoon(func() error { return unix.Unmount(m.Dir, 0) }); err != nil {
 		t.Error(err)
 	}
 }

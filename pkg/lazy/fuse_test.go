@@ -64,7 +64,7 @@ func TestRecordIsLostFUSE(t *testing.T) {
 		}
 		return ""
 	})
-	if err := unix.Unmount(m.Dir, 0); err != nil {
+	if err := unmountSoon(func() error { return unix.Unmount(m.Dir, 0) }); err != nil {
 		t.Error(err)
 	}
 }
@@ -156,7 +156,7 @@ func TestOverlayFUSE(t *testing.T) {
 	if got := optionsOf(t, m.Dir); got != options {
 		t.Errorf("mountinfo: %q, want %q", got, options)
 	}
-	if err := unix.Unmount(merged, 0); err != nil {
+	if err := unmountSoon(func() error { return unix.Unmount(merged, 0) }); err != nil {
 		t.Error(err)
 	}
 	unmounted = true

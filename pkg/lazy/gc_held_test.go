@@ -160,7 +160,7 @@ func (h *held) comeAndGo(ctx context.Context, n int) {
 				break
 			}
 		}
-		if err := unix.Unmount(dir, 0); err != nil {
+		if err := unmountSoon(func() error { return unix.Unmount(dir, 0) }); err != nil {
 			h.t.Errorf("unmount %s: %v", dir, err)
 			return
 		}

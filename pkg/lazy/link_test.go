@@ -40,7 +40,8 @@ func TestMountAtLink(t *testing.T) {
 		if !errors.Is(err, lazy.ErrBusy) || !errors.Is(err, unix.EBUSY) || strings.Contains(err.Error(), "\n") {
 			t.Errorf("Unmount(%s, in use) = %q, want ErrBusy in one line", name, err)
 		}
-		if err := errors.Join(held.Close(), b.client.Unmount(t.Context(), name, false)); err != nil {
+		// A file that is closed soon, as by a child of another program at its execve, is waited for.
+		if err := errors.Join(held.Close(), unmountSoon(func() error { return b.client.Unmount(t.Context(), name, false) })); err != nil {
 			t.Errorf("Unmount(%s) = %v", name, err)
 		}
 	}

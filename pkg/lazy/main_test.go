@@ -188,7 +188,7 @@ func (b *box) unmount(dir string) {
 	b.t.Helper()
 	m, err := b.client.Find(b.t.Context(), dir)
 	if err == nil {
-		err = b.client.Unmount(b.t.Context(), dir, false)
+		err = unmountSoon(func() error { return b.client.Unmount(b.t.Context(), dir, false) })
 	}
 	if err != nil {
 		b.t.Fatal(err)
@@ -203,6 +203,16 @@ func (b *box) unmount(dir string) {
 		}
 		return ""
 	})
+}
+
+// unmountSoon unmounts, again and again while the mount is in use: a child that another test has forked has its files open until its execve, which
+// takes a while where processors are scarce.
+func unmountSoon(unmount func() error) (err error) {
+	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+		if err = unmount(); !errors.Is(err, unix.EBUSY) || time.Now().After(deadline) {
+			return err
+		}
+	}
 }
 
 // layout is the zoo of the shared fixtures, as the real nydusify converted it.

@@ -53,7 +53,7 @@ func TestQuickRemount(t *testing.T) {
 				_ = unix.Kill(holder, unix.SIGCONT)
 			}()
 			b.unmount(dir)
-		} else if err := unix.Unmount(dir, 0); err != nil { // umount(8)
+		} else if err := unmountSoon(func() error { return unix.Unmount(dir, 0) }); err != nil { // umount(8)
 			t.Fatal(err)
 		}
 		if m = b.mount(dir, r); m.Local < local {
