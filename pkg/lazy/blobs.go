@@ -10,6 +10,8 @@ import (
 	"sync"
 	"time"
 
+	"go.uber.org/zap"
+
 	"github.com/headstart-oci/headstart/pkg/lazy/internal/fill"
 	"github.com/headstart-oci/headstart/pkg/lazy/internal/share"
 	"github.com/headstart-oci/headstart/pkg/lazy/internal/store"
@@ -74,9 +76,16 @@ func chunkSet(chunks []rafs.Chunk) (sum [sha256.Size]byte) {
 }
 
 // openBlob opens the cache file of blob n of img for m and has it watched. name is that of the file which
-// a mount has already, empty for a new mount.
-func (d *daemon) openBlob(m *mount, img *rafs.Image, n int, src fill.Source, name string) (*use, error) {
-	u, err := d.openUse(m, img, n, src, name)
+// a mount has already, empty for a new mount. Who waits with patience for others to close the file keeps nobody else waiting.
+func (d *daemon) openBlob(m *mount, img *rafs.Image, n int, src fill.Source, name string, patience store.Patience) (*use, error) {
+	u, err := d.openUse(m, img, n, src, name, patience)
+	for said := false; u == nil && errors.Is(err, store.ErrInUse); u, err = d.openUse(m, img, n, src, name, patience) {
+		if !said {
+			said = true
+			d.log.Info("a data file is in use: waiting for its end", zap.String("dir", m.rec.Dir), zap.Error(err))
+		}
+		patience.Wait()
+	}
 	if err != nil && u != nil {
 		err = errors.Join(err, d.letGo(m.rec.Dir, parts{uses: []*use{u}}))
 		u = nil
@@ -85,13 +94,13 @@ func (d *daemon) openBlob(m *mount, img *rafs.Image, n int, src fill.Source, nam
 }
 
 // openUse is openBlob. What it returns with an error is the caller's to let go.
-func (d *daemon) openUse(m *mount, img *rafs.Image, n int, src fill.Source, name string) (u *use, err error) {
+func (d *daemon) openUse(m *mount, img *rafs.Image, n int, src fill.Source, name string, patience store.Patience) (u *use, err error) {
 	info, chunks := img.Blobs[n], img.BlobChunks(n)
 	d.blobMu.Lock()
 	defer d.blobMu.Unlock()
 	var st *store.Blob
 	if name == "" {
-		st, err = d.store.OpenBlob(info, chunks)
+		st, err = d.store.TryOpenBlob(info, chunks, patience)
 	} else {
 		st, err = d.store.Adopt(name, info, chunks)
 	}

@@ -113,6 +113,8 @@ type daemon struct {
 	calls      sync.WaitGroup
 	poke       chan struct{}      // makes the janitor look at once
 	collectNow chan struct{}      // and the collector
+	gcAsked    atomic.Int64       // how often it was to look, at the start and later
+	gcDone     atomic.Int64       // the last of these that it has done all for
 	quit       context.CancelFunc // ends run
 }
 
@@ -125,6 +127,7 @@ func RunDaemon(ctx context.Context, o DaemonOptions) error {
 	d := &daemon{
 		o: o, log: o.Log, mounts: map[string]*mount{}, blobs: map[string]*blob{}, bootstraps: map[string]int{}, last: time.Now(), poke: make(chan struct{}, 1), collectNow: make(chan struct{}, 1),
 	}
+	d.gcAsked.Store(1)
 	d.o.Idle, d.o.Limit = cmp.Or(o.Idle, defaultIdle), cmp.Or(o.Limit, time.Minute)
 	d.o.CachePause = cmp.Or(max(0, o.CachePause), DefaultCachePause)
 	err := d.start(ctx)

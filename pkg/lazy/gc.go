@@ -208,27 +208,44 @@ func (d *daemon) collectBootstraps() error {
 // DefaultCachePause is how long the collector rests between two looks.
 const DefaultCachePause = time.Minute
 
-// gcLoop keeps the cache within the policy: at the start, when a mount ended, and now and then.
+// Pauses of a collector that met what is open and that no mount has; the longest is CachePause where that is longer.
+const (
+	busyPause  = 100 * time.Millisecond
+	busyAtMost = 5 * time.Second
+)
+
+// gcLoop keeps the cache within the policy: at the start, when a mount ended, and now and then. What nobody has but a holder that did
+// not get to close it is tried again soon.
 func (d *daemon) gcLoop(ctx context.Context) {
 	tick := time.NewTicker(d.o.CachePause)
 	defer tick.Stop()
-	short := false
+	short, pause := false, busyPause
 	for {
-		if err := d.gcRun(ctx, &short); err != nil && ctx.Err() == nil {
+		var again <-chan time.Time
+		busy, err := d.gcRun(ctx, &short, pause >= busyAtMost)
+		if err != nil && ctx.Err() == nil {
 			d.log.Error("collect what nobody uses", zap.Error(err))
+		}
+		if busy {
+			again = time.After(pause)
 		}
 		select {
 		case <-ctx.Done():
 			return
 		case <-tick.C:
+		case <-again:
+			pause = min(2*pause, max(busyAtMost, d.o.CachePause))
 		case <-d.collectNow:
+			pause = busyPause
 		}
 	}
 }
 
-// gcRun collects in steps. short is whether the last run could not reach the mark, which is said once.
-func (d *daemon) gcRun(ctx context.Context, short *bool) error {
+// gcRun collects in steps, and reports whether something was in its way that may be gone soon. short is whether the last run could not
+// reach the mark, which is said once, and when it is known to last.
+func (d *daemon) gcRun(ctx context.Context, short *bool, lasts bool) (busy bool, err error) {
 	p := d.o.Cache
+	asked := d.gcAsked.Load()
 	removed, freed := 0, int64(0)
 	for {
 		c, err := d.keeper.collect(ctx, p)
@@ -243,20 +260,33 @@ func (d *daemon) gcRun(ctx context.Context, short *bool) error {
 		if removed > 0 {
 			d.log.Info("collected what nobody uses", zap.Int("blobs", removed), zap.Int64("bytes", freed), zap.Int64("left", c.After))
 		}
-		if c.Wanted > 0 && !*short {
+		if c.Busy == 0 && !c.More {
+			d.gcDone.Store(asked)
+		}
+		wanted := c.Wanted > 0 && (c.Busy == 0 || lasts || *short)
+		if wanted && !*short {
 			d.log.Warn("the cache takes more than it may, and all that is left is in use or pinned", zap.Int64("bytes", c.After), zap.Int64("limit", d.o.Cache.Limit))
 		}
-		*short = c.Wanted > 0
-		return err
+		*short = wanted
+		return c.Busy > 0, err
 	}
 }
 
 // collectSoon has the collector look: a mount ended.
 func (d *daemon) collectSoon() {
+	d.gcAsked.Add(1)
 	select {
 	case d.collectNow <- struct{}{}:
 	default:
 	}
+}
+
+// gcGrace is how much longer than [DaemonOptions].Idle a daemon with nothing mounted stays for what it has to collect.
+const gcGrace = 20 * time.Second
+
+// collected reports whether the collector has seen the end of every mount and cache: who ends before leaves more than the policy allows.
+func (d *daemon) collected() bool {
+	return d.gcDone.Load() == d.gcAsked.Load() && (d.sharing == nil || d.sharing.feeding.Load() == 0)
 }
 
 // serveCache answers a call about the cache.

@@ -39,9 +39,10 @@ func (d *daemon) janitor(ctx context.Context) (idle bool) {
 		d.sweep()
 		fuse.ClosePipes(lookPause)
 		d.mu.Lock()
-		idle = len(d.mounts) == 0 && d.busy == 0 && d.o.Idle >= 0 && time.Since(d.last) >= d.o.Idle
+		alone := time.Since(d.last)
+		idle = len(d.mounts) == 0 && d.busy == 0 && d.o.Idle >= 0 && alone >= d.o.Idle
 		d.mu.Unlock()
-		if idle && d.nothingMounted() {
+		if idle && (d.collected() || alone >= d.o.Idle+gcGrace) && d.nothingMounted() {
 			return true
 		}
 	}

@@ -151,9 +151,9 @@ func (d *daemon) mount(ctx context.Context, r *Request, dir string) (_ *mount, _
 		return nil, nil, err
 	}
 	m.rec.Bootstrap = sum
-	tree := img.RAFS
+	tree, patience := img.RAFS, store.NewPatience()
 	for n := range tree.Blobs {
-		u, err := d.openBlob(m, tree, n, img.Blob(n), "")
+		u, err := d.openBlob(m, tree, n, img.Blob(n), "", patience)
 		if err != nil {
 			return nil, nil, err
 		}

@@ -15,6 +15,7 @@ import (
 	"github.com/headstart-oci/headstart/pkg/lazy/internal/backend"
 	"github.com/headstart-oci/headstart/pkg/lazy/internal/erofs"
 	"github.com/headstart-oci/headstart/pkg/lazy/internal/fuse"
+	"github.com/headstart-oci/headstart/pkg/lazy/internal/store"
 	"github.com/headstart-oci/headstart/pkg/rafs"
 )
 
@@ -161,7 +162,7 @@ func (d *daemon) adopt(ctx context.Context, m *mount) (*rafs.Image, error) {
 	m.src = d.reopenImage(ctx, m)
 	m.narrow = m.src.Narrow
 	for n := range tree.Blobs {
-		u, err := d.openBlob(m, tree, n, m.src.Blob(n), m.rec.Blobs[n])
+		u, err := d.openBlob(m, tree, n, m.src.Blob(n), m.rec.Blobs[n], store.Patience{})
 		if err != nil {
 			return nil, err
 		}

@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"go.uber.org/zap"
@@ -51,6 +52,8 @@ type sharing struct {
 	feeds chan string   // caches that were closed, to be fed
 	sweep chan struct{} // something was condemned
 	bad   chan badPlace // chunks that are not what they should be
+
+	feeding atomic.Int64 // caches in feeds, until they are fed
 
 	others others
 }
@@ -228,9 +231,32 @@ func (d *daemon) feedSoon(names []string) {
 		return
 	}
 	for _, name := range names {
+		d.sharing.feeding.Add(1)
 		select {
 		case d.sharing.feeds <- name:
 		default: // the next daemon does
+			d.sharing.feeding.Add(-1)
+		}
+	}
+}
+
+// feedNow feeds what feedSoon was told.
+func (d *daemon) feedNow(name string) {
+	s := d.sharing
+	d.fed(name, s.FeedNamed(name))
+	s.Forget(name)  // what the index does not have of it by now it will not get
+	d.collectSoon() // it may have found the cache open here
+	s.feeding.Add(-1)
+}
+
+// feedRest feeds what is queued, for a moment: the daemon ends.
+func (d *daemon) feedRest() {
+	for until := time.Now().Add(stuckLimit / 2); time.Now().Before(until); {
+		select {
+		case name := <-d.sharing.feeds:
+			d.feedNow(name)
+		default:
+			return
 		}
 	}
 }
@@ -269,8 +295,10 @@ func (d *daemon) shareLoop(ctx context.Context) {
 	if d.sharing == nil {
 		return
 	}
+	defer d.feedRest()
 	for {
 		err := d.sharing.Rebuild(ctx)
+		d.collectSoon() // as after every feeding
 		if err != nil && ctx.Err() == nil {
 			d.fed("", err)
 			select {
@@ -292,9 +320,7 @@ func (d *daemon) shareEvents(ctx context.Context) bool {
 		case <-ctx.Done():
 			return false
 		case name := <-s.feeds:
-			d.fed(name, s.FeedNamed(name))
-			s.Forget(name)  // what the index does not have of it by now it will not get
-			d.collectSoon() // it may have found the cache open here
+			d.feedNow(name)
 		case p := <-s.bad:
 			d.dropShared(ctx, p)
 		case <-s.sweep:

@@ -332,6 +332,7 @@ func (b *Blob) Close() error {
 		return err
 	}
 	delete(s.blobs, b.name)
+	s.left[b.name] = file{b.dev, b.ino}
 	if b.used { // who only looks at it or lends of it does not
 		b.touch()
 	}

@@ -211,7 +211,7 @@ func TestUnguarded(t *testing.T) {
 	}
 }
 
-// TestOpenedWhileInUse is a mount that lives longer than its blob was open for.
+// TestOpenedWhileInUse is a file that was never open here and that somebody needs more of than there is.
 func TestOpenedWhileInUse(t *testing.T) {
 	s, err := Open(t.TempDir(), Options{})
 	must(t, err)
@@ -224,6 +224,7 @@ func TestOpenedWhileInUse(t *testing.T) {
 	defer user.Close()
 	must(t, blob.Put(chunks[1], fill(chunks[1])))
 	must(t, blob.Close())
+	clear(s.left)
 	again, err := s.OpenBlob(b, chunks)
 	must(t, err)
 	if info, err := user.Stat(); err != nil || info.Size() != 0 || again.Local() != 0 {
@@ -231,7 +232,35 @@ func TestOpenedWhileInUse(t *testing.T) {
 	}
 }
 
-// TestOpenedWhileLeaving is a mount that ends at once, and whose files the kernel or the holder closes a little later: what it had stays.
+// TestOpenedAgain is a blob that is opened again while a holder has not closed its descriptor yet: what was there stays, and nobody waits.
+func TestOpenedAgain(t *testing.T) {
+	s, err := Open(t.TempDir(), Options{})
+	must(t, err)
+	defer s.Close()
+	b, chunks := numbered(4, 4096)
+	blob, err := s.OpenBlob(b, chunks)
+	must(t, err)
+	user, err := os.Open(blob.Path())
+	must(t, err)
+	defer user.Close()
+	for round := range 3 {
+		must(t, blob.Put(chunks[round], fill(chunks[round])))
+		must(t, blob.Close())
+		if blob, err = s.TryOpenBlob(b, chunks, NewPatience()); err != nil || blob.Local() != int64(round+1)*BlockSize {
+			t.Fatalf("round %d: TryOpenBlob() = %v, %v, want what was there", round, blob, err)
+		}
+	}
+	must(t, blob.Close())
+	if err := s.Remove(b.ID); !errors.Is(err, ErrInUse) {
+		t.Errorf("Remove() = %v, want ErrInUse: nobody knows here whether a mount has all it needs", err)
+	}
+	must(t, s.putAside(b.ID, false))
+	if len(s.left) != 0 {
+		t.Errorf("%v is said of a name that is free", s.left)
+	}
+}
+
+// TestOpenedWhileLeaving is a file that was never open here, and that somebody closes a little later: what it had stays.
 func TestOpenedWhileLeaving(t *testing.T) {
 	s, err := Open(t.TempDir(), Options{})
 	must(t, err)
@@ -243,6 +272,7 @@ func TestOpenedWhileLeaving(t *testing.T) {
 	must(t, err)
 	must(t, blob.Put(chunks[1], fill(chunks[1])))
 	must(t, blob.Close())
+	clear(s.left)
 	left := make(chan error)
 	go func() {
 		time.Sleep(50 * time.Millisecond)

@@ -59,6 +59,9 @@ type Collected struct {
 	After   int64    `json:"after_bytes"`
 	// Wanted is how much more had to go to reach the mark: what is left is in use or pinned.
 	Wanted int64 `json:"wanted_bytes"`
+	// Busy is how many stay only because they are open, though no mount is known to have them: a holder closes its descriptors when it gets to
+	// it, and who lends or looks at one is done some time.
+	Busy int `json:"-"`
 	// More: time was up, and there may be more to do.
 	More bool `json:"more"`
 }
@@ -94,6 +97,8 @@ func (s *Store) Collect(ctx context.Context, p Policy, live Live) (Collected, er
 			errs = append(errs, err)
 			if gone {
 				free(&e)
+			} else if err == nil {
+				c.Busy++
 			}
 		}
 	}
@@ -113,7 +118,9 @@ func (s *Store) Collect(ctx context.Context, p Policy, live Live) (Collected, er
 		case err == nil:
 			c.Removed = append(c.Removed, e.Name)
 			free(&e)
-		case !errors.Is(err, ErrInUse) && !errors.Is(err, ErrPinned):
+		case errors.Is(err, ErrInUse):
+			c.Busy++
+		case !errors.Is(err, ErrPinned):
 			errs = append(errs, err)
 		}
 	}
@@ -241,8 +248,9 @@ func (s *Store) forget(name string) error {
 	return nil
 }
 
-// rename gives a blob's directory a name that nobody opens.
+// rename gives a blob's directory a name that nobody opens. The caller holds mu, or is alone.
 func (s *Store) rename(name string) (aside string, err error) {
+	delete(s.left, name)
 	aside = asidePrefix + name + "-" + rand.Text()
 	return aside, s.root.Rename(path.Join("blobs", name), path.Join("blobs", aside))
 }

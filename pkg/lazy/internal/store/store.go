@@ -70,6 +70,7 @@ type Store struct {
 	kept  map[string]Kept
 	blobs map[string]*Blob
 	busy  map[string]bool // blobs that are not open, and that somebody works on without mu: nobody opens them
+	left  map[string]file // blobs that were open here: see foreign
 	idle  *sync.Cond      // of mu: one is not busy any more
 }
 
@@ -95,7 +96,7 @@ func Open(path string, o Options) (_ *Store, err error) {
 	if err != nil {
 		return nil, fmt.Errorf("state directory: %w", err)
 	}
-	s := &Store{path: path, root: root, lock: o.Lock, log: o.Log, index: o.Index, unmark: o.Unmark, kept: map[string]Kept{}, blobs: map[string]*Blob{}, busy: map[string]bool{}}
+	s := &Store{path: path, root: root, lock: o.Lock, log: o.Log, index: o.Index, unmark: o.Unmark, kept: map[string]Kept{}, blobs: map[string]*Blob{}, busy: map[string]bool{}, left: map[string]file{}}
 	s.idle = sync.NewCond(&s.mu)
 	if s.log == nil {
 		s.log = zap.NewNop()
@@ -138,7 +139,7 @@ func takeLock(root *os.Root) (*os.File, error) {
 	if err != nil {
 		return nil, err
 	}
-	for deadline := time.Now().Add(lockWait); ; time.Sleep(5 * time.Millisecond) {
+	for deadline := time.Now().Add(lockWait); ; <-time.After(5 * time.Millisecond) {
 		err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
 		if retry := errors.Is(err, unix.EWOULDBLOCK) || errors.Is(err, unix.EINTR); !retry || time.Now().After(deadline) {
 			break
@@ -184,37 +185,6 @@ func (s *Store) Close() error {
 		s.lock = nil
 	}
 	return errors.Join(errs...)
-}
-
-// maxVariants bounds how many data files of one blob there are.
-const maxVariants = 64
-
-// OpenBlob returns the data file of b for an image that uses chunks of it. A file that is
-// open or was filled before is used again when it has the same chunks at the same
-// places, or has room for them; else there is another one. The caller closes the Blob.
-// It returns [ErrUnsupported] for blobs that EROFS cannot read, rafs.ErrInvalid for chunks
-// that contradict each other.
-func (s *Store) OpenBlob(b rafs.Blob, chunks []rafs.Chunk) (*Blob, error) {
-	recs, err := check(b, chunks)
-	if err != nil {
-		return nil, err
-	}
-	deadline := time.Now().Add(leaveLimit)
-	for n := range maxVariants {
-		name := b.ID
-		if n > 0 {
-			name = fmt.Sprintf("%s.%d", b.ID, n)
-		}
-		blob, err := s.openPatiently(name, b, recs, deadline)
-		if errors.Is(err, errConflict) {
-			continue
-		}
-		if err != nil {
-			return nil, fmt.Errorf("open blob %s: %w", name, err)
-		}
-		return blob, nil
-	}
-	return nil, fmt.Errorf("open blob %s: %d images with other chunks have it: %w", b.ID, maxVariants, ErrUnsupported)
 }
 
 // Adopt is [Store.OpenBlob] for the one data file called name, which a mount has that outlived its
@@ -401,7 +371,7 @@ func (s *Store) load(name string, of rafs.Blob, recs []chunkRecord) (_ *Blob, er
 	if err := errors.Join(b.stat(), atomicfile.Clean(dir, ".")); err != nil {
 		return nil, err
 	}
-	used := !fresh && !adopted && inUse(b.data)
+	used := !fresh && !adopted && s.foreign(b)
 	old, all, err := b.loadTable(dir, recs, fresh, adopted)
 	if err != nil {
 		return nil, err
