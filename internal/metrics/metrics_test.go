@@ -181,6 +181,7 @@ func TestServer(t *testing.T) {
 		t.Errorf("the first address is still served: %.100s", got)
 	}
 	var other metrics.Server
+	defer other.Close()
 	if err := other.Listen("unix:"+second, m); err == nil {
 		t.Error("a socket in use is taken over")
 	}
@@ -219,5 +220,55 @@ func TestTaken(t *testing.T) {
 	}
 	if err := s.Listen(free(t), metrics.New()); err != nil {
 		t.Error(err)
+	}
+}
+
+// TestTakenForAWhile has the plugin before this one end a little later: the address is served from then on, where nobody wants
+// another one by then.
+func TestTakenForAWhile(t *testing.T) {
+	m := filled()
+	const line = "headstart_events_total 105\n"
+	for network, address := range map[string]string{"tcp": free(t), "unix": filepath.Join(t.TempDir(), "m.sock")} {
+		t.Run(network, func(t *testing.T) {
+			at := address
+			if network == "unix" {
+				at = "unix:" + address
+			}
+			var before, after, moved metrics.Server
+			for _, s := range []*metrics.Server{&before, &after, &moved} {
+				defer s.Close()
+			}
+			if err := before.Listen(at, metrics.New()); err != nil {
+				t.Fatal(err)
+			}
+			for _, s := range []*metrics.Server{&moved, &after} {
+				if err := s.Listen(at, m); err == nil || !strings.HasSuffix(err.Error(), "until it is free") {
+					t.Fatalf("Listen at a taken address = %v", err)
+				}
+			}
+			if err := moved.Listen(free(t), metrics.New()); err != nil {
+				t.Fatal(err)
+			}
+			if err := before.Close(); err != nil {
+				t.Fatal(err)
+			}
+			for end := time.Now().Add(time.Minute); ; time.Sleep(20 * time.Millisecond) {
+				got := scrape(t, network, address)
+				if strings.Contains(got, line) {
+					break
+				}
+				if time.Now().After(end) {
+					t.Fatalf("scrape = %.300s", got)
+				}
+			}
+			if err := after.Close(); err != nil {
+				t.Error(err)
+			}
+			// The one that serves another address now does not come back.
+			time.Sleep(3 * time.Second / 2)
+			if got := scrape(t, network, address); strings.HasPrefix(got, "200") {
+				t.Errorf("scrape after all = %.100s", got)
+			}
+		})
 	}
 }

@@ -64,10 +64,18 @@ type Server struct {
 	done    chan struct{}
 	closed  bool
 	unlink  func() error
+	quit    chan struct{} // ends the attempts to get an address that was taken; nil: there are none
 }
 
+// again is how often an address that was taken is tried.
+const again = time.Second
+
+// errTaken: somebody else serves there. It may be the plugin before this one, which is about to end.
+var errTaken = errors.New("somebody listens there")
+
 // Listen serves m at address from its return on, in place of what was served before; the same address is
-// left as it is. An empty address ends serving. On an error nothing is served.
+// left as it is. An empty address ends serving. On an error nothing is served, except where the address is taken: that is
+// served once it is free, unless Listen is called again before or Close is.
 func (s *Server) Listen(address string, m *Metrics) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -81,9 +89,46 @@ func (s *Server) Listen(address string, m *Metrics) error {
 	if err := CheckAddress(address); err != nil {
 		return fmt.Errorf("metrics address: %w", err)
 	}
+	err = s.serve(address, m)
+	switch {
+	case err == nil:
+		return nil
+	case errors.Is(err, errTaken), errors.Is(err, unix.EADDRINUSE):
+		quit := make(chan struct{})
+		s.quit = quit
+		go s.insist(quit, address, m)
+		return fmt.Errorf("serve metrics at %s: %w, until it is free", address, err)
+	}
+	return fmt.Errorf("serve metrics at %s: %w", address, err)
+}
+
+// insist tries to serve at an address until it does or quit is closed.
+func (s *Server) insist(quit chan struct{}, address string, m *Metrics) {
+	tick := time.NewTicker(again)
+	defer tick.Stop()
+	for {
+		select {
+		case <-quit:
+			return
+		case <-tick.C:
+		}
+		s.mu.Lock()
+		over := s.quit != quit
+		if !over && s.serve(address, m) == nil {
+			s.quit, over = nil, true
+		}
+		s.mu.Unlock()
+		if over {
+			return
+		}
+	}
+}
+
+// serve serves m at address. Called with mu held, when nothing is served.
+func (s *Server) serve(address string, m *Metrics) error {
 	l, unlink, err := listen(address)
 	if err != nil {
-		return fmt.Errorf("serve metrics at %s: %w", address, err)
+		return err
 	}
 	mux := http.NewServeMux()
 	mux.Handle("GET "+Path, m.Handler())
@@ -107,6 +152,10 @@ func (s *Server) Close() error {
 }
 
 func (s *Server) end() error {
+	if s.quit != nil {
+		close(s.quit)
+		s.quit = nil
+	}
 	if s.server == nil {
 		return nil
 	}
@@ -162,7 +211,7 @@ func removeDead(path string) error {
 	}
 	c, err := net.DialTimeout("unix", path, time.Second)
 	if err == nil {
-		return errors.Join(fmt.Errorf("%s: somebody listens there", path), c.Close())
+		return errors.Join(fmt.Errorf("%s: %w", path, errTaken), c.Close())
 	}
 	if !errors.Is(err, unix.ECONNREFUSED) {
 		return err
