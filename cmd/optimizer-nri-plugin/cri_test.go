@@ -38,10 +38,16 @@ type node struct {
 // until its tracer gets a CPU: tests ask for complete lists, beside other tests and 50 runtimes.
 func newNode(t testing.TB, config string) *node {
 	t.Helper()
+	return newNodeWith(t, testenv.Binary(t, "optimizer-server"), config)
+}
+
+// newNodeWith is newNode with a tracer's program.
+func newNodeWith(t testing.TB, server, config string) *node {
+	t.Helper()
 	n := &node{t: t, dir: t.TempDir()}
 	n.Env = critest.Start(t, testcri.Options{})
 	text := fmt.Sprintf("persist_dir = %q\nserver_path = %q\nlog_level = \"debug\"\nstart_deadline = \"900ms\"\ncontainerd_address = %q\n%s",
-		n.dir, testenv.Binary(t, "optimizer-server"), n.Address(), config)
+		n.dir, server, n.Address(), config)
 	program, err := os.ReadFile(testenv.Binary(t, "optimizer-nri-plugin"))
 	must(t, err)
 	must(t, os.WriteFile(filepath.Join(n.PluginConfigDir(), "02-optimizer-nri-plugin.conf"), []byte(text), 0o600))
