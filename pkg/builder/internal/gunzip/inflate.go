@@ -463,9 +463,11 @@ func (d *decoder) huffman() error {
 		}
 		switch {
 		case back >= 8:
-			// Words; what is written beyond the match is overwritten later.
-			src, dst := out[from:], out[o:o+length+8]
-			for i := 0; i < length; i += 8 {
+			// Words, the first two of them always: few matches are longer. What is written beyond the match is overwritten later.
+			src, dst := (*[maxMatch + 8]byte)(out[from:]), (*[maxMatch + 8]byte)(out[o:])
+			binary.LittleEndian.PutUint64(dst[:], binary.LittleEndian.Uint64(src[:]))
+			binary.LittleEndian.PutUint64(dst[8:], binary.LittleEndian.Uint64(src[8:]))
+			for i := 16; i < length; i += 8 {
 				binary.LittleEndian.PutUint64(dst[i:], binary.LittleEndian.Uint64(src[i:]))
 			}
 		case back == 1:

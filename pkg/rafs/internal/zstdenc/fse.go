@@ -5,27 +5,14 @@ import (
 	"math/bits"
 )
 
-// bitWriter writes bits from the lowest on, as RFC 8878 section 4.1 has them: the decoder
-// reads them backwards. dst has room for what is written; flush needs 8 bytes of it.
-type bitWriter struct {
-	dst  []byte
-	n    int // bytes written
-	word uint64
-	used uint // bits of word
-}
+// bitWriter is where bits are written, from the lowest on, as RFC 8878 section 4.1 has them: the decoder
+// reads them backwards. flush needs 8 bytes of it.
+type bitWriter []byte
 
-// add appends the low n bits of v, whose others are 0. At most 56 bits between flushes.
-func (w *bitWriter) add(v uint64, n uint) {
-	w.word |= v << (w.used & 63)
-	w.used += n
-}
-
-// flush moves whole bytes out, so that at most 7 bits stay.
-func (w *bitWriter) flush() {
-	binary.LittleEndian.PutUint64(w.dst[w.n:], w.word)
-	w.n += int(w.used >> 3) // at most 8
-	w.word >>= w.used &^ 7 & 63
-	w.used &= 7
+// flush moves whole bytes of the used bits of word out, so that at most 7 bits stay. used is below 64.
+func (w bitWriter) flush(word uint64, used uint) (bitWriter, uint64, uint) {
+	binary.LittleEndian.PutUint64(w, word)
+	return w[used>>3&7:], word >> (used &^ 7 & 63), used & 7
 }
 
 // symbolTransform says how a symbol moves the state. Source: RFC 8878 section 4.1;
@@ -39,7 +26,7 @@ type symbolTransform struct {
 type fseTable struct {
 	log    uint8
 	states [1 << maxTableLog]uint16
-	symbol [maxSymbols]symbolTransform
+	symbol [64]symbolTransform // as many as are told apart without a check
 	norm   [maxSymbols]int16
 	count  int // symbols: 1 + the largest
 }
@@ -104,18 +91,18 @@ func (t *fseTable) build(norm []int16, log uint8) {
 
 // first returns the state for the first symbol, which costs no bits.
 func (t *fseTable) first(s uint8) uint32 {
-	tr := t.symbol[s]
+	tr := t.symbol[s&63]
 	out := (tr.bits + 1<<15) >> 16
 	v := out<<16 - tr.bits
 	return uint32(t.states[int32(v>>out)+tr.find]) //nolint:gosec // a state
 }
 
-// next writes the bits of going to symbol s and returns the state there.
-func (t *fseTable) next(w *bitWriter, state uint32, s uint8) uint32 {
-	tr := t.symbol[s]
+// next returns the n bits of going to symbol s, and the state there.
+func (t *fseTable) next(state uint32, s uint8) (bits uint64, n uint, to uint32) {
+	tr := t.symbol[s&63]
 	out := (state + tr.bits) >> 16
-	w.add(uint64(state)&(1<<(out&63)-1), uint(out))
-	return uint32(t.states[(int32(state>>(out&31))+tr.find)&(1<<maxTableLog-1)]) //nolint:gosec // a state
+	to = uint32(t.states[(int32(state>>(out&31))+tr.find)&(1<<maxTableLog-1)]) //nolint:gosec // a state
+	return uint64(state) & (1<<(out&63) - 1), uint(out), to
 }
 
 // normalize makes counts, whose sum is total, sum to 1<<log, which is at least their number;

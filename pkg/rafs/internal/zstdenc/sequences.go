@@ -62,11 +62,11 @@ var kindsOf = func() (k [kinds]kind) {
 
 // Codes of lengths. Source: RFC 8878 section 3.1.1.3.2.1.1.
 var (
-	literalsBits = [36]uint8{16: 1, 1, 1, 1, 2, 2, 3, 3, 4, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16}
-	matchBits    = [53]uint8{32: 1, 1, 1, 1, 2, 2, 3, 3, 4, 4, 5, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16}
+	literalsBits = [64]uint8{16: 1, 1, 1, 1, 2, 2, 3, 3, 4, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16}
+	matchBits    = [64]uint8{32: 1, 1, 1, 1, 2, 2, 3, 3, 4, 4, 5, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16}
 
-	literalsCodes = codesOf(64, literalsBits[:])
-	matchCodes    = codesOf(128, matchBits[:])
+	literalsCodes = [64]uint8(codesOf(64, literalsBits[:]))
+	matchCodes    = [128]uint8(codesOf(128, matchBits[:]))
 )
 
 // codesOf returns the code of each length below n.
@@ -125,13 +125,13 @@ func (e *Encoder) appendSequences(dst []byte) []byte {
 		dst = append(dst, 0xff, byte(n-0x7f00), byte((n-0x7f00)>>8)) //nolint:gosec // one byte of a field at a time
 	}
 	var counts [kinds][64]uint32
-	e.codes = e.codes[:0]
-	for _, s := range seqs {
+	e.codes = slices.Grow(e.codes[:0], n)[:n]
+	for i, s := range seqs {
 		c := codes{literalsCode(s.literals), uint8(bits.Len32(s.offset) - 1), matchCode(s.match)} //nolint:gosec // offsets are at least 1
 		counts[kindLiterals][c.literals&63]++
 		counts[kindOffset][c.offset&63]++
 		counts[kindMatch][c.match&63]++
-		e.codes = append(e.codes, c)
+		e.codes[i] = c
 	}
 	modes := len(dst)
 	dst = append(dst, 0)
@@ -208,40 +208,58 @@ func cost(norm []int16, counts []uint32, log uint8) int64 {
 }
 
 // appendBits writes the sequences, the last first. Source: RFC 8878 section 3.1.1.3.2.1.
+//
+// Its state is in local variables on purpose: that of a struct of so many fields would be in memory, and every sequence
+// would wait for that.
 func (e *Encoder) appendBits(dst []byte) []byte {
-	const most = 12 // bytes a sequence takes: 3 states of 9 bits, lengths of 16, an offset of 24
-	n := len(e.codes)
-	dst = slices.Grow(dst, n*most+32)
-	w := bitWriter{dst: dst[len(dst):cap(dst)]}
+	const (
+		most  = 12 // bytes a sequence takes: 3 states of 9 bits, lengths of 16, an offset of 24
+		empty = 30 // bits that word has room for when 7 and those of three states are in it: 9, 8 and 9
+	)
+	seqs := e.block.sequences
+	codes := e.codes[:len(seqs)]
+	dst = slices.Grow(dst, len(seqs)*most+32)
+	w := bitWriter(dst[len(dst):cap(dst)])
 	ll, of, ml := e.use[kindLiterals], e.use[kindOffset], e.use[kindMatch]
 
-	c, s := e.codes[n-1], e.block.sequences[n-1]
+	i := len(seqs) - 1
+	c, s := codes[i], seqs[i]
 	sl, so, sm := ll.first(c.literals), of.first(c.offset), ml.first(c.match)
-	w.extra(c, s)
-	for i := n - 2; i >= 0; i-- {
-		c, s := e.codes[i], e.block.sequences[i]
-		so = of.next(&w, so, c.offset)
-		sm = ml.next(&w, sm, c.match)
-		sl = ll.next(&w, sl, c.literals)
-		w.extra(c, s)
+	var word, v uint64
+	var used, n uint
+	for {
+		lb, mb, ob := uint(literalsBits[c.literals&63]), uint(matchBits[c.match&63]), uint(c.offset)
+		word |= (uint64(s.literals) & (1<<(lb&63) - 1)) << (used & 63)
+		if used += lb; lb+mb+ob > empty {
+			w, word, used = w.flush(word, used)
+		}
+		word |= (uint64(s.match) & (1<<(mb&63) - 1)) << (used & 63)
+		used += mb
+		word |= (uint64(s.offset) & (1<<(ob&63) - 1)) << (used & 63)
+		w, word, used = w.flush(word, used+ob)
+		if i--; i < 0 {
+			break
+		}
+		c, s = codes[i], seqs[i]
+		v, n, so = of.next(so, c.offset)
+		word, used = word|v<<(used&63), used+n
+		v, n, sm = ml.next(sm, c.match)
+		word, used = word|v<<(used&63), used+n
+		v, n, sl = ll.next(sl, c.literals)
+		word, used = word|v<<(used&63), used+n
 	}
-	w.add(uint64(sm)&(1<<ml.log-1), uint(ml.log))
-	w.add(uint64(so)&(1<<of.log-1), uint(of.log))
-	w.add(uint64(sl)&(1<<ll.log-1), uint(ll.log))
-	w.add(1, 1)
-	w.flush()
-	if w.used > 0 {
-		w.n++ // flush wrote the rest already
+	for _, last := range [kinds]struct {
+		t     *fseTable
+		state uint32
+	}{{ml, sm}, {of, so}, {ll, sl}} {
+		word |= uint64(last.state) & (1<<last.t.log - 1) << used
+		used += uint(last.t.log)
 	}
-	return dst[:len(dst)+w.n]
-}
-
-// extra writes the bits of a sequence that its codes leave open, and flushes.
-func (w *bitWriter) extra(c codes, s sequence) {
-	lb, mb := uint(literalsBits[c.literals]), uint(matchBits[c.match])
-	w.add(uint64(s.literals)&(1<<lb-1), lb)
-	w.flush()
-	w.add(uint64(s.match)&(1<<mb-1), mb)
-	w.add(uint64(s.offset)&(1<<c.offset-1), uint(c.offset))
-	w.flush()
+	word |= 1 << used
+	w, _, used = w.flush(word, used+1)
+	size := cap(dst) - len(dst) - len(w)
+	if used > 0 {
+		size++ // flush wrote the rest already
+	}
+	return dst[:len(dst)+size]
 }
