@@ -44,6 +44,8 @@ type message struct {
 	Program string   `json:"program,omitempty"`
 	// Whole: what was sent before is everything that there is.
 	Whole bool `json:"whole,omitempty"`
+	// Known, with the name of the holder's pidfd: that holder has a duplicate of the socket to the spare that this is for.
+	Known bool `json:"known,omitempty"`
 }
 
 // The values of message.Op.

@@ -163,7 +163,7 @@ func (b *box) gone() bool {
 // wait returns the state that the daemon writes once it is as ok wants it.
 func (b *box) wait(ok func(state) bool) state {
 	b.t.Helper()
-	for range 3000 {
+	for deadline := time.Now().Add(time.Minute); time.Now().Before(deadline); time.Sleep(5 * time.Millisecond) {
 		data, err := os.ReadFile(filepath.Join(b.dir, "state"))
 		if err == nil {
 			var s state
@@ -175,7 +175,6 @@ func (b *box) wait(ok func(state) bool) state {
 				return s
 			}
 		}
-		time.Sleep(5 * time.Millisecond)
 	}
 	b.t.Fatalf("the daemon's state stays %+v", b.last)
 	return state{}
@@ -238,11 +237,10 @@ func (b *box) end() {
 	if err := os.WriteFile(filepath.Join(b.dir, "done"), nil, 0o600); err != nil {
 		b.t.Fatal(err)
 	}
-	for range 1000 {
+	for deadline := time.Now().Add(30 * time.Second); time.Now().Before(deadline); time.Sleep(5 * time.Millisecond) {
 		if b.gone() {
 			return
 		}
-		time.Sleep(5 * time.Millisecond)
 	}
 	b.t.Error("holder or daemon do not end")
 }

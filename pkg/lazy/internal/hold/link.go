@@ -11,6 +11,7 @@ import (
 	"os/exec"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"go.uber.org/zap"
@@ -51,12 +52,14 @@ type Link struct {
 	mu      sync.Mutex // guards what follows
 	conn    *net.UnixConn
 	kept    map[string]*os.File // our own duplicates
-	holder  int                 // its process, 0 when not known
 	primary *os.File            // pidfd of the holder; nil when not known
 	spare   *spare              // nil: there is none yet
 	old     []*net.UnixConn     // to spares of earlier daemons
 	low     []int               // descriptors that keep their numbers from others, see reserve
 	ending  bool
+
+	// Processes, 0 when not known. They are changed with mu held, and read by who does not wait while one is being started.
+	holderPID, sparePID atomic.Int64
 
 	watching sync.WaitGroup // of watch and watchSpare
 	stop     context.CancelFunc
@@ -156,8 +159,9 @@ func (l *Link) findHolder() error {
 	if err := errors.Join(err, ctlErr); err != nil {
 		return err
 	}
-	l.holder = int(cred.Pid)
-	fd, err := unix.PidfdOpen(l.holder, 0)
+	pid := int(cred.Pid)
+	l.holderPID.Store(int64(pid))
+	fd, err := unix.PidfdOpen(pid, 0)
 	if errors.Is(err, unix.ESRCH) {
 		return nil
 	}
@@ -165,7 +169,7 @@ func (l *Link) findHolder() error {
 		return fmt.Errorf("pidfd_open: %w", err)
 	}
 	f := os.NewFile(uintptr(fd), "pidfd")
-	if os.Getppid() != l.holder { // it has ended, and its number may be another's
+	if os.Getppid() != pid { // it has ended, and its number may be another's
 		return f.Close()
 	}
 	l.primary = f
@@ -242,11 +246,13 @@ func (l *Link) Drop(names ...string) error {
 	return errors.Join(errs...)
 }
 
-// tell sends m. A holder that is gone needs no telling: watch starts another, which gets everything.
-func (l *Link) tell(m message, fds []int) {
-	if err := send(l.conn, m, fds); err != nil {
+// tell sends m, and reports whether that is in the holder's queue. A holder that is gone needs no telling: watch starts another, which gets everything.
+func (l *Link) tell(m message, fds []int) bool {
+	err := send(l.conn, m, fds)
+	if err != nil {
 		l.o.Log.Warn("holder does not hear", zap.String("op", m.Op), zap.Error(err))
 	}
+	return err == nil
 }
 
 // Program makes the holder start another program when this process ends, with the same command line: path is absolute and the caller's
@@ -268,11 +274,7 @@ func (l *Link) Names() []string {
 }
 
 // Holder returns the process of the holder.
-func (l *Link) Holder() int {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.holder
-}
+func (l *Link) Holder() int { return int(l.holderPID.Load()) }
 
 // Done ends the holder, which closes everything it keeps and does not start the daemon again.
 // Later calls return nil.
@@ -363,7 +365,8 @@ func (l *Link) watch(ctx context.Context) {
 }
 
 // startHolder starts a holder and gives it everything. The caller holds mu.
-func (l *Link) startHolder() error {
+func (l *Link) startHolder() (err error) {
+	defer func() { err = errors.Join(err, l.reserve()) }() // what the one before had
 	p, err := l.begin(func(conn *net.UnixConn) error {
 		// Before its process is there: while it lives, no spare must take it for dead.
 		return sendFiles(conn, spareLinks(l.kept))
@@ -371,7 +374,7 @@ func (l *Link) startHolder() error {
 	if p.conn != nil {
 		l.conn = p.conn
 	}
-	l.holder = p.pid
+	l.holderPID.Store(int64(p.pid))
 	if l.primary != nil {
 		err = errors.Join(err, l.primary.Close())
 	}

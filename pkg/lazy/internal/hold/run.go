@@ -28,6 +28,7 @@ type holder struct {
 	daemon  int // pidfd
 	child   *exec.Cmd
 	tried   bool // the daemon was started from program
+	known   bool // of a spare: the holder has a duplicate of its socket
 }
 
 // Run is the holder: it is called in a process that [Join] started, and returns when the
@@ -106,8 +107,14 @@ func (h *holder) serve() (done bool, err error) {
 	return false, h.waitDaemon()
 }
 
-// dyingLimit is how long a holder may take to end whose descriptors are closed.
-const dyingLimit = 10 * time.Second
+// How long a holder may take to end when the socket of its spare has ended.
+const (
+	// dyingLimit is for one that may never have heard of the spare: it may live, and start a daemon.
+	dyingLimit = 10 * time.Second
+	// knownLimit is for one that had a duplicate of the socket: it closed that, so it is ending, which takes what it takes. It is bounded
+	// as one that was out of descriptors when the duplicate came has none, and lives.
+	knownLimit = 5 * time.Minute
+)
 
 // superseded reports whether this process is a spare that is not needed: the holder lives, and starts a daemon which does not know
 // of this process. Else it is the holder from now on.
@@ -117,12 +124,20 @@ func (h *holder) superseded() bool {
 		return false
 	}
 	defer h.drop(namePrimary)
-	if gone(int(f.Fd()), dyingLimit) {
+	if gone(int(f.Fd()), h.patience()) {
 		h.log.Warn("daemon and holder are gone: the spare takes their place", zap.Int("kept", len(h.files)-1))
 		return false
 	}
 	h.log.Warn("the daemon is gone, and its holder does not know of this spare")
 	return true
+}
+
+// patience is how long a spare waits for the holder's end.
+func (h *holder) patience() time.Duration {
+	if h.known {
+		return knownLimit
+	}
+	return dyingLimit
 }
 
 // gone waits until the process of a pidfd has ended, with all its threads, for a negative time without end.
@@ -147,6 +162,9 @@ func (h *holder) obey(m message, files []*os.File) (done bool) {
 	case opKeep:
 		for i, n := range m.Names {
 			h.keep(n, files[i])
+			if n == namePrimary {
+				h.known = m.Known
+			}
 		}
 	case opEnd:
 		h.whole = m.Whole

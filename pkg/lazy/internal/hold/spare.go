@@ -35,14 +35,7 @@ type spare struct {
 }
 
 // Spare returns the process of the second holder; 0: there is none yet.
-func (l *Link) Spare() int {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if l.spare == nil {
-		return 0
-	}
-	return l.spare.pid
-}
+func (l *Link) Spare() int { return int(l.sparePID.Load()) }
 
 // inherit takes over a socket to a spare of an earlier daemon, which gets one of this daemon later. f is its own from then on.
 func (l *Link) inherit(name string, f *os.File) error {
@@ -65,7 +58,7 @@ func (l *Link) inherit(name string, f *os.File) error {
 		_ = unix.Close(self)
 	}
 	if l.primary != nil {
-		_ = send(u, message{Op: opKeep, Names: []string{namePrimary}}, []int{int(l.primary.Fd())})
+		_ = l.introduce(u, true) // it gave the socket
 	}
 	return nil
 }
@@ -120,8 +113,13 @@ func (l *Link) tellPrimary() {
 		return
 	}
 	for _, c := range l.spareConns() {
-		_ = send(c, message{Op: opKeep, Names: []string{namePrimary}}, []int{int(l.primary.Fd())}) // it may be gone
+		_ = l.introduce(c, true) // it may be gone; the holder got its socket before it was there
 	}
+}
+
+// introduce tells a spare who the holder is. known: the holder has a duplicate of the socket, which ends with it. The caller holds mu, or nobody else is there yet.
+func (l *Link) introduce(c *net.UnixConn, known bool) error {
+	return send(c, message{Op: opKeep, Names: []string{namePrimary}, Known: known}, []int{int(l.primary.Fd())})
 }
 
 // endSpares ends all spares. The caller holds mu.
@@ -218,6 +216,10 @@ func (l *Link) lostSpare() {
 	l.o.Log.Warn("the spare holder is gone; starting another", zap.Int("pid", l.spare.pid))
 	_ = l.spare.conn.Close()
 	l.spare = nil
+	l.sparePID.Store(0)
+	if err := l.reserve(); err != nil { // what it had
+		l.o.Log.Warn("keep low descriptors", zap.Error(err))
+	}
 }
 
 // sleep waits; false: ctx has ended.
@@ -254,12 +256,12 @@ func (l *Link) startSpare() (*net.UnixConn, error) {
 			return err
 		}
 		l.kept[s.name] = mine
-		l.tell(message{Op: opKeep, Names: []string{s.name}}, []int{int(mine.Fd())})
+		known := l.tell(message{Op: opKeep, Names: []string{s.name}}, []int{int(mine.Fd())})
 		// And it knows of those before it, which see the end of this process when it has ended too.
 		if err := sendFiles(conn, olderThan(s.name, l.kept)); err != nil {
 			return err
 		}
-		return send(conn, message{Op: opKeep, Names: []string{namePrimary}}, []int{int(l.primary.Fd())})
+		return l.introduce(conn, known)
 	})
 	if err != nil {
 		if p.conn != nil {
@@ -286,6 +288,7 @@ func (l *Link) startSpare() (*net.UnixConn, error) {
 	}
 	s.conn, s.pid = p.conn, p.pid
 	l.old, l.spare = nil, s
+	l.sparePID.Store(int64(s.pid))
 	if err = errors.Join(err, l.reserve()); err != nil {
 		l.o.Log.Warn("forget a spare holder", zap.Error(err))
 	}
@@ -318,17 +321,18 @@ func (l *Link) dropSpares(names ...string) error {
 func (l *Link) renew() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if l.ending || l.spare == nil || l.holder == 0 {
+	holder := l.Holder()
+	if l.ending || l.spare == nil || holder == 0 {
 		return
 	}
 	mine, err := os.Stat("/proc/self/exe")
 	if err != nil {
 		return
 	}
-	his, err := os.Stat(fmt.Sprintf("/proc/%d/exe", l.holder))
+	his, err := os.Stat(fmt.Sprintf("/proc/%d/exe", holder))
 	if err != nil || os.SameFile(mine, his) {
 		return // it is gone, or needs no other
 	}
-	l.o.Log.Info("the holder is of another program: replacing it", zap.Int("pid", l.holder))
+	l.o.Log.Info("the holder is of another program: replacing it", zap.Int("pid", holder))
 	l.tell(message{Op: opDone}, nil)
 }

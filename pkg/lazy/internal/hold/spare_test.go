@@ -75,7 +75,7 @@ func spare(s state) int  { return s.Spare }
 func (b *box) alone() {
 	b.t.Helper()
 	var daemons, holders []int
-	for range 3000 {
+	for deadline := time.Now().Add(time.Minute); time.Now().Before(deadline); {
 		daemons, holders = b.processes()
 		s := b.wait(func(s state) bool { return s.Spare != 0 })
 		want := []int{s.Holder, s.Spare}
