@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -103,9 +104,20 @@ func (m *lazyMount) after(ctx context.Context, r *result) error {
 	if err != nil {
 		return err
 	}
-	all := missed(&s.Mounts[0])
-	r.AfterReady = all[min(len(r.Missed), len(all)):]
+	r.AfterReady = without(missed(&s.Mounts[0]), r.Missed)
 	return nil
+}
+
+// without returns all but as many of each as before has: misses are listed by blob, so new ones may come anywhere.
+func without(all, before []string) []string {
+	count := map[string]int{}
+	for _, m := range before {
+		count[m]++
+	}
+	return slices.DeleteFunc(slices.Clone(all), func(m string) bool {
+		count[m]--
+		return count[m] >= 0
+	})
 }
 
 // missed says of each miss and overtake of a mount what it was. Without a prefetch blob every chunk is one, and they are not named.
