@@ -180,90 +180,6 @@ func testSameImageTwice(t *testing.T, b *box) {
 	}
 }
 
-// Fifty at once, of five images; behind FUSE v5 ones are among them.
-func TestMany(t *testing.T) {
-	for _, driver := range []lazy.Driver{lazy.DriverEROFS, lazy.DriverFUSE} {
-		t.Run(string(driver), func(t *testing.T) { testMany(t, newBoxOf(t, driver)) })
-	}
-}
-
-func testMany(t *testing.T, b *box) {
-	requests := []lazy.Request{layout(t), loose(t, "v6-zstd"), loose(t, "v6-lz4_block"), loose(t, "v6-zstd-batch"), loose(t, "v6-zstd-sha256-64k")}
-	if b.driver == lazy.DriverFUSE {
-		requests[1], requests[2] = loose(t, "v5-zstd"), loose(t, "v5-lz4-sha256")
-	}
-	var g errgroup.Group
-	const n = 50
-	dirs := make([]string, n)
-	for i := range n {
-		dirs[i] = b.mountpoint(fmt.Sprintf("mnt-%d", i))
-		g.Go(func() error {
-			_, err := b.client.Mount(t.Context(), dirs[i], b.of(requests[i%len(requests)]))
-			return err
-		})
-	}
-	if err := g.Wait(); err != nil {
-		t.Fatal(err)
-	}
-	for i := range requests {
-		g.Go(func() error { return compareErr(t, dirs[i]) })
-	}
-	if err := g.Wait(); err != nil {
-		t.Error(err)
-	}
-	if s := b.status(); len(s.Mounts) != n {
-		t.Errorf("%d mounts, want %d", len(s.Mounts), n)
-	}
-	for _, dir := range dirs {
-		g.Go(func() error { return b.client.Unmount(t.Context(), dir, false) })
-	}
-	if err := g.Wait(); err != nil {
-		t.Error(err)
-	}
-}
-
-// Many mounts, one after the other, leave nothing: SOAK=1 makes it a thousand.
-func TestManyInARow(t *testing.T) { mostlyEROFS(t, testManyInARow) }
-
-func testManyInARow(t *testing.T, b *box) {
-	keep := b.mount(b.mountpoint("keep"), loose(t, "v6-zstd")) // the daemon stays for all of them
-	rounds := 20
-	if os.Getenv("SOAK") != "" {
-		rounds = 1000
-	}
-	dir, r := b.mountpoint("mnt"), layout(t)
-	pid := b.status().PID
-	var files, memory int
-	for i := range rounds {
-		m := b.mount(dir, r)
-		if _, err := os.ReadFile(filepath.Join(dir, "nosuchfile")); !errors.Is(err, os.ErrNotExist) {
-			t.Fatal(err)
-		}
-		b.unmount(dir)
-		if alive, err := alive(m); alive || err != nil {
-			t.Fatalf("round %d: superblock %s: %v, %v", i, m.BDI, alive, err)
-		}
-		if i == rounds/2 {
-			files, memory = descriptors(t, pid), resident(t, pid)
-		}
-	}
-	if got := descriptors(t, pid); got > files+3 { // of connections that are being closed
-		t.Errorf("%d descriptors after %d mounts, %d after half of them", got, rounds, files)
-	}
-	if got := resident(t, pid); got > memory+16<<10 {
-		t.Errorf("%d KiB after %d mounts, %d after half of them", got, rounds, memory)
-	}
-	t.Logf("daemon: %d KiB, %d descriptors", resident(t, pid), descriptors(t, pid))
-	s := b.status()
-	if s.PID != pid || len(s.Mounts) != 1 {
-		t.Errorf("status %+v, want daemon %d with one mount", s, pid)
-	}
-	if records, err := os.ReadDir(filepath.Join(b.state, "mounts")); err != nil || len(records) != 1 {
-		t.Errorf("records %v, %v, want one", records, err)
-	}
-	b.unmount(keep.Dir)
-}
-
 // alive reports whether the superblock of a mount exists. The kernel gives names of backing devices of FUSE mounts out again, but
 // nobody else mounts while this is asked.
 func alive(m lazy.Mount) (bool, error) {
@@ -275,15 +191,6 @@ func alive(m lazy.Mount) (bool, error) {
 		return false, nil
 	}
 	return err == nil, err
-}
-
-func descriptors(t testing.TB, pid int) int {
-	t.Helper()
-	entries, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", pid))
-	if err != nil {
-		t.Fatal(err)
-	}
-	return len(entries)
 }
 
 // resident returns a process' resident memory in KiB.
