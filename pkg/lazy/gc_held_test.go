@@ -26,18 +26,27 @@ type held struct {
 }
 
 // The collector runs without a pause under mounts that are held and read from the disk, with kill -9 of the daemon or its holder at random: no
-// wrong byte, no failed read, no entry of the index without its bytes, and the cache is back within its limit. SOAK=1 makes it 1,000
-// cycles under 20 mounts, of both drivers.
-func TestCollectHeld(t *testing.T) {
-	mounts, cycles, kills := 3, 20, 1
-	if os.Getenv("SOAK") != "" {
-		mounts, cycles, kills = 20, 1000, 20
-	}
+// wrong byte, no failed read, no entry of the index without its bytes, and the cache is back within its limit.
+func TestCollectHeld(t *testing.T) { collectHeld(t, 3, 20, 1) }
+
+// TestSoakCollectHeld is 1,000 cycles under 20 mounts, of both drivers.
+func TestSoakCollectHeld(t *testing.T) {
+	soak(t)
+	collectHeld(t, 20, 1000, 20)
+}
+
+// TestSoakCollectDrill is TestCollectDrill, which is long when SOAK is set.
+func TestSoakCollectDrill(t *testing.T) {
+	soak(t)
+	TestCollectDrill(t)
+}
+
+func collectHeld(t *testing.T, mounts, cycles, kills int) {
 	h := &held{drill: &drill{box: newBox(t)}}
 	for _, variant := range []string{"v6-zstd", "v6-zstd-sha256-64k"} {
 		h.requests = append(h.requests, loose(t, variant))
 	}
-	if os.Getenv("SOAK") != "" {
+	if mounts >= 20 {
 		for _, variant := range []string{"v6-zstd", "v5-zstd"} {
 			r := loose(t, variant)
 			r.Driver = lazy.DriverFUSE

@@ -32,15 +32,22 @@ func kill(t testing.TB, pid int) {
 }
 
 // Daemon and holder die at random moments while three images are read for the first time: every byte is
-// right, no reader sees an error, and everybody finishes. SOAK=1 kills more than a hundred times.
+// right, no reader sees an error, and everybody finishes.
 func TestKill(t *testing.T) {
 	rounds := 2
 	if testing.Short() {
 		rounds = 1
 	}
-	if os.Getenv("SOAK") != "" {
-		rounds = 30
-	}
+	killRounds(t, rounds)
+}
+
+// TestSoakKill kills more than a hundred times behind each driver.
+func TestSoakKill(t *testing.T) {
+	soak(t)
+	killRounds(t, 30)
+}
+
+func killRounds(t *testing.T, rounds int) {
 	for round := range rounds {
 		t.Run(strconv.Itoa(round), func(t *testing.T) { eachDriver(t, killRound) })
 	}
