@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"hash"
+	"maps"
 	"slices"
 
 	"github.com/headstart-oci/headstart/pkg/rafs/internal/disk"
@@ -17,17 +18,18 @@ type v5Loader struct {
 	// budget is how many bytes of records may still be read: no two records of a real image
 	// share bytes. It bounds memory and time for images whose records do.
 	budget  uint64
-	broke   bool               // more was asked for than the budget: reading ends
-	visited bitset             // by entry number
-	links   map[uint32]*v5Link // files with several names, by inode number
-	wanted  map[uint32]*Inode  // inodes of the prefetch table, nil until they are met
-	inodes  uint64             // distinct ones so far
-	chunks  []Chunk            // distinct ones, in the order of the files
-	special map[uint32]bool    // symlinks, FIFOs and devices with several names, by entry number
-	lookup  map[uint32]uint32  // chunkID → place in chunks
-	stack   []v5Dir            // directories still to be read
-	deep    bool               // compare digests and counts too, as Check wants
-	tally   *tally             // nil: keep the tree
+	broke   bool                     // more was asked for than the budget: reading ends
+	visited bitset                   // by entry number
+	links   map[uint32]*v5Link       // files with several names, by inode number
+	wanted  map[uint32]*Inode        // inodes of the prefetch table, nil until they are met
+	inodes  uint64                   // distinct ones so far
+	chunks  []Chunk                  // distinct ones, in the order of the files
+	special map[uint32]bool          // symlinks, FIFOs and devices with several names, by entry number
+	apart   map[uint32]*specialLinks // the same by inode number
+	lookup  map[uint32]uint32        // chunkID → place in chunks
+	stack   []v5Dir                  // directories still to be read
+	deep    bool                     // compare digests and counts too, as Check wants
+	tally   *tally                   // nil: keep the tree
 }
 
 // v5Link is a file with several names.
@@ -58,7 +60,7 @@ func (t *v5Tables) load(faults *faultList, tally *tally) (*Image, []Chunk, error
 	l := &v5Loader{
 		v5Tables: t, faults: faults, deep: faults.links, tally: tally, budget: t.src.size,
 		visited: newBitset(uint64(t.super.InodeTableEntries) + 1), // the table itself has 32 times that
-		links:   map[uint32]*v5Link{}, special: map[uint32]bool{}, wanted: map[uint32]*Inode{}, lookup: map[uint32]uint32{},
+		links:   map[uint32]*v5Link{}, special: map[uint32]bool{}, apart: map[uint32]*specialLinks{}, wanted: map[uint32]*Inode{}, lookup: map[uint32]uint32{},
 		img: t.bare(),
 	}
 	err := l.run()
@@ -230,6 +232,12 @@ func (l *v5Loader) child(d *v5Dir, n uint32, last string) (v5Record, error) {
 			return r, invalid(section, clampOffset(r.offset), "ino", r.head.Ino, fmt.Sprintf("1 to %d", l.super.InodeTableEntries))
 		}
 		l.special[n] = true
+		a := linksOf(l.apart, uint32(r.head.Ino), r.inode) //nolint:gosec // checked above
+		if a.names++; a.names > 1 && r.head.Nlink != a.nlink {
+			a.differ = "several counts"
+		}
+		a.nlink = r.head.Nlink
+		a.own = a.own || !linked
 		l.met(n, r.inode)
 		if linked {
 			l.inodes-- // nydus-image counts files
@@ -303,7 +311,10 @@ func (l *v5Loader) checkLinks() error {
 	for ino, f := range l.links {
 		if l.special[ino] {
 			l.inodes--
-			continue // of a tar's link to a FIFO or device nydus-image makes an empty file with that one's number
+			if a := l.apart[ino]; a != nil && (f.inode.Size == 0 || !l.deep) {
+				a.names += f.names
+				continue // of a tar's link to a FIFO or device nydus-image makes an empty file with that one's number
+			}
 		}
 		if !f.own || l.deep && f.names != f.head.Nlink {
 			bad = append(bad, ino)
@@ -315,6 +326,24 @@ func (l *v5Loader) checkLinks() error {
 		err := invalid(section, -1, "nlink", f.head.Nlink, f.names)
 		if !f.own {
 			err = invalid(section, -1, "hard links", f.names, "one with the number of the file")
+		}
+		if err := l.faults.add(err); err != nil {
+			return err
+		}
+	}
+	return l.checkSpecialLinks()
+}
+
+// checkSpecialLinks compares the link counts of symlinks, FIFOs and devices; only Check asks for it.
+func (l *v5Loader) checkSpecialLinks() error {
+	if !l.deep {
+		return nil
+	}
+	for _, ino := range slices.Sorted(maps.Keys(l.apart)) {
+		a, section := l.apart[ino], fmt.Sprintf("inode %d", ino)
+		err := a.fault(section, a.nlink)
+		if !a.own {
+			err = invalid(section, -1, "hard links", a.names, "one with the number of the file")
 		}
 		if err := l.faults.add(err); err != nil {
 			return err

@@ -406,7 +406,7 @@ func (l *v6Loader) child(d *v6Dir, e disk.Dirent, name string) error {
 		if err != nil {
 			return err
 		}
-		f = v6Loaded{inode: ino, nlink: head.Nlink, names: 1}
+		f = v6Loaded{inode: ino, ino: head.Ino, nlink: head.Nlink, names: 1}
 		if l.tally != nil {
 			l.tally.add(ino)
 		}

@@ -35,6 +35,7 @@ type v6Loader struct {
 // v6Loaded is an inode that was met, with what Check compares at the end.
 type v6Loaded struct {
 	inode *Inode
+	ino   uint32 // i_ino
 	nlink uint32 // as stored
 	names uint32 // as found; directories: 2 + subdirectories
 }
@@ -181,7 +182,7 @@ func (l *v6Loader) readRoot() error {
 	if l.tally != nil {
 		l.tally.add(ino)
 	}
-	l.inodes[nid] = v6Loaded{inode: ino, nlink: head.Nlink, names: 2}
+	l.inodes[nid] = v6Loaded{inode: ino, ino: head.Ino, nlink: head.Nlink, names: 2}
 	l.stack = append(l.stack, v6Dir{inode: ino, nid: nid, parent: nid, head: head, path: &v6Path{}})
 	return nil
 }
@@ -278,19 +279,67 @@ func (l *v6Loader) checkLinks() error {
 		return nil
 	}
 	var bad []uint64
+	apart := map[uint32]*specialLinks{}
 	for nid, f := range l.inodes {
-		// nydus-image gives each name of a symlink, FIFO or device with several an inode of its own, with the count of all.
-		apart := !f.inode.IsDir() && !f.inode.IsRegular() && f.nlink > f.names
-		if f.nlink != f.names && !apart {
+		switch {
+		case f.nlink == f.names:
+		case f.inode.IsDir(), f.inode.IsRegular():
+			bad = append(bad, nid)
+		default:
+			// nydus-image gives each name of a symlink, FIFO or device with several an inode of its own, with the number
+			// and the count of all.
+			linksOf(apart, f.ino, f.inode).names += f.names
 			bad = append(bad, nid)
 		}
 	}
 	slices.Sort(bad)
 	for _, nid := range bad {
-		f := l.inodes[nid]
-		if err := l.faults.add(invalid(fmt.Sprintf("inode %d", nid), -1, "nlink", f.nlink, f.names)); err != nil {
+		f, section := l.inodes[nid], fmt.Sprintf("inode %d", nid)
+		err := invalid(section, -1, "nlink", f.nlink, f.names)
+		if !f.inode.IsDir() && !f.inode.IsRegular() {
+			err = apart[f.ino].fault(section, f.nlink)
+		}
+		if err := l.faults.add(err); err != nil {
 			return err
 		}
+	}
+	return nil
+}
+
+// specialLinks are the names of a symlink, FIFO, device or socket that are inodes of their own.
+type specialLinks struct {
+	inode  *Inode // of one of them
+	names  uint32
+	nlink  uint32 // v5: as the last of them has it
+	own    bool   // v5: the name whose entry number is the inode number was met
+	differ string // what they must not be of
+}
+
+// linksOf returns what all has of the names with the number ino, to which inode belongs.
+func linksOf(all map[uint32]*specialLinks, ino uint32, inode *Inode) *specialLinks {
+	a := all[ino]
+	if a == nil {
+		a = &specialLinks{inode: inode}
+		all[ino] = a
+	}
+	switch b := a.inode; {
+	case fileType(b.Mode) != fileType(inode.Mode):
+		a.differ = "several types"
+	case b.Target != inode.Target:
+		a.differ = "several targets"
+	case b.Rdev != inode.Rdev:
+		a.differ = "several devices"
+	}
+	return a
+}
+
+// fault says what is wrong with an inode of a that has the count nlink.
+func (a *specialLinks) fault(section string, nlink uint32) error {
+	switch {
+	case a.differ != "":
+		return invalid(section, -1, "hard links", "of "+a.differ, "names of one file")
+	case a.names != nlink:
+		return invalid(section, -1, "nlink", nlink, a.names)
 	}
 	return nil
 }
