@@ -210,6 +210,10 @@ func (q *Queue) put(d *Decision, image string, union *persist.List, r *Request) 
 	if err := q.keepList(r.List, name, union); err != nil {
 		return err
 	}
+	// The result of an image that is gone must not be taken for this job's. Dates would not tell: clocks are set back.
+	if err := q.remove(filepath.Join(dirDone, d.Key+".json")); err != nil {
+		return err
+	}
 	if err := q.writeJSON(filepath.Join(dirJobs, image+".json"), &job); err != nil {
 		return errors.Join(err, q.remove(name))
 	}
@@ -261,7 +265,9 @@ func (q *Queue) failedBefore(key, image string) (*Failure, error) {
 		}
 		var f Failure
 		exists, err := readJSON(q.root, filepath.Join(dirFailed, n), &f)
-		if err == nil && exists && (f.Permanent || n == key+".json") && time.Since(f.Failed) < q.o.RetryFailed {
+		// A failure that is yet to come is from before somebody set the clock back: nobody knows how old it is.
+		age := time.Since(f.Failed)
+		if err == nil && exists && (f.Permanent || n == key+".json") && age >= 0 && age < q.o.RetryFailed {
 			return &f, nil
 		}
 	}

@@ -55,7 +55,7 @@ func (q *Queue) step(ctx context.Context) (time.Duration, error) {
 	}
 	wait, name := idle, ""
 	for _, j := range jobs {
-		d := time.Until(j.NotBefore)
+		d := q.due(&j)
 		if d <= 0 {
 			name = j.imageKey() + ".json"
 			break
@@ -77,10 +77,20 @@ func (q *Queue) step(ctx context.Context) (time.Duration, error) {
 	return 0, q.work(ctx, name, lock)
 }
 
+// due returns how long a job has to wait, 0 or less: not any longer. What is further away than any wait was noted before somebody set
+// the clock back.
+func (q *Queue) due(j *Job) time.Duration {
+	d := time.Until(j.NotBefore)
+	if d > q.o.Backoff(max(j.Attempts, 1)) {
+		return 0
+	}
+	return d
+}
+
 // work brings one job forward; the build lock is held.
 func (q *Queue) work(ctx context.Context, name string, lock *os.File) error {
 	job, exists, err := q.readJob(name)
-	if err != nil || !exists || time.Until(job.NotBefore) > 0 {
+	if err != nil || !exists || q.due(&job) > 0 {
 		return err // another process was faster
 	}
 	if ended, err := q.settle(ctx, job, nil); ended || err != nil {
@@ -128,7 +138,7 @@ func died(last string) string {
 func (q *Queue) settle(ctx context.Context, job Job, buildErr error) (ended bool, err error) {
 	var res Result
 	exists, err := readJSON(q.root, filepath.Join(dirDone, job.Key+".json"), &res)
-	if exists && err == nil && res.Finished.After(job.Created) {
+	if exists && err == nil && res.Key == job.Key { // put removed what was there before the job was
 		return true, q.finish(ctx, job, res)
 	}
 	var f failure
