@@ -8,7 +8,7 @@
 // With --standby its arguments, separated by zeros, come as the first packet through standard input, with the instance.
 //
 // It ends when the process does, on SIGTERM or SIGINT, and when its standard input, if
-// that is a pipe, is closed; everything that happened before is written first. Exit status:
+// that is a pipe or a socket, is closed; everything that happened before is written first. Exit status:
 // 0 done, 1 it could not trace, 2 usage. Without --pid and --root the environment variables
 // _MNTNS_PID and _TARGET are read.
 package main
@@ -96,8 +96,8 @@ func parse(args []string, instance int, env func(string) string, stderr io.Write
 	flags.BoolVar(&c.Attach, "attach", false, "the process runs already: note that its start is missing")
 	flags.StringVar(&c.Root, "root", "", "trace `DIR` inside that process' root (default: $_TARGET, else /)")
 	var spec string
-	flags.StringVar(&spec, "pages", "", "read page events too, from the instance of tracefs that is open as descriptor 3 and that `SPEC` describes")
-	flags.BoolVar(&c.Pages.Ahead, "pages-ahead", false, "with --pages: the parent arms the instance, and says on the standard input, a pipe, how that went")
+	flags.StringVar(&spec, "pages", "", "read page events too, from the instance of tracefs that is open as descriptor 3, or came with the orders, and that `SPEC` describes")
+	flags.BoolVar(&c.Pages.Ahead, "pages-ahead", false, "with --pages: the parent arms the instance, and says on the standard input how that went")
 	flags.BoolVar(&c.Pages.Later, "pages-later", false, "begin without page events; an instance and its SPEC come as a message through standard input, a socket")
 	flags.IntVar(&c.MaxFiles, "max-files", server.DefaultMaxFiles, "list at most `N` files; more are counted as lost")
 	if err := flags.Parse(args); err != nil {

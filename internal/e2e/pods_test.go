@@ -18,7 +18,7 @@ func TestPods(t *testing.T) {
 	u := h.newSetup(t, settings{"rebuild.enabled": "false", "start_deadline": `"900ms"`})
 	u.drop(t)
 	must(t, h.Import(t.Context(), layersRef, img))
-	h.awaitInstance(t)
+	u.awaitPages(t)
 	for _, tt := range []struct {
 		name string
 		pod  testcri.PodOptions
@@ -67,7 +67,7 @@ func TestUnprivilegedPlugin(t *testing.T) {
 			p := u.start(t, setpriv, "--bounding-set="+tt.without)
 			o := testcri.ContainerOptions{Image: layersRef, Name: strings.ReplaceAll(tt.name, " ", "-"), Args: layersArgs}
 			if tt.want == "" {
-				h.awaitInstance(t)
+				u.awaitPages(t)
 			}
 			r := h.runIn(t, pod, o)
 			if r.exit != 0 {

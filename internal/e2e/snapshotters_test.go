@@ -175,7 +175,7 @@ func TestSnapshotters(t *testing.T) {
 			u := h.newSetup(t, settings{"start_deadline": `"900ms"`})
 			u.drop(t)
 			must(t, h.Import(t.Context(), layersRef, img))
-			h.awaitInstance(t)
+			u.awaitPages(t)
 			r := h.run(t, testcri.ContainerOptions{Image: layersRef, Args: layersArgs})
 			if r.exit != 0 {
 				t.Fatalf("exit code %d: %s%s", r.exit, r.out, r.errOut)

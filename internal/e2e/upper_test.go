@@ -17,16 +17,16 @@ import (
 	"github.com/headstart-oci/headstart/pkg/trace/tracefs"
 )
 
-// awaitPages waits until the plugin that containerd launched has an instance for its first container: until then lists
+// awaitPages waits until the plugin, whoever launched it, has an instance for its first container: until then lists
 // are of whole files, or begin as such.
 func (u *setup) awaitPages(t *testing.T) {
 	t.Helper()
 	if !pageEvents(t) {
 		return
 	}
-	program := filepath.Join(u.host.PluginDir(), pluginFile)
 	eventually(t, "the plugin's trace instances", func() error {
-		for _, pid := range processesOf(t, program, "") {
+		launched := processesOf(t, filepath.Join(u.host.PluginDir(), pluginFile), "")
+		for _, pid := range append(launched, processesOf(t, u.host.plugin, "")...) {
 			// One is there before it is ready; with the second the first is.
 			if n := instancesOf(t, pid); n > 1 {
 				return nil

@@ -116,7 +116,7 @@ func childOf(t *testing.T, pid int, name string) int {
 		}
 		fields := strings.Fields(string(b[closing+1:]))
 		// The kernel cuts command names at 15 bytes.
-		if fields[1] == strconv.Itoa(pid) && strings.HasPrefix(name, string(b[open+1:closing])) {
+		if fields[0] != "Z" && fields[1] == strconv.Itoa(pid) && strings.HasPrefix(name, string(b[open+1:closing])) {
 			id, err := strconv.Atoi(filepath.Base(filepath.Dir(file)))
 			if err != nil {
 				t.Fatal(err)

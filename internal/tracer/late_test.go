@@ -72,6 +72,17 @@ func awaitHandled(t *testing.T, server int, file string) {
 // TestLateInstance holds that a container which started when no instance was ready gets one later: what it had touched by then
 // counts as whole files, what it touches from then on has ranges.
 func TestLateInstance(t *testing.T) {
+	t.Run("a server that is started then", func(t *testing.T) { testLateInstance(t, nil) })
+	t.Run("one that stands by", func(t *testing.T) {
+		r := tracer.NewReserve(testenv.Binary(t, "optimizer-server"), nil)
+		t.Cleanup(r.Close)
+		r.Expect()
+		stand(t, r, 1)
+		testLateInstance(t, r)
+	})
+}
+
+func testLateInstance(t *testing.T, reserve *tracer.Reserve) {
 	b := newDiskBox(t, identitySetup)
 	fs, err := tracefs.Open()
 	testenv.Kernel(t, "tracefs", err)
@@ -91,7 +102,7 @@ func TestLateInstance(t *testing.T) {
 	defer p.Put(taken)
 	args := []string{"/program", "files", "read:/s/twice", "map:/s/mapped", "child:0:/s/go", "read:/s/twice", "map:/s/private", "open:/s/opened"}
 	c := b.create(t, pivot, args...)
-	s := start(t, c, tracer.Options{Pages: p, PagesWait: time.Nanosecond})
+	s := start(t, c, tracer.Options{Pages: p, PagesWait: time.Nanosecond, Reserve: reserve})
 	c.letGo(t)
 	await(t, b.merged+"/s/waits")
 	awaitFilter(t, c.pid())

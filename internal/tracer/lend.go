@@ -1,6 +1,7 @@
 package tracer
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"io"
@@ -33,7 +34,7 @@ func (s *Session) tell(armed <-chan error) {
 	s.lending.Go(func() {
 		said := stream.Armed
 		if err := <-armed; err != nil {
-			said = oneLine(err.Error())
+			said = cmp.Or(oneLine(err.Error()), "it failed")
 		}
 		if _, err := io.WriteString(s.stdin, said[:min(len(said), stream.MaxArmed)]); err != nil {
 			s.log.Debug("tell the tracer that its instance is armed", zap.Error(err))

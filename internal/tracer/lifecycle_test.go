@@ -413,7 +413,7 @@ func TestArming(t *testing.T) {
 		for range 10 {
 			if o.Reserve != nil { // as at the creation of a container
 				o.Reserve.Expect()
-				stand(t, 1)
+				stand(t, o.Reserve, 1)
 			}
 			began := time.Now()
 			s, err := tracer.Start(context.Background(), o)

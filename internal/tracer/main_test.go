@@ -20,6 +20,7 @@ const (
 	envPrivate = "HEADSTART_TEST_PRIVATE" // it is in a mount namespace of its own
 	envRole    = "HEADSTART_TEST_ROLE"    // it is a container's first process; how it changes its root
 	envRoot    = "HEADSTART_TEST_ROOT"
+	envReserve = "HEADSTART_TEST_RESERVE" // it has a server of this binary stand by
 )
 
 // A container's first process executes its command with its first thread, as runc does; later the main
@@ -34,6 +35,9 @@ func TestMain(m *testing.M) {
 	if role := os.Getenv(envRole); role != "" {
 		fmt.Fprintf(os.Stderr, "%s: %v\n", role, initProcess(role))
 		os.Exit(111)
+	}
+	if server := os.Getenv(envReserve); server != "" {
+		holdReserve(server)
 	}
 	if os.Getenv(envPrivate) == "" && os.Getuid() == 0 {
 		if err := enterPrivate(); err != nil {

@@ -83,7 +83,7 @@ func (s *Session) watch(ctx context.Context, stdout io.Closer, ended <-chan stru
 	}
 }
 
-// hangUp closes the pipe whose end asks the server to finish.
+// hangUp closes the pipe or socket whose end asks the server to finish.
 func (s *Session) hangUp() {
 	if err := s.stdin.Close(); err != nil {
 		s.log.Debug("close the tracer's input", zap.Error(err))

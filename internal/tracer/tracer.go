@@ -165,14 +165,9 @@ func (s *Session) spawn() error {
 	if s.later {
 		args = append(args, "--pages-later")
 	}
-	for p := s.o.Reserve.take(); p != nil; p = s.o.Reserve.take() {
-		err := p.order(args, instance)
-		if err == nil {
-			s.process = p
-			return nil
-		}
-		s.log.Debug("a tracer that stood by is of no use", zap.Error(err))
-		go p.dismiss()
+	if p := s.o.Reserve.order(args, instance); p != nil {
+		s.process = p
+		return nil
 	}
 	p, cmd := newProcess(s.o.Server)
 	cmd.Args = append(cmd.Args, args...)

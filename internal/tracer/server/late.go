@@ -34,7 +34,7 @@ func (s *session) ends(fd int) bool {
 	return false
 }
 
-// atEnd reads from the parent's pipe, which carries nothing, and reports its end.
+// atEnd reads from the parent's pipe or socket, which carries nothing any more, and reports its end.
 func atEnd(fd int) bool {
 	var b [64]byte
 	n, err := unix.Read(fd, b[:])

@@ -42,7 +42,7 @@ type Config struct {
 type Pages struct {
 	Instance *os.File // nil: none
 	Spec     tracefs.Spec
-	// Ahead says that the parent arms the instance while this process starts. It says on the standard input, a pipe, how that
+	// Ahead says that the parent arms the instance while this process starts. It says on the standard input how that
 	// went: [stream.Armed], or why it failed.
 	Ahead bool
 	// Later says that an instance may come through the standard input, a socket: its descriptor with its Spec as text.

@@ -9,20 +9,27 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/headstart-oci/headstart/pkg/fanotify"
+	"github.com/headstart-oci/headstart/internal/tracer/stream"
 )
 
 // maxOrders is how long the orders of a parent may be, in bytes.
 const maxOrders = 4 << 10
 
-// StandBy waits for orders on stdin, a socket of packets, and returns them: the arguments of a command line, and the
-// descriptor of the instance of tracefs that came along, -1 when none did. It returns [io.EOF] when the parent closed its end, or died, and has none.
-// What does not depend on the orders is done before: the container waits for what follows them.
+// StandBy says on stdin, a socket of packets, that this process stands by, waits for orders there, and returns them: the arguments of a command
+// line, and the descriptor of the instance of tracefs that came along, -1 when none did. It returns [io.EOF] when the parent closed its
+// end, or died, and has none. What does not depend on the orders is done before: the container waits for what follows them.
 func StandBy(stdin *os.File) (args []string, instance int, err error) {
 	warm()
+	fd := int(stdin.Fd())
+	if _, err := unix.Write(fd, []byte(stream.StandsBy)); err != nil {
+		if errors.Is(err, unix.EPIPE) {
+			err = io.EOF
+		}
+		return nil, -1, fmt.Errorf("say that this process stands by: %w", err)
+	}
 	text, rights := make([]byte, maxOrders), make([]byte, unix.CmsgSpace(4))
 	for {
-		n, m, flags, _, err := unix.Recvmsg(int(stdin.Fd()), text, rights, unix.MSG_CMSG_CLOEXEC)
+		n, m, flags, _, err := unix.Recvmsg(fd, text, rights, unix.MSG_CMSG_CLOEXEC)
 		switch {
 		case errors.Is(err, unix.EINTR):
 			continue
@@ -33,7 +40,7 @@ func StandBy(stdin *os.File) (args []string, instance int, err error) {
 		}
 		instance = descriptor(rights[:m])
 		if flags&(unix.MSG_TRUNC|unix.MSG_CTRUNC) != 0 {
-			err = fmt.Errorf("orders of more than %d bytes, or with more than one descriptor", maxOrders)
+			err = fmt.Errorf("orders of more than %d bytes, or with too many descriptors", maxOrders)
 			if instance >= 0 {
 				err = errors.Join(err, unix.Close(instance))
 			}
@@ -45,13 +52,7 @@ func StandBy(stdin *os.File) (args []string, instance int, err error) {
 
 // warm does once, with this process, what is done with a container's: the kernel reads the program's pages when they are first used.
 func warm() {
-	t, err := openTarget(os.Getpid())
-	if err != nil {
-		return // whoever traces finds out why
-	}
-	_ = t.close()
-	if g, err := newGroup(); err == nil {
-		_ = g.Mark(fanotify.Mark{Kind: fanotify.Mount, Mask: fanotify.Open, Dir: -1, Path: "relative"}) // which is refused
-		_ = g.Close()
+	if t, err := openTarget(os.Getpid()); err == nil { // else whoever traces finds out why
+		_ = t.close()
 	}
 }

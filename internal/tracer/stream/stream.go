@@ -22,10 +22,13 @@ const Magic = "HSTRACE\x05"
 // names is at most 4096 bytes; one found by walking the tree can be longer.
 const MaxFrame = 64 << 10
 
-// Armed is what the parent of a server writes to its standard input when the trace instance is armed that it handed to it. What it
-// writes in its place says why that failed, in at most MaxArmed bytes, which come in one piece (pipe(7), PIPE_BUF).
+// Armed is what the parent of a server writes to its standard input, a pipe or a socket, when the trace instance is armed that it handed to it. What it
+// writes in its place says why that failed, in 1 to MaxArmed bytes, which come in one piece (pipe(7), PIPE_BUF; unix(7), packets).
+//
+// StandsBy is what a server that was started with --standby writes there, a socket then, when it waits for orders.
 const (
 	Armed    = "armed"
+	StandsBy = "standing by"
 	MaxArmed = 512 // bytes
 )
 

@@ -27,6 +27,7 @@ type readiness struct {
 	// Of the one caller of wait; kept because what system calls are given is allocated anew each time else.
 	began   time.Time     // when it waited last
 	soon    time.Duration // how long hot waits took of late
+	hots    uint32        // hot waits
 	events  [1]unix.EpollEvent
 	polled  [1]unix.PollFd
 	timeout unix.Timespec
@@ -39,6 +40,8 @@ const (
 	// spinMost is how long a thread looks for the next request before it sleeps, where such came sooner of late: a program that reads one piece after
 	// the other asks again 2 to 5 µs after its answer, and to be woken takes about as long.
 	spinMost = 20 * time.Microsecond
+	// trySpin is how often that is tried where requests came later, in hot waits.
+	trySpin = 32
 	// hotGap is the most there may be from one wait to the next: a program that reads now and then would keep others from waiting so.
 	hotGap = 5 * time.Millisecond
 )
@@ -112,13 +115,17 @@ func (r *readiness) hot() bool {
 		return r.pending()
 	}
 	found := false
-	if r.soon < spinMost {
+	r.hots++
+	if r.soon < spinMost || r.hots%trySpin == 0 { // who sleeps does not learn that requests come sooner than a wake-up takes
 		for !found && time.Since(r.began) < spinMost {
 			found = r.pending()
 		}
 	}
 	if !found {
 		found = r.poll(hotWait)
+	}
+	if took := time.Since(r.began); took < spinMost {
+		r.soon = min(r.soon, spinMost-1) // it is worth looking again
 	}
 	r.soon = (3*r.soon + min(time.Since(r.began), 4*spinMost)) / 4 // where the reader has no CPU it grows
 	return found
