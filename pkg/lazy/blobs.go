@@ -128,6 +128,9 @@ func (d *daemon) openUse(m *mount, img *rafs.Image, n int, src fill.Source, name
 	if err := d.guard(b); err != nil {
 		return u, err
 	}
+	if err := d.lendToFailed(b); err != nil {
+		return u, err
+	}
 	if m.rec.driver() == DriverFUSE {
 		return u, nil // who reads asks before
 	}
@@ -167,6 +170,64 @@ func (d *daemon) guard(b *blob) error {
 		return err
 	}
 	return nil
+}
+
+// lendToFailed has each mount that cannot be filled any more keep b as if it used it: with its last user b would lose its mark, and what is not
+// there would read as zeros. Nothing is fetched for such a mount. The caller holds blobMu.
+func (d *daemon) lendToFailed(b *blob) error {
+	if d.watch == nil {
+		return nil
+	}
+	var failed []*mount
+	d.mu.Lock()
+	for _, m := range d.mounts {
+		if m.failed != "" && !m.gone && m.rec.driver() == DriverEROFS && slices.Contains(m.rec.Blobs, b.st.Name()) {
+			failed = append(failed, m)
+		}
+	}
+	d.mu.Unlock()
+	for _, m := range failed {
+		if slices.ContainsFunc(d.blobsOf(m), func(o *blob) bool { return o == b }) {
+			continue
+		}
+		if _, err := d.store.ReopenNow(b.st.Name()); err != nil { // closed by closeUse
+			return err
+		}
+		if err := d.watch.Add(b.st); err != nil {
+			return errors.Join(err, b.st.Close())
+		}
+		b.refs++
+		u := &use{b: b, watched: true}
+		d.usedMu.Lock()
+		m.uses = append(slices.Clip(m.uses), u)
+		d.usedMu.Unlock()
+		if err := d.takeFromGone(m, u); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// takeFromGone ends a failed mount's part in a blob when the mount has ended meanwhile and does not do so itself. The caller holds blobMu.
+func (d *daemon) takeFromGone(m *mount, u *use) error {
+	d.mu.Lock()
+	gone := m.gone
+	d.mu.Unlock()
+	if !gone {
+		return nil
+	}
+	d.usedMu.Lock()
+	at := slices.Index(m.uses, u)
+	if at >= 0 {
+		m.uses = slices.Delete(slices.Clone(m.uses), at, at+1)
+	}
+	d.usedMu.Unlock()
+	if at < 0 {
+		return nil
+	}
+	u.b.refs-- // there is another
+	_, err := d.watch.End(u.b.st)
+	return errors.Join(err, u.b.st.Close())
 }
 
 // patience is how long one set of chunks may keep a reader waiting before others are asked too, whose source may live.

@@ -51,6 +51,7 @@ func (d *daemon) recover(ctx context.Context, guarded bool, own *held) {
 		d.mounts[id] = m
 		d.recoverOne(ctx, m, guarded, own)
 	}
+	d.lendAllToFailed()
 	d.dropConnections()
 	for sum := range unused {
 		if d.bootstraps[sum] > 0 {
@@ -64,6 +65,17 @@ func (d *daemon) recover(ctx context.Context, guarded bool, own *held) {
 	if guarded && d.watch != nil && d.unsure() {
 		d.log.Warn("not all data files are known that readers may wait for")
 		d.watch.Unsure()
+	}
+}
+
+// lendAllToFailed has mounts that failed keep blobs that were adopted before they did.
+func (d *daemon) lendAllToFailed() {
+	d.blobMu.Lock()
+	defer d.blobMu.Unlock()
+	for _, b := range d.blobs { // nobody else changes them yet
+		if err := d.lendToFailed(b); err != nil {
+			d.log.Error("keep a blob for a mount that cannot be filled any more", zap.String("blob", b.st.Name()), zap.Error(err))
+		}
 	}
 }
 
