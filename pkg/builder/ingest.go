@@ -126,7 +126,8 @@ func (l *layerReader) add(ctx context.Context, hdr *tar.Header, r io.Reader) err
 	if skip, err := checkWhiteoutParents(dirName); skip || err != nil {
 		return err
 	}
-	if err := checkNames(split(name)); err != nil {
+	// The name of what a whiteout removes has to fit, not the whiteout's own, which no file gets.
+	if err := checkNames(append(split(dirName), strings.TrimPrefix(base, whiteoutPrefix))); err != nil {
 		return err
 	}
 	if strings.HasPrefix(base, whiteoutMeta) && base != whiteoutOpaque {
@@ -419,20 +420,30 @@ func (a attrs) inode(typ uint32) *rafs.Inode {
 	}
 }
 
-// apply gives ino the attributes of a hard link's header; xattrs are set one by one.
+// apply gives ino the attributes of a hard link's header; xattrs are set one by one, and before that the owner.
 func (a attrs) apply(ino *rafs.Inode) {
 	if ino.Mode&unix.S_IFMT != unix.S_IFLNK {
 		ino.Mode = ino.Mode&unix.S_IFMT | a.perm
 	}
 	ino.UID, ino.GID = a.uid, a.gid
 	ino.Mtime, ino.MtimeNsec = a.mtime, a.nsec
-	ino.Xattrs = mergeXattrs(ino.Xattrs, a.xattrs)
+	ino.Xattrs = mergeXattrs(chowned(ino.Xattrs), a.xattrs)
 }
 
 // merged returns b's attributes with the xattrs of both.
 func (a attrs) merged(b attrs) attrs {
-	b.xattrs = mergeXattrs(a.xattrs, b.xattrs)
+	b.xattrs = mergeXattrs(chowned(a.xattrs), b.xattrs)
 	return b
+}
+
+// chowned returns what chown(2) leaves of the attributes of anything but a directory: all but its capabilities.
+// Source: Linux fs/open.c chown_common, ATTR_KILL_PRIV.
+func chowned(xattrs []rafs.Xattr) []rafs.Xattr {
+	isCapability := func(x rafs.Xattr) bool { return x.Name == "security.capability" }
+	if !slices.ContainsFunc(xattrs, isCapability) {
+		return xattrs
+	}
+	return slices.DeleteFunc(slices.Clone(xattrs), isCapability)
 }
 
 // mergeXattrs returns a with the attributes of b set over it, sorted by name.

@@ -286,9 +286,6 @@ func (g *randomImage) remove() {
 		g.entries = append(g.entries, file{tar.Header{Typeflag: tar.TypeReg, Name: p + "/.wh..wh..opq", Mode: 0o644}, ""})
 		return
 	}
-	if len(path.Base(p)) > 250 {
-		return // with the prefix it would be no name
-	}
 	g.drop(p)
 	g.removed[p] = true
 	dir, base := path.Split(p)

@@ -20,6 +20,7 @@ import (
 
 	"github.com/headstart-oci/headstart/internal/testenv"
 	"github.com/headstart-oci/headstart/pkg/builder"
+	"github.com/headstart-oci/headstart/pkg/rafs"
 )
 
 // stackRules are what random layers leave out because an oracle has its own mind there.
@@ -55,14 +56,21 @@ type stackGen struct {
 func (g *stackGen) name(depth int) string {
 	var parts []string
 	for range 1 + g.IntN(depth) {
-		parts = append(parts, string(rune('a'+g.IntN(4))))
+		part := string(rune('a' + g.IntN(4)))
+		if g.IntN(60) == 0 {
+			part = strings.Repeat(part, 101+g.IntN(155)) // a ustar header has no room for it
+		}
+		parts = append(parts, part)
 	}
 	return strings.Join(parts, "/")
 }
 
+// owners are below and above what 16 and 21 bits hold, as old formats have.
+var owners = []int{0, 1, 2, 65_536, 3_000_000_000}
+
 func (g *stackGen) header(name string, typ byte) tar.Header {
 	h := tar.Header{
-		Name: name, Typeflag: typ, Mode: int64(g.IntN(0o10000)), Uid: g.IntN(3), Gid: g.IntN(3),
+		Name: name, Typeflag: typ, Mode: int64(g.IntN(0o10000)), Uid: owners[g.IntN(len(owners))], Gid: owners[g.IntN(len(owners))],
 		ModTime: time.Unix(1e9+int64(g.IntN(1e8)), 0),
 	}
 	if typ == tar.TypeDir {
@@ -75,6 +83,14 @@ func (g *stackGen) header(name string, typ byte) tar.Header {
 	if typ == tar.TypeReg && g.IntN(4) == 0 || typ == tar.TypeDir && g.rules.dirXattrs && g.IntN(3) == 0 {
 		h.Format = tar.FormatPAX
 		h.PAXRecords = map[string]string{"SCHILY.xattr.user." + g.name(1): fmt.Sprint(g.IntN(9))}
+	}
+	if (typ == tar.TypeReg || typ == tar.TypeLink) && g.IntN(4) == 0 {
+		// It is gone when another header names the same file without it. Source: linux/capability.h, VFS_CAP_REVISION_2.
+		h.Format = tar.FormatPAX
+		if h.PAXRecords == nil {
+			h.PAXRecords = map[string]string{}
+		}
+		h.PAXRecords["SCHILY.xattr.security.capability"] = "\x01\x00\x00\x02\x00" + string(rune(1+g.IntN(100))) + strings.Repeat("\x00", 14)
 	}
 	return h
 }
@@ -117,8 +133,10 @@ func (g *stackGen) entry() {
 		return
 	}
 	switch n := g.IntN(20); {
-	case n < 8:
+	case n < 7:
 		g.emit(g.header(name, tar.TypeReg), strings.Repeat(g.name(1), g.IntN(5000)))
+	case n < 8:
+		g.sparse(name)
 	case n < 12:
 		g.emit(g.header(name, tar.TypeDir), "")
 	case n < 13 && g.rules.parents:
@@ -128,7 +146,7 @@ func (g *stackGen) entry() {
 	case n < 14:
 		g.emit(g.header(name, tar.TypeFifo), "")
 	case n < 15:
-		h := g.header(name, tar.TypeChar)
+		h := g.header(name, []byte{tar.TypeChar, tar.TypeBlock}[g.IntN(2)])
 		h.Devmajor, h.Devminor = int64(1+g.IntN(9)), int64(g.IntN(1000))
 		g.emit(h, "")
 	case n < 17:
@@ -145,6 +163,61 @@ func (g *stackGen) entry() {
 			g.layer = append(g.layer, file{g.header(d+"/.wh..wh..opq", tar.TypeReg), ""})
 		}
 	}
+}
+
+// sparse makes a file with holes, as GNU tar writes them in PAX archives (GNU.sparse, 1.0). See [finish].
+func (g *stackGen) sparse(name string) {
+	var places, data strings.Builder
+	end, pieces := int64(0), g.IntN(4)
+	for range pieces {
+		n := 1 + g.IntN(9000)
+		end += int64(g.IntN(100_000))
+		fmt.Fprintf(&places, "%d\n%d\n", end, n)
+		data.Write(noise(g.Uint64(), n))
+		end += int64(n)
+	}
+	if g.IntN(2) == 0 {
+		end += int64(g.IntN(100_000))
+	}
+	table := fmt.Sprintf("%d\n%s", pieces, places.String())
+	table += strings.Repeat("\x00", (512-len(table)%512)%512)
+	var records strings.Builder
+	for _, kv := range [][2]string{
+		{"GNU.sparse.major", "1"}, {"GNU.sparse.minor", "0"}, {"GNU.sparse.name", name}, {"GNU.sparse.realsize", fmt.Sprint(end)},
+	} {
+		size := len(kv[0]) + len(kv[1]) + len(" =\n")
+		for size < len(fmt.Sprintf("%d %s=%s\n", size, kv[0], kv[1])) {
+			size++
+		}
+		fmt.Fprintf(&records, "%d %s=%s\n", size, kv[0], kv[1])
+	}
+	h := tar.Header{Name: name, Typeflag: tar.TypeReg, Mode: int64(g.IntN(0o1000)), Uid: g.IntN(3), ModTime: time.Unix(1e9, 0), Format: tar.FormatUSTAR}
+	if len(name) > 90 {
+		return // whose header would be between the two
+	}
+	g.layer = append(g.layer, file{tar.Header{Name: paxName, Typeflag: tar.TypeReg, Mode: 0o644, Format: tar.FormatUSTAR}, records.String()})
+	g.emit(h, table+data.String())
+}
+
+// paxName is that of the entries that [finish] makes PAX headers of.
+const paxName = "././@PaxHeader"
+
+// finish makes PAX headers of the entries of a tar that are called so: archive/tar writes none with such records.
+func finish(tarball []byte) []byte {
+	for at := 0; at+512 <= len(tarball); at += 512 {
+		b := tarball[at : at+512]
+		if !bytes.HasPrefix(b, []byte(paxName+"\x00")) {
+			continue
+		}
+		b[156] = tar.TypeXHeader
+		copy(b[148:156], "        ")
+		sum := 0
+		for _, c := range b {
+			sum += int(c)
+		}
+		copy(b[148:156], fmt.Sprintf("%06o\x00 ", sum))
+	}
+	return tarball
 }
 
 // link makes a hard link to a file of this layer or of a lower one.
@@ -195,12 +268,12 @@ func (g *stackGen) generate(t *testing.T) [][]byte {
 			g.symlinkParent(i)
 		}
 		for n, typ := range g.names {
-			if typ == tar.TypeReg {
+			if typ != tar.TypeDir && typ != tar.TypeLink {
 				g.lower = append(g.lower, n)
 			}
 		}
 		slices.Sort(g.lower)
-		out = append(out, makeTar(t, g.layer...))
+		out = append(out, finish(makeTar(t, g.layer...)))
 	}
 	return out
 }
@@ -209,7 +282,14 @@ func (g *stackGen) generate(t *testing.T) [][]byte {
 func compareStack(t *testing.T, seed uint64, layers [][]byte, root string) {
 	t.Helper()
 	want := dumpDir(t, root)
-	res := convert(t, tars(t, layers...), builder.DefaultOptions())
+	o := builder.DefaultOptions()
+	if seed%3 == 0 {
+		o.FSVersion = rafs.V5
+	}
+	res := convert(t, tars(t, layers...), o)
+	if seed%20 == 0 || seed%20 == 1 {
+		checkStack(t, seed, res, o)
+	}
 	got := dumpImage(t, res)
 	for p, w := range want {
 		g, ok := got[p]
@@ -232,6 +312,15 @@ func compareStack(t *testing.T, seed uint64, layers [][]byte, root string) {
 	}
 }
 
+// checkStack asks the tools what they say of a stack's image.
+func checkStack(t *testing.T, seed uint64, res *builder.Result, o builder.Options) {
+	t.Helper()
+	t.Run(fmt.Sprintf("nydus-image %d", seed), func(t *testing.T) { checkNydusImage(t, res) })
+	if o.FSVersion == rafs.V6 {
+		t.Run(fmt.Sprintf("fsck.erofs %d", seed), func(t *testing.T) { checkFsck(t, res) })
+	}
+}
+
 // seeds is the number of random stacks of each test.
 func seeds() int {
 	if raceEnabled || testing.Short() {
@@ -247,43 +336,65 @@ func TestStackOverlay(t *testing.T) {
 	t.Parallel()
 	refused := 0
 	for seed := range uint64(seeds()) {
-		g := &stackGen{Rand: rand.New(rand.NewPCG(seed, 1)), rules: stackRules{again: true, dirXattrs: true}}
-		if seed%2 == 0 {
-			g.rules.parents, g.rules.opaque = true, true
-		}
-		layers := g.generate(t)
-		base := t.TempDir()
-		var dirs []string // uppermost first
-		var err error
-		for i, l := range layers {
-			d := filepath.Join(base, fmt.Sprint(i))
-			if err := os.Mkdir(d, 0o755); err != nil {
-				t.Fatal(err)
-			}
-			var opts []archive.ApplyOpt
-			if i > 0 {
-				opts = []archive.ApplyOpt{archive.WithConvertWhiteout(archive.OverlayConvertWhiteout), archive.WithParents(dirs)}
-			}
-			if _, err = archive.Apply(t.Context(), d, bytes.NewReader(l), opts...); err != nil {
-				break
-			}
-			dirs = append([]string{d}, dirs...)
-		}
-		if err != nil {
-			refused++ // a corner of containerd's own, such as a whiteout among the parents
-			continue
-		}
-		root := dirs[0]
-		if len(dirs) > 1 {
-			root = mountOverlay(t, dirs)
-		}
-		compareStack(t, seed, layers, root)
-		if t.Failed() {
+		if refused += stackOverlay(t, seed); t.Failed() {
 			return
 		}
 	}
 	if refused > seeds()/3 {
 		t.Errorf("containerd refused %d of %d stacks: the generator is off", refused, seeds())
+	}
+}
+
+// stackOverlay compares one stack; it returns 1 for one that containerd refuses.
+func stackOverlay(t *testing.T, seed uint64) (refused int) {
+	t.Helper()
+	g := &stackGen{Rand: rand.New(rand.NewPCG(seed, 1)), rules: stackRules{again: true, dirXattrs: true}}
+	if seed%2 == 0 {
+		g.rules.parents, g.rules.opaque = true, true
+	}
+	layers := g.generate(t)
+	base := t.TempDir()
+	var dirs []string // uppermost first
+	for i, l := range layers {
+		d := filepath.Join(base, fmt.Sprint(i))
+		if err := os.Mkdir(d, 0o755); err != nil {
+			t.Fatal(err)
+		}
+		var opts []archive.ApplyOpt
+		if i > 0 {
+			opts = []archive.ApplyOpt{archive.WithConvertWhiteout(archive.OverlayConvertWhiteout), archive.WithParents(dirs)}
+		}
+		if _, err := archive.Apply(t.Context(), d, bytes.NewReader(l), opts...); err != nil {
+			return 1 // a corner of containerd's own, such as a whiteout among the parents
+		}
+		dirs = append([]string{d}, dirs...)
+	}
+	root := dirs[0]
+	if len(dirs) > 1 {
+		root = mountOverlay(t, dirs)
+	}
+	compareStack(t, seed, layers, root)
+	return 0
+}
+
+// TestSoakStacks goes on with other seeds for the duration in SOAK, from the seed in SOAK_SEED or 1000, up to the first that differs.
+func TestSoakStacks(t *testing.T) {
+	testenv.Root(t)
+	length, err := time.ParseDuration(os.Getenv("SOAK"))
+	if err != nil {
+		t.Skip("SOAK says no duration: make soak")
+	}
+	seed := uint64(1000)
+	if s := os.Getenv("SOAK_SEED"); s != "" {
+		if _, err := fmt.Sscan(s, &seed); err != nil {
+			t.Fatalf("SOAK_SEED=%s: %v", s, err)
+		}
+	}
+	for end := time.Now().Add(length); time.Now().Before(end) && !t.Failed(); seed++ {
+		t.Run(fmt.Sprint(seed), func(t *testing.T) {
+			stackOverlay(t, seed)
+			stackNative(t, seed)
+		})
 	}
 }
 
@@ -312,28 +423,40 @@ func TestStackNative(t *testing.T) {
 	t.Parallel()
 	refused := 0
 	for seed := range uint64(seeds()) {
-		g := &stackGen{Rand: rand.New(rand.NewPCG(seed, 2)), rules: stackRules{lowerLinks: true}}
-		if seed%2 == 0 {
-			g.rules.parents, g.rules.opaque = true, true
-		}
-		layers := g.generate(t)
-		root := t.TempDir()
-		var err error
-		for _, l := range layers {
-			if _, err = archive.Apply(t.Context(), root, bytes.NewReader(l)); err != nil {
-				break
-			}
-		}
-		if err != nil {
-			refused++
-			continue
-		}
-		compareStack(t, seed, layers, root)
-		if t.Failed() {
+		if refused += stackNative(t, seed); t.Failed() {
 			return
 		}
 	}
 	if refused > seeds()*3/4 {
 		t.Errorf("containerd refused %d of %d stacks: the generator is off", refused, seeds())
+	}
+}
+
+// stackNative compares one stack; it returns 1 for one that containerd refuses.
+func stackNative(t *testing.T, seed uint64) (refused int) {
+	t.Helper()
+	g := &stackGen{Rand: rand.New(rand.NewPCG(seed, 2)), rules: stackRules{lowerLinks: true}}
+	if seed%2 == 0 {
+		g.rules.parents, g.rules.opaque = true, true
+	}
+	layers := g.generate(t)
+	root := t.TempDir()
+	for _, l := range layers {
+		if _, err := archive.Apply(t.Context(), root, bytes.NewReader(l)); err != nil {
+			return 1
+		}
+	}
+	compareStack(t, seed, layers, root)
+	return 0
+}
+
+// TestWhiteoutOfLongName removes a file whose name has no room for the whiteout's prefix, which a layer may say all the same.
+func TestWhiteoutOfLongName(t *testing.T) {
+	t.Parallel()
+	long := strings.Repeat("n", 255)
+	res := convert(t, tars(t, makeTar(t, reg("d/"+long, "gone"), reg("d/kept", "kept")), makeTar(t, reg("d/.wh."+long, ""))), builder.DefaultOptions())
+	got := dumpImage(t, res)
+	if _, there := got["/d/"+long]; there || got["/d/kept"].Size != 4 {
+		t.Errorf("%d entries: the long name is there: %v, kept: %+v", len(got), there, got["/d/kept"])
 	}
 }
