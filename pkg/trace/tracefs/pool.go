@@ -20,8 +20,9 @@ const (
 	DefaultQuiet = time.Second
 )
 
-// leastRing is what an instance gets when the budget is used up, in bytes: enough for a
-// million events a second on two CPUs where the reader runs first, see docs/design.md.
+// leastRing is what an instance gets when the budget is used up, in bytes: enough for a start, and for a
+// million events a second on two CPUs where the reader runs first. Where the CPUs are busy such a burst loses
+// some, which are counted: see docs/design.md.
 const leastRing = 512 << 10
 
 // PoolOptions says how a pool is kept. The zero value is the default.
