@@ -26,7 +26,7 @@ func TestWalkHoldsLittle(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer unix.Close(view) //nolint:errcheck // a directory
+	defer unix.Close(view)
 	deep, err := os.OpenRoot(dir)
 	if err != nil {
 		t.Fatal(err)
