@@ -113,13 +113,13 @@ func (r *running) unharmed(t *testing.T) {
 	}
 }
 
-// tracer kills the tracer so long after it was started.
+// tracer kills the tracer so long after it began to record.
 func (d *drill) tracer(t *testing.T, after time.Duration) {
 	u := d.host.newSetup(t, nil)
 	defer u.watch(t)()
 	p := u.start(t)
 	r := d.launch(t, d.static, script())
-	pids := d.waitProcess(t, d.host.server, "")
+	pids := d.waitTracer(t)
 	time.Sleep(min(after, 600*time.Millisecond)) // the workload still pauses then
 	killAll(pids)
 	status, err := r.container.Status(t.Context())
@@ -267,6 +267,23 @@ func (d *drill) waitProcess(t *testing.T, program, argument string) []int {
 		time.Sleep(time.Millisecond)
 	}
 	t.Fatalf("no process of %s %s", filepath.Base(program), argument)
+	return nil
+}
+
+// waitTracer waits for a server that records, or is about to: it has a group of fanotify, in contrast to one that stands by.
+func (d *drill) waitTracer(t *testing.T) []int {
+	t.Helper()
+	for deadline := time.Now().Add(patience); time.Now().Before(deadline); time.Sleep(time.Millisecond) {
+		for _, pid := range processesOf(t, d.host.server, "") {
+			fds, _ := filepath.Glob(fmt.Sprintf("/proc/%d/fd/*", pid)) // it may be gone
+			for _, fd := range fds {
+				if to, err := os.Readlink(fd); err == nil && to == "anon_inode:[fanotify]" {
+					return []int{pid}
+				}
+			}
+		}
+	}
+	t.Fatal("no server records anything")
 	return nil
 }
 
