@@ -128,7 +128,12 @@ func readFiles(t *testing.T, dir string, files content, n int) (local content) {
 // other mounts are read on, by the next daemon too, and with room again all of it comes with nothing mounted anew.
 func TestDiskFull(t *testing.T) {
 	for _, driver := range []lazy.Driver{lazy.DriverEROFS, lazy.DriverFUSE} {
-		t.Run(string(driver), func(t *testing.T) { testDiskFull(t, driver) })
+		t.Run(string(driver), func(t *testing.T) {
+			if testing.Short() && driver == lazy.DriverFUSE {
+				t.Skip("one driver is enough for a short run")
+			}
+			testDiskFull(t, driver)
+		})
 	}
 }
 

@@ -100,7 +100,12 @@ func (tr tree) reads(dir string) error {
 // Fifty at once, of five images; behind FUSE v5 ones are among them. Each is read whole, and nothing of them is left.
 func TestMany(t *testing.T) {
 	for _, driver := range []lazy.Driver{lazy.DriverEROFS, lazy.DriverFUSE} {
-		t.Run(string(driver), func(t *testing.T) { testMany(t, newBoxOf(t, driver)) })
+		t.Run(string(driver), func(t *testing.T) {
+			if testing.Short() && driver == lazy.DriverFUSE {
+				t.Skip("one driver is enough for a short run")
+			}
+			testMany(t, newBoxOf(t, driver))
+		})
 	}
 }
 
@@ -114,7 +119,10 @@ func testMany(t *testing.T, b *box) {
 	b.unmount(b.mount(b.mountpoint("once"), small).Dir)
 	before := b.household()
 	var g errgroup.Group
-	const n = 50
+	n := 50
+	if testing.Short() {
+		n = 15
+	}
 	mounts := make([]lazy.Mount, n)
 	for i := range n {
 		dir := b.mountpoint(fmt.Sprintf("mnt-%d", i))
