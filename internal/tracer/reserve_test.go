@@ -150,7 +150,7 @@ func startWith(t *testing.T, o tracer.Options) *tracer.Session {
 func TestReserveEnds(t *testing.T) {
 	reserve := tracer.NewReserve(testenv.Binary(t, "optimizer-server"), nil)
 	defer reserve.Close()
-	reserve.Keep(50 * time.Millisecond)
+	reserve.Keep(3 * time.Second) // long enough to be seen
 	reserve.Expect()
 	for end := time.Now().Add(limit); len(standing(t)) == 0; time.Sleep(time.Millisecond) {
 		if time.Now().After(end) {
