@@ -101,8 +101,19 @@ func (r *Reserve) order(args []string, instance *os.File) *process {
 			return p
 		}
 		r.log.Debug("a tracer that stood by is of no use", zap.Error(err))
-		p.dismiss()
+		r.discard(p)
 	}
+}
+
+// discard ends a server that was taken. Nobody waits for that but Close: a container's start may be under way.
+func (r *Reserve) discard(p *process) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.closed {
+		go p.dismiss()
+		return
+	}
+	r.work.Go(p.dismiss)
 }
 
 // take returns the server that has stood by longest, nil when there is none. first: a start asks for the first time.
