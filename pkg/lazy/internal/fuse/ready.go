@@ -7,6 +7,7 @@ import (
 	"sync/atomic"
 	"syscall"
 	"time"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
@@ -26,8 +27,7 @@ type readiness struct {
 
 	// Of the one caller of wait; kept because what system calls are given is allocated anew each time else.
 	began   time.Time     // when it waited last
-	soon    time.Duration // how long hot waits took of late
-	hots    uint32        // hot waits
+	gap     time.Duration // how long the last wait took; 0: it was no hot one
 	events  [1]unix.EpollEvent
 	polled  [1]unix.PollFd
 	timeout unix.Timespec
@@ -37,11 +37,6 @@ const (
 	// hotWait is how long a thread waits that has just answered. It is longer than a tick of the kernel's clock (10 ms at 100 Hz): a timer that is not the
 	// next to end costs nothing, where one of 200 µs has a virtual machine leave to its host for each request (1 to 2 µs of some 10).
 	hotWait = 12 * time.Millisecond
-	// spinMost is how long a thread looks for the next request before it sleeps, where such came sooner of late: a program that reads one piece after
-	// the other asks again 2 to 5 µs after its answer, and to be woken takes about as long.
-	spinMost = 20 * time.Microsecond
-	// trySpin is how often that is tried where requests came later, in hot waits.
-	trySpin = 32
 	// hotGap is the most there may be from one wait to the next: a program that reads now and then would keep others from waiting so.
 	hotGap = 5 * time.Millisecond
 )
@@ -85,7 +80,9 @@ func (r *readiness) wait(busy bool) error {
 	now := time.Now()
 	quick := now.Sub(r.began) < hotGap
 	r.began = now
+	r.gap = 0
 	if busy && quick && r.hot() {
+		r.gap = time.Since(now)
 		return nil
 	}
 	var err error
@@ -114,31 +111,19 @@ func (r *readiness) hot() bool {
 	if hot.Add(1) > r.most {
 		return r.pending()
 	}
-	found := false
-	r.hots++
-	if r.soon < spinMost || r.hots%trySpin == 0 { // who sleeps does not learn that requests come sooner than a wake-up takes
-		for !found && time.Since(r.began) < spinMost {
-			found = r.pending()
-		}
-	}
-	if !found {
-		found = r.poll(hotWait)
-	}
-	if took := time.Since(r.began); took < spinMost {
-		r.soon = min(r.soon, spinMost-1) // it is worth looking again
-	}
-	r.soon = (3*r.soon + min(time.Since(r.began), 4*spinMost)) / 4 // where the reader has no CPU it grows
-	return found
+	return r.poll(hotWait)
 }
 
 // pending reports whether there is an event. The caller is the one that may call wait.
 func (r *readiness) pending() bool { return r.poll(0) }
 
+// poll keeps the processor: to give that back and take it again wakes the runtime's monitor, which then looks every 20 µs who
+// waits, at the cost of him who reads. A collector of garbage, or whoever else stops the world, interrupts the call with a signal.
 func (r *readiness) poll(d time.Duration) bool {
 	r.polled[0] = unix.PollFd{Fd: int32(r.fd), Events: unix.POLLIN} //nolint:gosec // a descriptor
 	r.timeout = unix.NsecToTimespec(int64(d))
-	n, err := unix.Ppoll(r.polled[:], &r.timeout, nil)
-	return err == nil && n > 0
+	n, _, errno := unix.RawSyscall6(unix.SYS_PPOLL, uintptr(unsafe.Pointer(&r.polled[0])), 1, uintptr(unsafe.Pointer(&r.timeout)), 0, 0, 0)
+	return errno == 0 && n > 0
 }
 
 // wake ends every wait.

@@ -179,6 +179,7 @@ type reader struct {
 	n     int // inbox
 	leads bool
 	busy  bool // it has answered the last request
+	near  follower
 }
 
 // lead makes r the one that waits.
@@ -258,7 +259,11 @@ func (r *reader) handle(in []byte) bool {
 	} else if !s.read(r, view[fuse.ReadIn](in), h) {
 		return false
 	}
+	pid, small := h.Pid, h.Opcode == opRead && view[fuse.ReadIn](in).Size <= cheapLimit
 	s.c.Table.clearInbox(r.n)
+	if r.leads {
+		r.near.saw(pid, small, s.ready.gap)
+	}
 	return true
 }
 
