@@ -71,7 +71,8 @@ type Pool struct {
 	last   time.Time   // of the last Get
 	rushed time.Time   // when want was last raised or lowered
 	likely []time.Time // of calls of Get that were announced: when they are not expected any more, in order
-	failed error       // of the last attempt to make one; nil after a success
+	primer primer
+	failed error // of the last attempt to make one; nil after a success
 	closed bool
 }
 
@@ -324,8 +325,14 @@ func (p *Pool) step() bool {
 	switch {
 	case len(p.queue) > 0 && p.serve():
 		return true
+	case !p.primer.on && p.primer.due():
+		p.prime()
+		return true
 	case p.quiet() > 0:
 		return false
+	case p.primer.due():
+		p.prime()
+		return true
 	case len(p.idle) > 0:
 		p.recycle()
 		return true
@@ -447,7 +454,11 @@ func (p *Pool) Close() error {
 	for _, i := range p.used {
 		errs = append(errs, end(i))
 	}
-	for _, i := range slices.Concat(p.ready, p.idle, p.broken) {
+	rest := slices.Concat(p.ready, p.idle, p.broken)
+	if p.primer.in != nil {
+		rest = append(rest, p.primer.in)
+	}
+	for _, i := range rest {
 		errs = append(errs, i.Close())
 	}
 	for p.answer(got{err: fmt.Errorf("pool of trace instances: %w", ErrClosed)}) {
