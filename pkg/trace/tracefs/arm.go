@@ -1,7 +1,5 @@
 package tracefs
 
-import "slices"
-
 // rounds is how often [Instance.ArmAll] asks for threads again at most: one more for each time that a process is
 // faster, which few are twice.
 const rounds = 8
@@ -23,7 +21,7 @@ func (i *Instance) ArmAll(list func() ([]int, error)) error {
 		if err != nil {
 			return err
 		}
-		late := slices.DeleteFunc(slices.Clone(now), func(t int) bool { return slices.Contains(threads, t) })
+		late := newcomers(threads, now)
 		if len(late) == 0 {
 			return nil
 		}
@@ -33,4 +31,19 @@ func (i *Instance) ArmAll(list func() ([]int, error)) error {
 		threads = now
 	}
 	return nil
+}
+
+// newcomers returns what now has and before has not: either may be a hundred thousand threads.
+func newcomers(before, now []int) []int {
+	known := make(map[int]struct{}, len(before))
+	for _, t := range before {
+		known[t] = struct{}{}
+	}
+	var late []int
+	for _, t := range now {
+		if _, ok := known[t]; !ok {
+			late = append(late, t)
+		}
+	}
+	return late
 }
