@@ -69,7 +69,7 @@ func (d *identity) copy(p string, shares map[uint64]bool) {
 
 // copiedFrom returns the inode number of the file of the image that the writable layer has a copy of at p.
 func (t *target) copiedFrom(p string) (uint64, bool) {
-	fd, err := beneath(t.upper, p, unix.O_RDONLY|unix.O_NONBLOCK|unix.O_NOATIME)
+	fd, err := t.openRegular(t.upper, p)
 	if err != nil {
 		return 0, false
 	}

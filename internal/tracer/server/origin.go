@@ -155,11 +155,7 @@ func (o *origin) madeAt(p string) bool {
 	if st.Mode&unix.S_IFMT != unix.S_IFREG {
 		return false // a whiteout: the image had the file
 	}
-	how := unix.OpenHow{
-		Flags:   unix.O_RDONLY | unix.O_NONBLOCK | unix.O_NOATIME | unix.O_NOFOLLOW | unix.O_CLOEXEC,
-		Resolve: unix.RESOLVE_BENEATH | unix.RESOLVE_NO_SYMLINKS,
-	}
-	fd, err := unix.Openat2(o.t.upper, p[1:], &how)
+	fd, err := o.t.openRegular(o.t.upper, p)
 	if err != nil {
 		return false
 	}

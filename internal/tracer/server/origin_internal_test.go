@@ -91,6 +91,10 @@ func checkOrigin(t *testing.T, dir string) error {
 		return f
 	}
 	merged, upper := open("merged"), open("upper")
+	fds, err := os.Open("/proc/self/fd")
+	if err != nil {
+		return err
+	}
 	deleted := open("merged/deleted")
 	for _, f := range []string{"changed", "made", "madeThenGone"} {
 		w, err := os.OpenFile(filepath.Join(dir, "merged", f), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o644)
@@ -118,7 +122,7 @@ func checkOrigin(t *testing.T, dir string) error {
 		"/made": {open("merged/made"), made}, "/replaced": {open("merged/replaced"), made},
 		"/madeThenGone": {gone, made},
 	}
-	o := newOrigin(&target{mount: &mountinfo.Info{FSType: "overlay"}, upper: int(upper.Fd()), view: int(merged.Fd())})
+	o := newOrigin(&target{mount: &mountinfo.Info{FSType: "overlay"}, upper: int(upper.Fd()), view: int(merged.Fd()), fds: int(fds.Fd())})
 	for p, file := range files {
 		if got := o.ofHandle(int(file.f.Fd())); got != file.want && o.handles {
 			t.Errorf("by handle: %s is %v, want %v", p, got, file.want)
@@ -133,7 +137,7 @@ func checkOrigin(t *testing.T, dir string) error {
 	if !o.handles {
 		t.Log("this kernel's overlay has no handles for every file")
 	}
-	return errors.Join(merged.Close(), upper.Close())
+	return errors.Join(merged.Close(), upper.Close(), fds.Close())
 }
 
 func TestMountOptions(t *testing.T) {

@@ -235,7 +235,7 @@ func (l *pageLog) widen(f *pageFile, dir int, name string, size int64) bool {
 	if l.widener == nil {
 		return false
 	}
-	fd, err := beneath(dir, name, unix.O_RDONLY|unix.O_NONBLOCK|unix.O_NOATIME)
+	fd, err := l.t.openRegular(dir, name)
 	if err != nil {
 		return false
 	}
