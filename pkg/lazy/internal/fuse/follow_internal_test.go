@@ -106,7 +106,7 @@ func TestFollow(t *testing.T) {
 
 // Who takes its time between reads is looked for ever more rarely; who does not is as soon as it is late.
 func TestFollowerTakesItsTime(t *testing.T) {
-	pid := uint32(os.Getpid()) //nolint:gosec // a pid
+	pid := uint32(os.Getpid())
 	var f follower
 	reads := func(n int, small bool, gap time.Duration) {
 		for range n {
