@@ -3,8 +3,6 @@ package server
 import (
 	"errors"
 	"fmt"
-	"path"
-	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -354,34 +352,4 @@ func (t *target) devices() map[uint64]bool {
 		}
 	}
 	return d
-}
-
-// bound returns files that are on the layers' filesystems and not of the image, as far as that
-// is known beforehand: what is mounted over a file, as resolv.conf is, and the program that is to
-// execute the container's command, unless that runs already.
-func (t *target) bound() map[inode]struct{} {
-	out := make(map[inode]struct{})
-	devices := t.devices()
-	// Subvolumes of a btrfs, which stat(2) gives device numbers of their own, share what events call the
-	// device, and count their inodes each from the start: what is on another one cannot be told apart.
-	spaces := make(map[uint64]bool)
-	for i := range t.layers {
-		var st unix.Stat_t
-		if unix.Fstat(t.layers[i].fd, &st) == nil {
-			spaces[st.Dev] = true
-		}
-	}
-	for _, m := range t.mounts {
-		var st unix.Stat_t
-		if devices[deviceOf(m)] && m.Mountpoint != "/" &&
-			unix.Fstatat(t.root, strings.TrimPrefix(path.Clean(m.Mountpoint), "/"), &st, unix.AT_SYMLINK_NOFOLLOW) == nil &&
-			st.Mode&unix.S_IFMT == unix.S_IFREG && spaces[st.Dev] {
-			out[inode{deviceOf(m), st.Ino}] = struct{}{}
-		}
-	}
-	var st unix.Stat_t
-	if !t.runs && unix.Fstatat(t.proc, fmt.Sprintf("%d/exe", t.pid), &st, 0) == nil {
-		out[inode{st.Dev, st.Ino}] = struct{}{}
-	}
-	return out
 }

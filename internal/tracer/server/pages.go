@@ -63,7 +63,7 @@ func newPageLog(p Pages, t *target, c *comms, maxFiles int, w *tracefs.Widener) 
 
 // arm names the threads of the container's processes to the kernel. by is who did so already, and says how that went; nil: nobody.
 func (l *pageLog) arm(by func() error) error {
-	l.devices, l.outside = l.t.devices(), l.t.bound()
+	l.devices, l.outside = l.t.devices(), l.t.outside
 	if by != nil {
 		return by()
 	}

@@ -133,6 +133,9 @@ func arm(c Config, stdin *os.File, out *output) (*session, error) {
 	if err := t.join(c.Root); err != nil {
 		return fail(fmt.Errorf("join process %d: %w", c.PID, err))
 	}
+	if s.pages != nil || c.Pages.Later {
+		t.survey()
+	}
 	var by func() error
 	if c.Pages.Ahead {
 		by = func() error { return armedAhead(stdin) }
@@ -177,8 +180,6 @@ func (s *session) armPages(by func() error) string {
 	if s.pages == nil {
 		return ""
 	}
-	s.t.takeRoot()
-	s.t.takeMerged()
 	err := errNoLayers
 	if s.t.sees() {
 		err = s.pages.arm(by)

@@ -41,6 +41,8 @@ type target struct {
 	mounts  []*mountinfo.Info // of the process, before the join
 	mount   *mountinfo.Info   // the mount that root lies on; nil when unknown
 	stat    unix.Statx_t      // of root
+
+	outside map[inode]struct{} // files on the layers' filesystems that are none of the image: see bound
 }
 
 // openTarget opens what is needed of process pid while still outside the container. A
