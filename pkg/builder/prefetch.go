@@ -149,8 +149,8 @@ func (s *copies) verify(ctx context.Context, r *rafs.BlobReader, c rafs.Chunk, b
 	// In blobs with batches a chunk may be a part of one.
 	if s != nil && r.Blob().Features&dependentBlob == 0 {
 		if sum, ok := s.sums[c.Digest]; ok {
-			p, err := r.ReadStored(ctx, c)
-			if err == nil && maphash.Bytes(s.seed, p) != sum {
+			err := r.ReadStoredInto(ctx, c, buf)
+			if err == nil && maphash.Bytes(s.seed, buf.Stored) != sum {
 				err = fmt.Errorf("%w: chunk %d of blob %s is stored with other bytes than were written", ErrDigest, c.Index, r.Blob().ID)
 			}
 			return err

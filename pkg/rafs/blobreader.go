@@ -166,24 +166,39 @@ func (b *BlobReader) readBatched(r metaRecord) ([]byte, error) {
 // them into another blob of the same compressor; they are not verified. The slice is
 // the caller's. ErrUnsupported for chunks of a batch or of a gzip layer, which are not stored on their own.
 func (b *BlobReader) ReadStored(ctx context.Context, c Chunk) ([]byte, error) {
-	if err := ctx.Err(); err != nil {
+	var buf ChunkBuffer
+	if err := b.ReadStoredInto(ctx, c, &buf); err != nil {
 		return nil, err
+	}
+	return buf.Stored, nil
+}
+
+// ReadStoredInto is [BlobReader.ReadStored] with memory that is used again: buf.Stored is what was read, valid until the
+// next use of buf, and buf.Raw nil.
+func (b *BlobReader) ReadStoredInto(ctx context.Context, c Chunk, buf *ChunkBuffer) error {
+	buf.Raw, buf.Stored = nil, nil
+	if err := ctx.Err(); err != nil {
+		return err
 	}
 	if b.blob.placedByMeta() {
 		r, err := b.record(c)
 		if err != nil {
-			return nil, err
+			return err
 		}
 		if r.batch || r.zran {
-			return nil, unsupported(fmt.Sprintf("chunk %d of blob %s", c.Index, short(b.blob.ID)), -1, "stored form", "part of a batch or of a gzip stream", nil)
+			return unsupported(fmt.Sprintf("chunk %d of blob %s", c.Index, short(b.blob.ID)), -1, "stored form", "part of a batch or of a gzip stream", nil)
 		}
 		c.CompressedOffset, c.CompressedSize = r.compressedOffset, r.compressedSize
 	}
-	p, err := b.readRange(c.CompressedOffset, c.CompressedSize, maxCompressed(b.blob.ChunkSize))
-	if err != nil {
-		return nil, fmt.Errorf("read chunk %d of blob %s: %w", c.Index, short(b.blob.ID), err)
+	err := b.checkRange(c.CompressedOffset, c.CompressedSize, maxCompressed(b.blob.ChunkSize))
+	if err == nil {
+		stored := grown(&buf.stored, int(c.CompressedSize))
+		if err = readFull(b.r, stored, c.CompressedOffset); err == nil {
+			buf.Stored = stored
+			return nil
+		}
 	}
-	return p, nil
+	return fmt.Errorf("read chunk %d of blob %s: %w", c.Index, short(b.blob.ID), err)
 }
 
 // readRange reads stored bytes of the data section, at most limit.

@@ -133,3 +133,47 @@ func TestDecodeExactly(t *testing.T) {
 		}
 	}
 }
+
+// TestReadStoredInto reads chunks as they are stored, again and again in the same memory, and one that lies outside.
+func TestReadStoredInto(t *testing.T) {
+	var file bytes.Buffer
+	w, err := NewBlobWriter(&file, BlobOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var chunks []Chunk
+	for i := range 3 {
+		p := bytes.Repeat([]byte{byte(i)}, 5000*(3-i))
+		c, err := w.Append(EncodedChunk{Digest: DigesterBLAKE3.Sum(p), Data: p, UncompressedSize: uint32(len(p))})
+		if err != nil {
+			t.Fatal(err)
+		}
+		chunks = append(chunks, c)
+	}
+	blob, err := w.Close()
+	if err != nil {
+		t.Fatal(err)
+	}
+	b, err := OpenBlob(bytes.NewReader(file.Bytes()), blob)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var buf ChunkBuffer
+	allocs := testing.AllocsPerRun(5, func() {
+		for i, c := range chunks {
+			if err := b.ReadStoredInto(t.Context(), c, &buf); err != nil {
+				t.Fatal(err)
+			}
+			if len(buf.Stored) != 5000*(3-i) || buf.Stored[0] != byte(i) || buf.Raw != nil {
+				t.Fatalf("chunk %d: %d stored bytes, %d raw", i, len(buf.Stored), len(buf.Raw))
+			}
+		}
+	})
+	if allocs > 0 {
+		t.Errorf("%v allocations a run, want none once the memory is there", allocs)
+	}
+	chunks[0].CompressedOffset = 1 << 39
+	if err := b.ReadStoredInto(t.Context(), chunks[0], &buf); !errors.Is(err, ErrInvalid) || buf.Stored != nil {
+		t.Errorf("a chunk outside: %d bytes, %v", len(buf.Stored), err)
+	}
+}
