@@ -204,6 +204,23 @@ func (s *layoutSource) FetchRange(_ context.Context, desc ocispec.Descriptor, of
 	return &exactly{rc: rc, left: n}, nil
 }
 
+// file implements localSource for layouts that are directories.
+func (s *layoutSource) file(desc ocispec.Descriptor) *os.File {
+	dir, ok := s.f.(dirFiles)
+	if !ok || checkDescriptor(desc) != nil {
+		return nil
+	}
+	f, size, err := dir.regular(blobName(desc.Digest))
+	if err != nil {
+		return nil
+	}
+	if size != desc.Size {
+		_ = f.Close() // only read
+		return nil
+	}
+	return f
+}
+
 func (s *layoutSource) Close() error { return s.f.close() }
 
 // OpenLayoutBlob opens the file of a blob in the layout directory dir; its bytes are not verified. It returns

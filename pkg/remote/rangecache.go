@@ -25,12 +25,14 @@ const (
 type Range struct{ Offset, Length int64 }
 
 // RangeCache reads parts of some content of a source and keeps them in a temporary file that
-// has no name. What it reads is not verified. Safe for concurrent use, except for Close.
+// has no name; content that is a file of this host already is read there. What it reads is not verified. Safe for
+// concurrent use, except for Close.
 type RangeCache struct {
-	ctx  context.Context //nolint:containedctx // io.ReaderAt has none
-	src  Source
-	desc ocispec.Descriptor
-	f    *os.File
+	ctx   context.Context //nolint:containedctx // io.ReaderAt has none
+	src   Source
+	desc  ocispec.Descriptor
+	f     *os.File
+	local bool // f is the content itself
 
 	mu       sync.Mutex // guards what follows
 	have     []Range    // sorted, neither overlapping nor touching
@@ -38,11 +40,22 @@ type RangeCache struct {
 	fetched  int64
 }
 
+// localSource is a source that has content in files of its own.
+type localSource interface {
+	// file opens the file that is desc's content, of its size; nil where there is none: then FetchRange tells why.
+	file(desc ocispec.Descriptor) *os.File
+}
+
 // NewRangeCache returns a cache of desc's content, with its file in dir, which may be empty
 // for os.TempDir. It asks for nothing yet. Its reads end with ctx. The caller closes it.
 func NewRangeCache(ctx context.Context, src Source, desc ocispec.Descriptor, dir string) (*RangeCache, error) {
 	if err := checkDescriptor(desc); err != nil {
 		return nil, err
+	}
+	if l, ok := src.(localSource); ok {
+		if f := l.file(desc); f != nil {
+			return &RangeCache{ctx: ctx, src: src, desc: desc, f: f, local: true}, nil
+		}
 	}
 	f, err := os.CreateTemp(dir, "headstart-*")
 	if err != nil {
@@ -84,6 +97,21 @@ func (c *RangeCache) Fetch(ctx context.Context, ranges []Range) error {
 }
 
 func (c *RangeCache) get(ctx context.Context, r Range) error {
+	if !c.local {
+		if err := c.load(ctx, r); err != nil {
+			return fmt.Errorf("%d bytes of %s from %d: %w", r.Length, c.desc.Digest, r.Offset, err)
+		}
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.requests++
+	c.fetched += r.Length
+	c.have = withRange(c.have, r)
+	return nil
+}
+
+// load writes a range into the temporary file.
+func (c *RangeCache) load(ctx context.Context, r Range) error {
 	rc, err := c.src.FetchRange(ctx, c.desc, r.Offset, r.Length)
 	if err != nil {
 		return err
@@ -92,15 +120,7 @@ func (c *RangeCache) get(ctx context.Context, r Range) error {
 	if err == nil && n != r.Length {
 		err = io.ErrUnexpectedEOF
 	}
-	if err = errors.Join(err, rc.Close()); err != nil {
-		return fmt.Errorf("%d bytes of %s from %d: %w", r.Length, c.desc.Digest, r.Offset, err)
-	}
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.requests++
-	c.fetched += n
-	c.have = withRange(c.have, r)
-	return nil
+	return errors.Join(err, rc.Close())
 }
 
 // ReadAt implements io.ReaderAt. What was not fetched is fetched, with some bytes behind it.

@@ -6,6 +6,8 @@ import (
 	"errors"
 	"io"
 	"math/rand/v2"
+	"os"
+	"path/filepath"
 	"sync/atomic"
 	"testing"
 
@@ -104,5 +106,64 @@ func TestRangeCacheFaults(t *testing.T) {
 	src.bytes.Store(0)
 	if n, err := c.ReadAt(make([]byte, 10), 0); n != 10 || err != nil || src.bytes.Load() == 0 {
 		t.Errorf("ReadAt after a short stream = %d, %v, %d bytes asked for", n, err, src.bytes.Load())
+	}
+}
+
+// TestRangeCacheLocal reads a blob of a layout directory where it is: nothing is copied.
+func TestRangeCacheLocal(t *testing.T) {
+	t.Parallel()
+	img := newImage(t, 1, "amd64", 300_000)
+	dir := t.TempDir()
+	ref, err := remote.Parse("oci:" + dir + ":v")
+	if err != nil {
+		t.Fatal(err)
+	}
+	publish(t, "oci:"+dir+":v", img, remote.Options{})
+	src, err := remote.OpenSource(t.Context(), ref, remote.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer src.Close()
+	desc := img.blobs[0].Descriptor
+	file := filepath.Join(dir, "blobs", "sha256", desc.Digest.Encoded())
+	want, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	open := func(dir string) *remote.RangeCache {
+		t.Helper()
+		c, err := remote.NewRangeCache(t.Context(), src, desc, dir)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { _ = c.Close() })
+		return c
+	}
+	c := open(filepath.Join(dir, "no such directory")) // which a temporary file would need
+	if err := c.Fetch(t.Context(), []remote.Range{{Offset: 10, Length: 20}, {Offset: desc.Size, Length: 1}}); !errors.Is(err, remote.ErrRange) {
+		t.Errorf("range outside: %v", err)
+	}
+	got := make([]byte, desc.Size+1)
+	if n, err := c.ReadAt(got, 0); int64(n) != desc.Size || !errors.Is(err, io.EOF) || !bytes.Equal(got[:n], want) {
+		t.Errorf("ReadAt of everything = %d, %v", n, err)
+	}
+	if _, fetched := c.Traffic(); fetched != desc.Size {
+		t.Errorf("counted %d bytes, want the %d of the blob", fetched, desc.Size)
+	}
+	// What is no such file is refused as from anywhere else.
+	if err := os.Truncate(file, desc.Size-1); err != nil {
+		t.Fatal(err)
+	}
+	if n, err := c.ReadAt(got, 1); int64(n) != desc.Size-2 || !errors.Is(err, io.EOF) {
+		t.Errorf("ReadAt of a file that became shorter = %d, %v", n, err)
+	}
+	if _, err := open(t.TempDir()).ReadAt(got[:1], 0); !errors.Is(err, remote.ErrDigest) {
+		t.Errorf("file of another size: %v, want %v", err, remote.ErrDigest)
+	}
+	if err := os.Remove(file); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := open(t.TempDir()).ReadAt(got[:1], 0); !errors.Is(err, remote.ErrNotFound) {
+		t.Errorf("no file: %v, want %v", err, remote.ErrNotFound)
 	}
 }
