@@ -11,6 +11,8 @@ import (
 	"os/signal"
 	"runtime"
 	"runtime/debug"
+	"runtime/metrics"
+	"sync/atomic"
 	"syscall"
 
 	"github.com/headstart-oci/headstart/internal/runroot"
@@ -33,12 +35,45 @@ func main() {
 	os.Exit(mainCode())
 }
 
+// frugal is the percentage of garbage that the collector keeps.
+const frugal = 50
+
+// leastHeap, where a command sets it, is how many bytes the heap may have at any time before the collector begins. A
+// command with a small heap that makes garbage fast, 1 MB a millisecond, would collect every few milliseconds.
+var leastHeap atomic.Uint64
+
 // collectFrugally has the garbage collector keep half of its usual garbage, so that a conversion of 100,000 files
 // stays under 150 MiB, but begin only when the heap has 16 MiB: a short command ends before it collects anything.
 func collectFrugally() {
 	debug.SetGCPercent(400) // of the 4 MiB from which the runtime counts; runtime/mgcpacer.go heapMinimum
-	first := new([16]byte)  // too large for the tiny allocator, which would keep it with others
-	runtime.AddCleanup(first, func(percent int) { debug.SetGCPercent(percent) }, 50)
+	afterCollection()
+}
+
+// afterCollection has the percentage set when the collector has run, and each time again where there is a leastHeap.
+func afterCollection() {
+	first := new([16]byte) // too large for the tiny allocator, which would keep it with others
+	runtime.AddCleanup(first, func(int) {
+		least := leastHeap.Load()
+		if least == 0 {
+			debug.SetGCPercent(frugal)
+			return
+		}
+		live := []metrics.Sample{{Name: "/gc/heap/live:bytes"}}
+		metrics.Read(live)
+		debug.SetGCPercent(garbagePercent(live[0].Value.Uint64(), least))
+		afterCollection()
+	}, 0)
+}
+
+// garbagePercent returns the percentage of garbage for a heap of which live bytes are in use, that has the collector begin at least
+// bytes or more.
+func garbagePercent(live, least uint64) int {
+	// The runtime begins at that many percent of 4 MiB or later.
+	most := max(frugal, least*100/(4<<20))
+	if live == 0 || live >= least {
+		return frugal
+	}
+	return int(min(max(frugal, (least-live)*100/live), most)) //nolint:gosec // at most what leastHeap says
 }
 
 // mainCode runs the command line of this process and returns its exit code.
