@@ -175,6 +175,13 @@ func testDiskFull(t *testing.T, driver lazy.Driver) {
 		b.quiet()
 	}
 	goOn("on the full disk")
+	asked := b.at(m.Dir).Stats.Demand.Requests
+	if got := readFiles(t, m.Dir, files, 8); len(got) >= len(files) {
+		t.Errorf("%d files are read on the full disk, want fewer than %d", len(got), len(files))
+	}
+	if now := b.at(m.Dir).Stats.Demand.Requests; now > asked+50 { // each reader one or two when the disk has not been asked for a while
+		t.Errorf("%d requests for what there is no room for", now-asked)
+	}
 	if _, err := b.client.Mount(t.Context(), b.mountpoint("third"), b.of(b.image("third", mixed(3, 300, 0)))); !errors.Is(err, unix.ENOSPC) {
 		t.Errorf("Mount() on the full disk = %v, want ENOSPC", err)
 	}

@@ -95,7 +95,7 @@ func (b *Blob) readAhead(t *track) {
 	}
 	b.pace(t, 0, 0)
 	v := b.view.Load()
-	if b.ctx.Err() != nil || t.v != v || b.stream != nil || b.s.prefetching > 0 {
+	if b.ctx.Err() != nil || b.s.isFull() || t.v != v || b.stream != nil || b.s.prefetching > 0 {
 		return
 	}
 	w := &window{class: Ahead}

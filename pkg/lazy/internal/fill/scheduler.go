@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"go.uber.org/zap"
@@ -21,7 +22,8 @@ type Scheduler struct {
 	cancel  context.CancelCauseFunc
 	runs    sync.WaitGroup
 	memory  pool
-	scratch sync.Pool // *scratch
+	full    atomic.Int64 // until when the disk counts as full, since began
+	scratch sync.Pool    // *scratch
 
 	mu          sync.Mutex // guards what follows, and parts of Blob, flight, stream and Run
 	closed      bool
@@ -153,6 +155,9 @@ func (b *Blob) ensure(ctx context.Context, chunks []rafs.Chunk, until time.Time)
 	reread := !b.info.PlacedByMeta()
 	if b.borrowNow(ctx, chunks); !b.missing(chunks) {
 		return nil
+	}
+	if err := b.reserve(chunks); err != nil {
+		return err
 	}
 	for attempt := 0; ; attempt++ {
 		v, err := b.prepare(ctx, until, Demand, chunks...)
@@ -367,7 +372,7 @@ func (b *Blob) take(w *window, u unit, behind bool) bool {
 		return false
 	}
 	f := b.flights[u.key()]
-	cheap := b.stream == nil && (behind && length <= w.ahead || length <= b.s.o.Ahead) // what lies before a demand makes it wait
+	cheap := b.stream == nil && !b.s.isFull() && (behind && length <= w.ahead || length <= b.s.o.Ahead) // what lies before a demand makes it wait
 	if f == nil && b.lent.has(b.view.Load(), u.n) {
 		return false // a request would read through it
 	}

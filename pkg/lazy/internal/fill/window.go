@@ -225,7 +225,7 @@ func (b *Blob) decode(ctx context.Context, u unit, mem *scratch, class Class) er
 			faults = errors.Join(faults, err)
 			continue
 		}
-		if err := b.cache.Put(c, mem.chunk.Raw); err != nil {
+		if err := b.s.noteFull(b.cache.Put(c, mem.chunk.Raw)); err != nil {
 			return &cacheError{err}
 		}
 		chunks++
