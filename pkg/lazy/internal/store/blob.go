@@ -45,8 +45,8 @@ type Blob struct {
 	old  []*table // tables that a reader of an older view may be using
 
 	syncMu  sync.Mutex
-	durable []uint64 // the bits in the file "ready"; guarded by syncMu, never changed, only replaced
-	stamped int64    // its stamp; guarded by syncMu
+	durable []uint64 // the bits in the file "ready" but for what turned out wrong; guarded by syncMu, never changed, only replaced
+	stamped int64    // its stamp, neverStamp when it is to be written in any case; guarded by syncMu
 
 	cloning cloning
 

@@ -7,6 +7,7 @@ import (
 	"io"
 	"math/bits"
 	"os"
+	"slices"
 	"sync/atomic"
 
 	"go.uber.org/zap"
@@ -113,8 +114,27 @@ func (b *Blob) settleClaim(r *chunkRecord, good bool) error {
 	if err := b.clearPad(r); err != nil {
 		return fmt.Errorf("blob %s: %w", b.name, err)
 	}
+	b.syncMu.Lock() // over both: a Sync between them would make the claim durable once more
+	defer b.syncMu.Unlock()
+	// Else what a failing Sync loses of it, stored again, would count as kept. The next Sync writes the file, which has it still.
+	b.durable, b.stamped = without(b.durable, r), neverStamp
 	b.unclaim(r.first(), r.end())
 	return nil
+}
+
+// without returns words without the bits of a chunk, as a snapshot has them. It leaves words as it is.
+func without(words []uint64, r *chunkRecord) []uint64 {
+	out := slices.Clone(words)
+	eachWord(r.first(), r.end(), func(w, mask uint64) bool {
+		if w < uint64(len(out)) {
+			out[w] &^= mask
+		}
+		return true
+	})
+	for len(out) > 0 && out[len(out)-1] == 0 {
+		out = out[:len(out)-1]
+	}
+	return out
 }
 
 // confirmStep is how many blocks [Blob.ConfirmSome] looks at: 4 MiB.
@@ -164,6 +184,9 @@ func (b *Blob) stamp() int64 {
 	}
 	return b.change()
 }
+
+// neverStamp is what no file is stamped with.
+const neverStamp = -1
 
 // readStamp returns what the file "ready" said, 0 when it cannot be read.
 func readStamp(dir *os.Root) int64 {
