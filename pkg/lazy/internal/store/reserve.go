@@ -14,7 +14,7 @@ import (
 func (b *Blob) Reserve(c rafs.Chunk) error {
 	r := record(c)
 	for {
-		err := unix.Fallocate(int(b.data.Fd()), unix.FALLOC_FL_KEEP_SIZE, int64(r.Offset), int64(r.end()*BlockSize-r.Offset))
+		err := unix.Fallocate(int(b.data.Fd()), unix.FALLOC_FL_KEEP_SIZE, int64(r.Offset), int64(r.end()*BlockSize-r.Offset)) //nolint:gosec // below Size
 		switch {
 		case errors.Is(err, unix.EINTR):
 			continue
