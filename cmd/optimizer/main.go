@@ -35,10 +35,13 @@ func main() {
 	os.Exit(mainCode())
 }
 
-// frugal is the percentage of garbage that the collector keeps.
-const frugal = 50
+// The percentages of garbage that the collector keeps: of most heaps, and at most of those that are below leastHeap.
+const (
+	frugal   = 50
+	generous = 100
+)
 
-// leastHeap, where a command sets it, is how many bytes the heap may have at any time before the collector begins. A
+// leastHeap, where a command sets it, is how many bytes the heap may have before the collector begins, as far as generous allows. A
 // command with a small heap that makes garbage fast, 1 MB a millisecond, would collect every few milliseconds.
 var leastHeap atomic.Uint64
 
@@ -65,15 +68,13 @@ func afterCollection() {
 	}, 0)
 }
 
-// garbagePercent returns the percentage of garbage for a heap of which live bytes are in use, that has the collector begin at least
-// bytes or more.
+// garbagePercent returns the percentage of garbage for a heap of which live bytes are in use, that has the collector begin at about least
+// bytes. It is never much: on a busy machine the heap may have grown long since when it is set anew.
 func garbagePercent(live, least uint64) int {
-	// The runtime begins at that many percent of 4 MiB or later.
-	most := max(frugal, least*100/(4<<20))
 	if live == 0 || live >= least {
 		return frugal
 	}
-	return int(min(max(frugal, (least-live)*100/live), most)) //nolint:gosec // at most what leastHeap says
+	return int(min(max(frugal, (least-live)*100/live), generous)) //nolint:gosec // at most generous
 }
 
 // mainCode runs the command line of this process and returns its exit code.

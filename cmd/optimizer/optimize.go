@@ -77,7 +77,7 @@ of the list is said in the end. The digest of the target goes to standard output
 			build := builder.OptimizeOptions{
 				List: list, Workers: o.workers, Recompress: o.recompress, BatchSize: batch, MarkPrefetchBlob: o.markPrefetch, TempDir: o.image.tempDir,
 			}
-			leastHeap.Store(16 << 20)
+			leastHeap.Store(8 << 20)
 			if o.image.bootstrap != "" {
 				return o.runFiles(cmd.Context(), build)
 			}
