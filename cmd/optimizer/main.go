@@ -74,7 +74,7 @@ func garbagePercent(live, least uint64) int {
 	if live == 0 || live >= least {
 		return frugal
 	}
-	return int(min(max(frugal, (least-live)*100/live), generous)) //nolint:gosec // at most generous
+	return int(min(max(frugal, (least-live)*100/live), generous))
 }
 
 // mainCode runs the command line of this process and returns its exit code.
