@@ -1,6 +1,8 @@
 package lazy_test
 
 import (
+	"context"
+	"errors"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -11,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/headstart-oci/headstart/pkg/lazy"
+	"github.com/headstart-oci/headstart/pkg/rafs"
 )
 
 // Who unmounts and mounts again at once goes on with what was fetched, also when the holder takes its time to close what it kept.
@@ -64,4 +67,61 @@ func TestQuickRemount(t *testing.T) {
 		t.Error("nothing was read: nothing was shown")
 	}
 	compare(t, dir)
+}
+
+// lesser writes a bootstrap with half of what is in the root of a loose image, and returns a request for it.
+func lesser(t *testing.T, r lazy.Request) lazy.Request {
+	t.Helper()
+	boot, err := os.Open(r.Bootstrap)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer boot.Close()
+	info, err := boot.Stat()
+	if err != nil {
+		t.Fatal(err)
+	}
+	img, err := rafs.Open(boot, info.Size())
+	if err != nil {
+		t.Fatal(err)
+	}
+	n := 0
+	img.Root.Children = slices.DeleteFunc(img.Root.Children, func(rafs.Dirent) bool { n++; return n%2 == 0 })
+	r.Bootstrap = filepath.Join(t.TempDir(), "image.boot")
+	f, err := os.Create(r.Bootstrap)
+	if err == nil {
+		_, err = rafs.WriteBootstrap(f, img)
+		err = errors.Join(err, f.Close())
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	return r
+}
+
+// An image is complete once all its own chunks are there, whatever images needed of its blobs that are gone.
+func TestCompleteAfterAnotherImage(t *testing.T) {
+	mostlyEROFS(t, func(t *testing.T, b *box) {
+		all := loose(t, "v6-zstd")
+		r := lesser(t, all)
+		r.Background = "full"
+		dir := b.mountpoint("mnt")
+		total := b.mount(dir, all).Total
+		b.unmount(dir)
+		m := b.mount(dir, r)
+		if m.Total == 0 || m.Total >= total {
+			t.Errorf("half an image is %d bytes of %d: nothing is shown", m.Total, total)
+		}
+		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+		defer cancel()
+		done, err := b.client.Wait(ctx, m.Device)
+		if err != nil || done.State != lazy.StateComplete || done.Local != m.Total {
+			t.Errorf("Wait() = %+v, %v, want complete with %d bytes", done, err, m.Total)
+		}
+		b.unmount(dir)
+		if again := b.mount(dir, all); again.Total != total {
+			t.Errorf("the whole image is %d bytes beside what is left of it, %d before", again.Total, total)
+		}
+		compare(t, dir)
+	})
 }

@@ -386,6 +386,9 @@ func (s *Store) load(name string, of rafs.Blob, recs []chunkRecord) (_ *Blob, er
 		if err := b.openUnmarked(dir); err != nil {
 			return nil, err
 		}
+		if len(recs) > 0 { // else a look at what there is
+			all = b.narrow(dir, all, recs)
+		}
 	}
 	v := newView(b.view.Load().table, all, len(b.ready.Words()))
 	b.view.Store(v)

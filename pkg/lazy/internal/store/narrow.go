@@ -1,0 +1,61 @@
+package store
+
+import (
+	"fmt"
+	"os"
+
+	"go.uber.org/zap"
+	"golang.org/x/sys/unix"
+)
+
+// narrow takes chunks out of the table all that are not among recs and of which nothing is there: images had them that were unmounted
+// before they were fetched, and nobody fetches them for the one that has recs, which would never be complete. The caller is alone: no mount has
+// the blob that needs more than there is. What cannot be taken out, for instance since the disk is full, stays.
+func (b *Blob) narrow(dir *os.Root, all, recs []chunkRecord) []chunkRecord {
+	left, gone := make([]chunkRecord, 0, len(all)), []chunkRecord(nil)
+	for i := range all {
+		switch {
+		case len(recs) > 0 && recs[0] == all[i]:
+			recs = recs[1:]
+			left = append(left, all[i])
+		case b.void(&all[i]):
+			gone = append(gone, all[i])
+		default:
+			left = append(left, all[i])
+		}
+	}
+	if len(gone) == 0 {
+		return all
+	}
+	if err := b.takeOut(dir, left, gone); err != nil {
+		b.store.log.Info("chunks that no image needs stay in a blob", zap.String("blob", b.name), zap.Int("chunks", len(gone)), zap.Error(err))
+		return all
+	}
+	return left
+}
+
+// void reports whether no block of a chunk is ready or claimed.
+func (b *Blob) void(r *chunkRecord) bool {
+	ready := b.ready.Words()
+	return eachWord(r.first(), r.end(), func(w, mask uint64) bool { return mask&(ready[w].Load()|b.claimOf(w)) == 0 })
+}
+
+// takeOut makes left the table, and holes of gone: what a process wrote there that died before it synced would lie behind another chunk's
+// end.
+func (b *Blob) takeOut(dir *os.Root, left, gone []chunkRecord) error {
+	for i := 0; i < len(gone); {
+		first, end := gone[i].first(), gone[i].end()
+		for i++; i < len(gone) && gone[i].first() == end; i++ {
+			end = gone[i].end()
+		}
+		if err := unix.Fallocate(int(b.data.Fd()), unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, int64(first)*BlockSize, int64(end-first)*BlockSize); err != nil { //nolint:gosec // at most maxBlocks
+			return fmt.Errorf("punch hole: %w", err)
+		}
+	}
+	t, err := writeTable(dir, b.blob, left)
+	if err != nil {
+		return fmt.Errorf("write table: %w", err)
+	}
+	b.old = append(b.old, b.view.Swap(&view{table: t}).table)
+	return nil
+}
