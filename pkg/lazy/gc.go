@@ -25,7 +25,7 @@ type keeper struct {
 	policy CachePolicy
 	// mounts returns what mounts have: the directories where they are, by name of blob, and the bootstraps.
 	mounts func() (blobs map[string][]string, bootstraps map[string]bool)
-	// release closes caches that were only lent from; nil: there are none.
+	// release closes caches that no mount has, such as those that were only lent from; nil: there are none.
 	release func()
 	// bootstraps removes those that no mount has.
 	bootstraps func() error
@@ -177,7 +177,7 @@ func (k *keeper) verifyOpen(ctx context.Context, b *store.Blob, offset int64, a 
 
 // keep makes the keeper of a daemon.
 func (d *daemon) keep() *keeper {
-	return &keeper{store: d.store, policy: d.o.Cache, mounts: d.cacheMounts, bootstraps: d.collectBootstraps, drop: d.dropBad, release: d.releaseShared}
+	return &keeper{store: d.store, policy: d.o.Cache, mounts: d.cacheMounts, bootstraps: d.collectBootstraps, drop: d.dropBad, release: d.releaseUnused}
 }
 
 // cacheMounts returns what mounts have.

@@ -117,7 +117,7 @@ func (d *daemon) recoverOne(ctx context.Context, m *mount, guarded bool, own *he
 		}
 		m.finish()
 		if guarded && m.rec.driver() == DriverEROFS {
-			d.passWhole(m)
+			d.passComplete(m)
 		}
 		return
 	case m.rec.driver() == DriverFUSE:
@@ -131,14 +131,16 @@ func (d *daemon) recoverOne(ctx context.Context, m *mount, guarded bool, own *he
 	}
 }
 
-// passWhole lets readers of a complete mount pass whose events an earlier daemon did not answer.
-func (d *daemon) passWhole(m *mount) {
+// passComplete lets readers of a complete mount pass whose events an earlier daemon did not answer, or that a mark raises which was left: it
+// was the mount's own, or of another mount that used more of the same blobs and is not taken over.
+func (d *daemon) passComplete(m *mount) {
 	for _, name := range m.rec.Blobs {
-		if dev, ino, ok := d.store.Whole(name); ok {
-			d.watch.AddWhole(dev, ino)
-		} else {
-			d.log.Debug("a complete mount's blob is not whole, or other mounts use more of it", zap.String("blob", name), zap.String("dir", m.dir))
+		dev, ino, ready, err := d.store.Durable(name)
+		if err != nil {
+			d.log.Error("what is local of a complete mount's blob", zap.String("dir", m.dir), zap.Error(err))
+			continue
 		}
+		d.watch.AddReady(dev, ino, ready)
 	}
 }
 
@@ -222,14 +224,14 @@ func (d *daemon) unmark(data *os.File) error {
 	return d.watch.Unmark(data)
 }
 
-// dropUnused tells the holder which descriptors no mount needs any more: an earlier daemon may have died between
+// dropUnused gives up marks and descriptors that no mount needs any more, and tells the holder: an earlier daemon may have died between
 // two steps.
 func (d *daemon) dropUnused() {
 	d.blobMu.Lock()
 	defer d.blobMu.Unlock()
 	kept := map[string]bool{}
 	for name := range d.store.Unadopted() {
-		if err := d.store.Release(name, d.unmark); err != nil {
+		if err := d.giveUp(name); err != nil {
 			// Of a mount that cannot be filled any more: while its mark lives, its reads fail.
 			d.log.Debug("descriptors of a blob stay", zap.Error(err))
 			kept[name] = true
@@ -246,4 +248,13 @@ func (d *daemon) dropUnused() {
 	if err := d.link.Drop(names...); err != nil {
 		d.log.Warn("drop descriptors", zap.Error(err))
 	}
+}
+
+// giveUp gives up what is kept of a blob that nobody adopted. Whoever has one of which all is local needs no mark.
+func (d *daemon) giveUp(name string) error {
+	if dev, ino, whole := d.store.Whole(name); whole && d.watch != nil {
+		d.watch.AddWhole(dev, ino) // events may be queued
+		return d.store.ReleaseWhole(name, d.unmark)
+	}
+	return d.store.Release(name, d.unmark)
 }

@@ -361,8 +361,12 @@ func (d *daemon) tidyShared() {
 	}
 }
 
-// releaseShared closes caches that nobody borrows from at this moment: they may have to go.
-func (d *daemon) releaseShared() {
+// releaseUnused closes caches that nobody borrows from at this moment, and those that were kept for a mount which has ended since: they
+// may have to go.
+func (d *daemon) releaseUnused() {
+	if len(d.store.Unadopted()) > 0 {
+		d.dropUnused()
+	}
 	if d.sharing == nil {
 		return
 	}

@@ -16,7 +16,7 @@ type watched struct {
 // gone is what is known of a file that is not watched any more: events may be under way that were raised when it was.
 type gone struct {
 	ready func(offset, length int64) bool // as it was at the end
-	whole bool                            // all of it was
+	stays bool                            // until the file is added: all of it was ready, or there is a mark
 	end   int64                           // which of all Removes it was
 }
 
@@ -82,21 +82,26 @@ func (w *Watcher) forget(id file, b *store.Blob) {
 	delete(w.blobs, id)
 	w.removes++
 	ready, whole := b.Freeze()
-	w.gone[id] = gone{ready: ready, whole: whole, end: w.removes}
+	w.gone[id] = gone{ready: ready, stays: whole, end: w.removes}
 	if !whole {
 		w.partial = true
 		w.signal() // Run has a look at the queue, and calls drained
 	}
 }
 
-// AddWhole makes events of a file pass that no mount needs to have watched, and that is not: all of it is local. An earlier
-// process may have left some, or a mark on it. It lasts until the file is added.
+// AddWhole is [Watcher.AddReady] for a file of which all is local.
 func (w *Watcher) AddWhole(dev, ino uint64) {
+	w.AddReady(dev, ino, func(int64, int64) bool { return true })
+}
+
+// AddReady makes events of what is ready pass of a file that no mount needs to have watched, and that is not: mounts have all that they need of it. An
+// earlier process may have left some, or a mark on it. It lasts until the file is added.
+func (w *Watcher) AddReady(dev, ino uint64, ready func(offset, length int64) bool) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	id := file{dev, ino}
 	if w.blobs[id] == nil {
-		w.gone[id] = gone{ready: func(int64, int64) bool { return true }, whole: true}
+		w.gone[id] = gone{ready: ready, stays: true}
 	}
 }
 
@@ -108,7 +113,7 @@ func (w *Watcher) ended() int64 {
 }
 
 // drained drops what was kept for events of incomplete files, which takes memory: after the first so many Removes the
-// queue was empty. What is complete takes none, and stays until the file is added again.
+// queue was empty. What is complete takes none.
 func (w *Watcher) drained(removes int64) {
 	w.mu.RLock()
 	partial := w.partial
@@ -120,7 +125,7 @@ func (w *Watcher) drained(removes int64) {
 	defer w.mu.Unlock()
 	w.partial = false
 	for id, g := range w.gone {
-		if g.whole {
+		if g.stays {
 			continue
 		}
 		if g.end <= removes {

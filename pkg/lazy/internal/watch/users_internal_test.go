@@ -164,6 +164,13 @@ func TestPendingOfAWholeFile(t *testing.T) {
 		t.Errorf("read of a file that nobody knows = %v, want EIO", err)
 	}
 	must(t, <-u.read(t, 5)) // its mark is there still
+	must(t, u.ensure(t.Context(), u.second, 8*store.BlockSize, store.BlockSize))
+	dev, ino := u.second.Inode()
+	w.AddReady(dev, ino, u.second.ReadyRange)
+	must(t, <-u.readOf(t, u.second, 8))
+	if err := <-u.readOf(t, u.second, 9); !errors.Is(err, unix.EIO) {
+		t.Errorf("read of what is not ready of a file that is not watched = %v, want EIO", err)
+	}
 	must(t, w.Add(u.second))
 	w.AddWhole(u.second.Inode())
 	before := u.ensured.Load()
