@@ -17,11 +17,18 @@ import (
 // nothing else.
 func IsChild() bool { return filepath.Base(os.Args[0]) == ChildName }
 
+// The held process has one thread that matters, its first, from the beginning: what a thread gives up for the command (capabilities) it must
+// still lack when it becomes the command, and where another one becomes it, the kernel gives that the first one's number only
+// later, so that the pages of its first milliseconds are lost. Packages are initialised on the first; main may begin on another.
+func init() {
+	if IsChild() {
+		runtime.LockOSThread()
+	}
+}
+
 // Child is the held process: it puts the root in place, says so, waits for the release and
 // becomes the command. It returns the exit status when it could not.
 func Child() int {
-	// What a thread gives up for the command (capabilities) it must still lack when it becomes the command.
-	runtime.LockOSThread()
 	orders, answer := os.NewFile(3, "orders"), os.NewFile(4, "answer")
 	unix.CloseOnExec(3)
 	unix.CloseOnExec(4)

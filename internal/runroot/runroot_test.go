@@ -7,9 +7,12 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/headstart-oci/headstart/internal/runroot"
 	"github.com/headstart-oci/headstart/internal/testenv"
@@ -17,9 +20,32 @@ import (
 
 func TestMain(m *testing.M) {
 	if runroot.IsChild() {
+		if err := stays(); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(126)
+		}
 		os.Exit(runroot.Child())
 	}
 	testenv.Main(m)
+}
+
+// stays gives the runtime every reason to go on with this goroutine on another thread, and says whether it did: a program that another thread
+// than the first becomes is recorded in part.
+func stays() error {
+	for range 100 {
+		woken := make(chan struct{})
+		go func() {
+			for began := time.Now(); time.Since(began) < 100*time.Microsecond; {
+				runtime.Gosched()
+			}
+			close(woken)
+		}()
+		<-woken
+		if unix.Gettid() != os.Getpid() {
+			return fmt.Errorf("the held process goes on in thread %d of %d", unix.Gettid(), os.Getpid())
+		}
+	}
+	return nil
 }
 
 // makeRoot returns a directory with a shell and cat, and the libraries they need.
