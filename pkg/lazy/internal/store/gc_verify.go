@@ -5,11 +5,14 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
+	"os"
 	"slices"
 	"time"
 
 	"golang.org/x/sys/unix"
 
+	"github.com/headstart-oci/headstart/internal/atomicfile"
 	"github.com/headstart-oci/headstart/pkg/rafs"
 )
 
@@ -167,9 +170,28 @@ func (b *Blob) Drop(chunks []rafs.Chunk) error {
 		b.unclaim(r.first(), r.end())
 		err = errors.Join(err, b.clearPad(&r))
 	}
-	if werr := b.writeReady(durable); werr != nil {
-		return errors.Join(err, fmt.Errorf("blob %s: sync ready bits: %w", b.name, werr))
+	return errors.Join(err, b.retract(durable))
+}
+
+// retract makes durable what the file "ready" says. Where it cannot be written, for instance on a full disk, there is none until the next Sync: to
+// fetch all again after the machine stopped is better than to take a wrong chunk for a right one. The caller holds syncMu.
+func (b *Blob) retract(durable []uint64) error {
+	err := b.writeReady(durable)
+	if err == nil {
+		b.durable = durable
+		return nil
 	}
-	b.durable = durable
-	return err
+	b.durable, b.stamped = durable, neverStamp
+	rerr := b.inDir(func(dir *os.Root) error {
+		if err := dir.Remove("ready"); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+		b.durable = nil
+		return atomicfile.SyncDir(dir, ".")
+	})
+	if rerr == nil && b.writeReady(durable) == nil { // where the one before was
+		b.durable = durable
+		return nil
+	}
+	return fmt.Errorf("blob %s: sync ready bits: %w", b.name, errors.Join(err, rerr))
 }

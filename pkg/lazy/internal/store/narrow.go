@@ -1,6 +1,7 @@
 package store
 
 import (
+	"errors"
 	"fmt"
 	"os"
 
@@ -48,7 +49,7 @@ func (b *Blob) takeOut(dir *os.Root, left, gone []chunkRecord) error {
 		for i++; i < len(gone) && gone[i].first() == end; i++ {
 			end = gone[i].end()
 		}
-		if err := unix.Fallocate(int(b.data.Fd()), unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, int64(first)*BlockSize, int64(end-first)*BlockSize); err != nil { //nolint:gosec // at most maxBlocks
+		if err := b.punch(int64(first)*BlockSize, int64(end-first)*BlockSize); err != nil { //nolint:gosec // at most maxBlocks
 			return fmt.Errorf("punch hole: %w", err)
 		}
 	}
@@ -58,4 +59,13 @@ func (b *Blob) takeOut(dir *os.Root, left, gone []chunkRecord) error {
 	}
 	b.old = append(b.old, b.view.Swap(&view{table: t}).table)
 	return nil
+}
+
+// punch makes a range of the data file a hole.
+func (b *Blob) punch(offset, length int64) error {
+	for {
+		if err := unix.Fallocate(int(b.data.Fd()), unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, offset, length); !errors.Is(err, unix.EINTR) {
+			return err
+		}
+	}
 }
