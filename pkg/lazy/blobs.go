@@ -186,6 +186,22 @@ func (d *daemon) lendToFailed(b *blob) error {
 		}
 	}
 	d.mu.Unlock()
+	return d.lend(b, failed)
+}
+
+// lend has mounts keep b that cannot be filled any more. The caller holds blobMu.
+func (d *daemon) lend(b *blob, failed []*mount) (err error) {
+	if len(failed) == 0 {
+		return nil
+	}
+	// Until all have it: one that ends meanwhile would take the mark away, from others too.
+	if err := d.watch.Add(b.st); err != nil {
+		return err
+	}
+	defer func() {
+		_, endErr := d.watch.End(b.st)
+		err = errors.Join(err, endErr)
+	}()
 	for _, m := range failed {
 		if slices.ContainsFunc(d.blobsOf(m), func(o *blob) bool { return o == b }) {
 			continue
