@@ -225,7 +225,7 @@ func (h *holder) waitDaemon() error {
 	return err
 }
 
-// restart starts the daemon and sends it what is kept.
+// restart starts the daemon and sends it what is kept. A daemon that did not get all of it is ended: it would wait for the rest for ever.
 func (h *holder) restart() error {
 	conn, theirs, err := pair()
 	if err != nil {
@@ -256,8 +256,11 @@ func (h *holder) restart() error {
 		return err
 	}
 	h.child, h.daemon = cmd, pidfd
-	if err := sendFiles(conn, withoutSpares(h.files)); err != nil {
-		return err
+	if err = sendFiles(conn, withoutSpares(h.files)); err == nil {
+		err = send(conn, message{Op: opEnd, Whole: h.whole}, nil)
 	}
-	return send(conn, message{Op: opEnd, Whole: h.whole}, nil)
+	if err != nil {
+		return errors.Join(fmt.Errorf("give everything to the daemon: %w", err), unix.PidfdSendSignal(pidfd, unix.SIGKILL, nil, 0))
+	}
+	return nil
 }
