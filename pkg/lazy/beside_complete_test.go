@@ -84,6 +84,40 @@ func TestCompleteBesideLost(t *testing.T) {
 	}
 }
 
+// A daemon that died when it had begun to make a complete mount lazy again, for the sake of a chunk that is wrong, leaves one that is served.
+func TestDieInRepair(t *testing.T) { eachDriver(t, testDieInRepair) }
+
+func testDieInRepair(t *testing.T, b *box) {
+	m := b.whole("mnt", loose(t, "v6-zstd"))
+	if b.driver == lazy.DriverEROFS { // it lets go of all after it has said that it is complete
+		eventually(t, func() string {
+			fds := stolen(t, b.status().Holder, filepath.Join(b.state, "blobs"))
+			for _, fd := range fds {
+				_ = unix.Close(fd)
+			}
+			if len(fds) > 0 {
+				return fmt.Sprintf("%d files of a complete mount are kept", len(fds))
+			}
+			return ""
+		})
+	}
+	name := filepath.Join(b.state, "mounts", m.ID+".json")
+	record, err := os.ReadFile(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	lazily := bytes.Replace(record, []byte(`"complete": true`), []byte(`"complete": false`), 1)
+	if bytes.Equal(lazily, record) {
+		t.Fatalf("not complete: %s", record)
+	}
+	if err := os.WriteFile(name, lazily, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	b.killDaemon()
+	b.still(m)
+	compare(t, m.Dir)
+}
+
 // still waits for a daemon that says that a mount is complete.
 func (b *box) still(m lazy.Mount) {
 	b.t.Helper()

@@ -126,9 +126,36 @@ func (d *daemon) recoverOne(ctx context.Context, m *mount, guarded bool, own *he
 		d.fail(m, ErrFailed)
 		return
 	}
+	whole := d.reopenWhole(m)
 	if _, err := d.adopt(ctx, m); err != nil {
 		d.fail(m, fmt.Errorf("%w: %w", ErrFailed, err))
 	}
+	for _, b := range whole {
+		if err := b.Close(); err != nil {
+			d.log.Warn("close a blob", zap.Error(err))
+		}
+	}
+}
+
+// reopenWhole opens those blobs of a mount that were not kept and of which all is local, so that the mount finds them by name: the daemon died when
+// it had begun to make a complete mount lazy again. Nobody has read a hole of them.
+func (d *daemon) reopenWhole(m *mount) (whole []*store.Blob) {
+	kept := d.store.Unadopted()
+	for _, name := range m.rec.Blobs {
+		if _, ok := kept[name]; ok || d.store.IsOpen(name) {
+			continue
+		}
+		if _, _, ok := d.store.Whole(name); !ok {
+			continue
+		}
+		b, err := d.store.ReopenNow(name)
+		if err != nil {
+			d.log.Warn("open a blob of which all is local", zap.Error(err))
+			continue
+		}
+		whole = append(whole, b)
+	}
+	return whole
 }
 
 // passComplete lets readers of a complete mount pass whose events an earlier daemon did not answer, or that a mark raises which was left: it
