@@ -9,10 +9,10 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// narrow takes chunks out of the table all that are not among recs and of which nothing is there: images had them that were unmounted
-// before they were fetched, and nobody fetches them for the one that has recs, which would never be complete. The caller is alone: no mount has
-// the blob that needs more than there is. What cannot be taken out, for instance since the disk is full, stays.
-func (b *Blob) narrow(dir *os.Root, all, recs []chunkRecord) []chunkRecord {
+// narrow makes a table of all without chunks that are not among recs and of which nothing is there, and returns it with what is left: images had them that
+// were unmounted before they were fetched, and nobody fetches them for the one that has recs, which would never be complete. No mount has
+// the blob. nil, and all, when nothing is to be taken out, or cannot be, for instance since the disk is full.
+func (b *Blob) narrow(dir *os.Root, all, recs []chunkRecord) (*table, []chunkRecord) {
 	left, gone := make([]chunkRecord, 0, len(all)), []chunkRecord(nil)
 	for i := range all {
 		switch {
@@ -26,13 +26,14 @@ func (b *Blob) narrow(dir *os.Root, all, recs []chunkRecord) []chunkRecord {
 		}
 	}
 	if len(gone) == 0 {
-		return all
+		return nil, all
 	}
-	if err := b.takeOut(dir, left, gone); err != nil {
+	t, err := b.takeOut(dir, left, gone)
+	if err != nil {
 		b.store.log.Info("chunks that no image needs stay in a blob", zap.String("blob", b.name), zap.Int("chunks", len(gone)), zap.Error(err))
-		return all
+		return nil, all
 	}
-	return left
+	return t, left
 }
 
 // void reports whether no block of a chunk is ready or claimed.
@@ -41,24 +42,23 @@ func (b *Blob) void(r *chunkRecord) bool {
 	return eachWord(r.first(), r.end(), func(w, mask uint64) bool { return mask&(ready[w].Load()|b.claimOf(w)) == 0 })
 }
 
-// takeOut makes left the table, and holes of gone: what a process wrote there that died before it synced would lie behind another chunk's
+// takeOut writes a table of left, and makes holes of gone: what a process wrote there that died before it synced would lie behind another chunk's
 // end.
-func (b *Blob) takeOut(dir *os.Root, left, gone []chunkRecord) error {
+func (b *Blob) takeOut(dir *os.Root, left, gone []chunkRecord) (*table, error) {
 	for i := 0; i < len(gone); {
 		first, end := gone[i].first(), gone[i].end()
 		for i++; i < len(gone) && gone[i].first() == end; i++ {
 			end = gone[i].end()
 		}
 		if err := b.punch(int64(first)*BlockSize, int64(end-first)*BlockSize); err != nil { //nolint:gosec // at most maxBlocks
-			return fmt.Errorf("punch hole: %w", err)
+			return nil, fmt.Errorf("punch hole: %w", err)
 		}
 	}
 	t, err := writeTable(dir, b.blob, left)
 	if err != nil {
-		return fmt.Errorf("write table: %w", err)
+		return nil, fmt.Errorf("write table: %w", err)
 	}
-	b.old = append(b.old, b.view.Swap(&view{table: t}).table)
-	return nil
+	return t, nil
 }
 
 // punch makes a range of the data file a hole.

@@ -55,6 +55,50 @@ func TestNarrow(t *testing.T) {
 	must(t, blob.Close())
 }
 
+// Who looks at a blob after its mount has gone, as the index does, does not keep the next one from being complete.
+func TestNarrowWhileSomebodyLooks(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	s := open(t, dir, store.Options{})
+	b, chunks, data := layout(5000, 4096, 300_000, 70_000, 9)
+	blob := openBlob(t, s, b, chunks[1:])
+	must(t, blob.Put(chunks[2], data[2]))
+	must(t, blob.Close())
+	look, err := s.Reopen(b.ID)
+	must(t, err)
+	blob = openBlob(t, s, b, chunks[:2])
+	if blob != look {
+		t.Fatal("it is another file")
+	}
+	select {
+	case <-blob.Done():
+		t.Error("done with nothing there")
+	default:
+	}
+	for i := range chunks[:2] {
+		if blob.Complete() {
+			t.Errorf("complete without chunk %d", i)
+		}
+		must(t, blob.Put(chunks[i], data[i]))
+	}
+	if !blob.Complete() || blob.Local() != blob.Total() || !blob.Ready(chunks[2]) {
+		t.Errorf("all that the image needs is there, and complete is %t, with %d of %d bytes", blob.Complete(), blob.Local(), blob.Total())
+	}
+	must(t, blob.Sync())
+	if _, _, whole := s.Whole(b.ID); !whole {
+		t.Error("it is not whole on the disk")
+	}
+	// A mount beside it: now nothing may go.
+	both := openBlob(t, s, b, chunks)
+	again := openBlob(t, s, b, chunks[:2])
+	if again.Complete() || again.Ready(chunks[3]) {
+		t.Error("chunks of a mount were taken out")
+	}
+	for _, c := range []*store.Blob{again, both, blob, look} {
+		must(t, c.Close())
+	}
+}
+
 // What is claimed is somebody's, and stays to be confirmed.
 func TestNarrowLeavesClaims(t *testing.T) {
 	t.Parallel()

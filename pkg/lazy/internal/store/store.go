@@ -282,7 +282,8 @@ func (s *Store) openBlob(name string, b rafs.Blob, recs []chunkRecord, patience 
 		s.idle.Wait()
 	}
 	if open := s.blobs[name]; open != nil {
-		if err := open.extend(b, recs); err != nil {
+		// Without a mount since it was opened, by its name, somebody looks at what there is.
+		if err := open.extend(b, recs, !open.used && open.opened.Load()); err != nil {
 			return nil, err
 		}
 		open.refs++
@@ -309,8 +310,8 @@ func (s *Store) openBlob(name string, b rafs.Blob, recs []chunkRecord, patience 
 	return blob, nil
 }
 
-// extend makes an open blob have recs too.
-func (b *Blob) extend(of rafs.Blob, recs []chunkRecord) error {
+// extend makes an open blob have recs too; alone: no mount has it.
+func (b *Blob) extend(of rafs.Blob, recs []chunkRecord, alone bool) error {
 	if identity(of) != b.identity || of.UncompressedSize != b.blob.UncompressedSize {
 		return errConflict
 	}
@@ -323,12 +324,20 @@ func (b *Blob) extend(of rafs.Blob, recs []chunkRecord) error {
 			return err
 		}
 		all, added, err := merge(old, recs)
-		if err != nil || !added {
-			return err
-		}
-		t, err := writeTable(dir, b.blob, all)
 		if err != nil {
 			return err
+		}
+		var t *table
+		if alone {
+			t, all = b.narrow(dir, all, recs)
+		}
+		if t == nil && !added {
+			return nil
+		}
+		if t == nil {
+			if t, err = writeTable(dir, b.blob, all); err != nil {
+				return err
+			}
 		}
 		b.mu.Lock()
 		defer b.mu.Unlock()
@@ -382,16 +391,19 @@ func (s *Store) load(name string, of rafs.Blob, recs []chunkRecord) (_ *Blob, er
 	if used && !covered(b.durable, old) {
 		return nil, fmt.Errorf("%w: %w: incomplete, and open in a mount that nobody guards", errCorrupt, ErrInUse)
 	}
+	t := b.view.Load().table
 	if !fresh && !adopted {
 		if err := b.openUnmarked(dir); err != nil {
 			return nil, err
 		}
 		if len(recs) > 0 { // else a look at what there is
-			all = b.narrow(dir, all, recs)
+			if less, left := b.narrow(dir, all, recs); less != nil {
+				b.old = append(b.old, t)
+				t, all = less, left
+			}
 		}
 	}
-	v := newView(b.view.Load().table, all, len(b.ready.Words()))
-	b.view.Store(v)
+	b.view.Store(newView(t, all, len(b.ready.Words())))
 	b.recount()
 	if fresh {
 		return b, atomicfile.SyncDir(s.root, "blobs")
