@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"path"
+	"runtime"
 	"strings"
 
 	"github.com/moby/sys/mountinfo"
@@ -65,13 +66,14 @@ func (t *target) mounted(m *mountinfo.Info) (unix.Statx_t, bool) {
 // mountPoint opens, as O_PATH, what is mounted at a path below the root. The kernel holds mount points, and the directories on the
 // way, so that it need not ask a filesystem that a process or another machine serves, if that does not want to be asked.
 func (t *target) mountPoint(p string) (int, error) {
-	const tries = 3 // it gives up where something is renamed or mounted meanwhile
+	const tries = 20 // it gives up where something is renamed or mounted meanwhile, anywhere
 	how := unix.OpenHow{Flags: unix.O_PATH | unix.O_NOFOLLOW | unix.O_CLOEXEC, Resolve: unix.RESOLVE_NO_SYMLINKS | resolveCached}
 	fd, err := -1, error(unix.EAGAIN)
 	for range tries {
 		if fd, err = unix.Openat2(t.root, p, &how); !errors.Is(err, unix.EAGAIN) {
 			break
 		}
+		runtime.Gosched()
 	}
 	if (errors.Is(err, unix.EAGAIN) || errors.Is(err, unix.EINVAL)) && !t.runs { // EINVAL: before Linux 5.12
 		// The container runtime has just come along here.

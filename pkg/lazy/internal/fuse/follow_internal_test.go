@@ -1,6 +1,7 @@
 package fuse
 
 import (
+	"errors"
 	"math"
 	"os"
 	"runtime"
@@ -71,24 +72,19 @@ func TestFollow(t *testing.T) {
 		if follow(tid) {
 			t.Errorf("moved to CPU %d, which is not allowed", want)
 		}
-		if err := unix.SchedSetaffinity(0, &allowed); err != nil {
-			t.Fatal(err)
-		}
-		moved := false
-		for range 100 { // the scheduler may move it at any moment
-			moved = follow(tid) || moved
-			if here, err := ownCPU(); err != nil || moved && here == want {
-				break
+		here, moved := -1, false
+		for deadline := time.Now().Add(time.Minute); (!moved || here != want) && time.Now().Before(deadline); { // the scheduler may move it at any moment
+			if err := errors.Join(unix.SchedSetaffinity(0, &other), unix.SchedSetaffinity(0, &allowed)); err != nil {
+				t.Fatal(err)
 			}
-			moved = false
+			moved = follow(tid)
+			var err error
+			if here, err = ownCPU(); err != nil {
+				t.Fatal(err)
+			}
 		}
-		here, err := ownCPU()
-		if err != nil {
-			t.Fatal(err)
-		}
-		t.Logf("on CPU %d after thread %d on %d was followed: moved %t", here, tid, want, moved)
-		if !moved {
-			t.Errorf("a thread on CPU %d was not followed", want)
+		if !moved || here != want {
+			t.Errorf("on CPU %d after thread %d on %d was followed: moved %t", here, tid, want, moved)
 		}
 		close(done)
 		var now unix.CPUSet

@@ -259,7 +259,10 @@ func (r *reader) handle(in []byte) bool {
 	} else if !s.read(r, view[fuse.ReadIn](in), h) {
 		return false
 	}
-	pid, small := h.Pid, h.Opcode == opRead && view[fuse.ReadIn](in).Size <= cheapLimit
+	pid, small := h.Pid, false
+	if in := view[fuse.ReadIn](in); h.Opcode == opRead && in != nil {
+		small = in.Size <= cheapLimit
+	}
 	s.c.Table.clearInbox(r.n)
 	if r.leads {
 		r.near.saw(pid, small, s.ready.gap)
