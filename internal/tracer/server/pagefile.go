@@ -26,6 +26,7 @@ type pageFlags uint8
 const (
 	pageTouched pageFlags = 1 << iota // there is a range
 	pageCertain                       // and the run asked for each page of it
+	pageAround                        // some were mapped around a fault
 	pageSent                          // the file has a path
 )
 
@@ -124,12 +125,6 @@ func (p *pageFiles) ranges(out []trace.Range, f *pageFile, size int64) []trace.R
 	}
 	r.Elapsed, r.Certain = f.at, f.flags&pageCertain != 0
 	return append(out, r)
-}
-
-// sure reports whether the run asked for every page of a file that was touched, of which there is at
-// most one range.
-func (f *pageFile) sure() bool {
-	return f.many == 0 && (f.flags&pageTouched == 0 || f.flags&pageCertain != 0)
 }
 
 // first is when a file was touched first.

@@ -39,6 +39,7 @@ type pageLog struct {
 	err     error // of reading; nil at the regular end
 	files   pageFiles
 	others  pageFiles       // on other filesystems: volumes and the like
+	gaps    tracefs.Gaps    // of reads
 	threads map[int32]int32 // thread to process
 	events  int64
 	full    bool // more files than max were touched
@@ -141,6 +142,12 @@ func (l *pageLog) fold(e *tracefs.Event) {
 	default:
 		return
 	}
+	gap, passed := tracefs.Span{}, false
+	if l.exact() {
+		if gap, passed = l.gaps.Note(e); e.Kind == tracefs.Insert {
+			return // nobody has touched it yet
+		}
+	}
 	id := inode{unix.Mkdev(e.Major(), e.Minor()), e.Inode}
 	f := l.files.find(id)
 	if f == nil {
@@ -157,8 +164,14 @@ func (l *pageLog) fold(e *tracefs.Event) {
 		pid := l.process(e.PID)
 		f = l.files.add(pageFile{inode: id, pid: pid, how: trace.Opened, comm: l.comms.number(l.comms.of(pid, false))})
 	}
-	if e.Kind == tracefs.Read {
+	switch {
+	case e.Kind == tracefs.Read:
 		f.how |= trace.Read
+	case e.Kind == tracefs.Around:
+		f.flags |= pageAround
+	}
+	if passed {
+		l.files.touch(f, gap.First, gap.Last, at, false)
 	}
 	l.files.touch(f, e.First, e.Last, at, l.exact() && (e.Kind == tracefs.Read || e.Kind == tracefs.Fault))
 }
@@ -217,7 +230,7 @@ func (l *pageLog) close() error {
 // touched then.
 func (l *pageLog) widen(f *pageFile, dir int, name string, size int64) bool {
 	huge := size >= tracefs.HugeSize
-	if f.sure() && !huge {
+	if f.flags&pageAround == 0 && !huge {
 		return true
 	}
 	var spans []tracefs.Span

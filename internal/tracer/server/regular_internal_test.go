@@ -91,7 +91,7 @@ func TestOpensRegularFiles(t *testing.T) {
 		}
 		defer func() { _ = unix.Close(o.fd) }()
 		l := &pageLog{t: tt, widener: &tracefs.Widener{}}
-		f := l.files.add(pageFile{})
+		f := l.files.add(pageFile{flags: pageAround})
 		l.files.touch(f, 0, 0, 0, false)
 		for _, name := range names {
 			for what, open := range map[string]func() bool{

@@ -16,11 +16,14 @@
 //	err = in.Arm(threads...)
 //	for n, err := r.Read(events); err == nil; n, err = r.Read(events) { use(events[:n]) }
 //
-// What is seen: every read through the page cache ([Read], exact page ranges), every fault
+// What is seen: every read through the page cache ([Read], exact page ranges; but see below), every fault
 // on a file mapping that the fault handler had to look up ([Fault]) and every window it
 // mapped around one ([Around]), warm or cold. What is not: direct I/O, DAX, readahead(2) and
 // posix_fadvise(2) (which touch no page on behalf of the program), and touches of pages that
 // are mapped already.
+//
+// Of a read that has to wait for storage in its midst the kernel tells only what follows: [Gaps] finds the rest, and only with it are
+// reads of a cold file complete. It knows of what this instance's threads had read ahead, not of pages that others had just asked for.
 //
 // From Linux 6.18 on a fault maps the whole of a large folio that lies in its window, which
 // [Around] does not say: a [Widener] finds such folios, and only with it is what was faulted

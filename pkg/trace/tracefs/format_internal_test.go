@@ -113,7 +113,8 @@ func TestChoose(t *testing.T) {
 		has, want, get Set
 		bad            bool
 	}{
-		{all, 0, Pages | Processes, false},
+		{all, 0, all, false},
+		{Pages | Inserts, 0, Pages | Inserts, false},
 		{Pages, 0, Pages, false},
 		{Pages | Inserts, Inserts, Inserts, false},
 		{Inserts | 1<<Fault | Processes, 0, Inserts | Processes, false}, // before Linux 6.11

@@ -142,7 +142,7 @@ func (f *FS) Close() error {
 }
 
 // Probe returns which of the wanted events should be recorded here; want 0 means the best
-// there is: [Pages] where the kernel has all three, else [Inserts], and [Processes] with
+// there is: [Pages] where the kernel has all three, with [Inserts] for [Gaps], else [Inserts] alone, and [Processes] with
 // either. Otherwise it is want, less the process events that are missing. It returns
 // [ErrUnsupported] with the names of what is missing, or [ErrPermission], and then nothing is
 // known. Conclusive answers are remembered.
@@ -176,7 +176,7 @@ func choose(has, want Set) (Set, error) {
 	}
 	switch {
 	case has.Contains(Pages):
-		return has &^ Inserts, nil
+		return has, nil
 	case has.Contains(Inserts):
 		return has &^ Pages, nil
 	}

@@ -57,7 +57,7 @@ func TestProbeOfOlderKernels(t *testing.T) {
 		has, want Set
 		missing   string
 	}{
-		"Linux 6.18":  {has: all, want: Pages | Processes},
+		"Linux 6.18":  {has: all, want: all},
 		"Linux 6.10":  {has: Inserts | Processes, want: Inserts | Processes},
 		"no events":   {has: Processes, missing: "filemap:mm_filemap_get_pages, filemap:mm_filemap_fault, filemap:mm_filemap_map_pages"},
 		"pages alone": {has: Pages, want: Pages},
