@@ -58,7 +58,7 @@ func newPageLog(p Pages, t *target, c *comms, maxFiles int, w *tracefs.Widener) 
 	}
 	return &pageLog{
 		widener: w, spec: p.Spec, instance: in, reader: r, t: t, comms: c, max: maxFiles,
-		done: make(chan struct{}), threads: make(map[int32]int32),
+		done: make(chan struct{}), threads: make(map[int32]int32), gaps: tracefs.Gaps{Waits: p.Spec.Events.Has(tracefs.Wait)},
 	}, nil
 }
 
@@ -138,15 +138,14 @@ func (l *pageLog) fold(e *tracefs.Event) {
 			l.threads[e.PID] = e.PID
 		}
 		return
-	case tracefs.Read, tracefs.Fault, tracefs.Around, tracefs.Insert:
 	default:
-		return
 	}
 	gap, passed := tracefs.Span{}, false
 	if l.exact() {
-		if gap, passed = l.gaps.Note(e); e.Kind == tracefs.Insert {
-			return // nobody has touched it yet
-		}
+		gap, passed = l.gaps.Note(e)
+	}
+	if e.Kind == tracefs.Wait || e.Kind == tracefs.Insert && l.exact() {
+		return // nobody has touched anything yet
 	}
 	id := inode{unix.Mkdev(e.Major(), e.Minor()), e.Inode}
 	f := l.files.find(id)

@@ -16,8 +16,9 @@ const (
 	Insert             // pages entered the page cache: mm_filemap_add_to_page_cache
 	Fork               // a thread or process was made: sched_process_fork
 	Exec               // a program was started: sched_process_exec
+	Wait               // a thread sleeps uninterruptibly, as for storage: sched_switch
 
-	kinds = int(Exec) + 1
+	kinds = int(Wait) + 1
 )
 
 // tracepoint says where a kind comes from: its directory below events/ and the fields of
@@ -39,7 +40,11 @@ var tracepoints = [kinds]tracepoint{
 	Insert: {"filemap/mm_filemap_add_to_page_cache", [maxFields]string{"s_dev", "i_ino", "index", "order"}, 3}, // order: Linux 5.16
 	Fork:   {"sched/sched_process_fork", [maxFields]string{"parent_pid", "child_pid"}, maxFields},
 	Exec:   {"sched/sched_process_exec", [maxFields]string{"pid", "old_pid"}, maxFields},
+	Wait:   {"sched/sched_switch", [maxFields]string{"prev_pid", "prev_state"}, maxFields},
 }
+
+// waitFilter picks the switches away from threads that [Wait] is about. Source: include/linux/sched.h TASK_UNINTERRUPTIBLE.
+const waitFilter = "prev_state & 2"
 
 // String returns the tracepoint's name, such as "filemap:mm_filemap_get_pages".
 func (k Kind) String() string {
@@ -60,6 +65,8 @@ const (
 	Inserts Set = 1 << Insert
 	// Processes are the events about processes.
 	Processes Set = 1<<Fork | 1<<Exec
+	// Waits is the event about sleep.
+	Waits Set = 1 << Wait
 
 	all Set = 1<<kinds - 1
 )
@@ -93,7 +100,7 @@ type Event struct {
 	// Time is when it happened, in nanoseconds of CLOCK_MONOTONIC.
 	Time int64
 	// Device is the superblock's device number as the kernel has it, s_dev: not in the
-	// encoding of stat(2). See Major and Minor. 0 for Fork and Exec, like Inode, First and Last.
+	// encoding of stat(2). See Major and Minor. 0 for Fork, Exec and Wait, like Inode, First and Last.
 	Device uint32
 	Inode  uint64
 	// First and Last are page indexes of the file, both included: page i holds bytes

@@ -115,6 +115,8 @@ func TestChoose(t *testing.T) {
 	}{
 		{all, 0, all, false},
 		{Pages | Inserts, 0, Pages | Inserts, false},
+		{Inserts | Waits | Processes, 0, Inserts | Processes, false},
+		{Pages, Pages | Waits, Pages, false},
 		{Pages, 0, Pages, false},
 		{Pages | Inserts, Inserts, Inserts, false},
 		{Inserts | 1<<Fault | Processes, 0, Inserts | Processes, false}, // before Linux 6.11

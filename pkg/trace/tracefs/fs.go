@@ -142,8 +142,8 @@ func (f *FS) Close() error {
 }
 
 // Probe returns which of the wanted events should be recorded here; want 0 means the best
-// there is: [Pages] where the kernel has all three, with [Inserts] for [Gaps], else [Inserts] alone, and [Processes] with
-// either. Otherwise it is want, less the process events that are missing. It returns
+// there is: [Pages] where the kernel has all three, with [Inserts] and [Waits] for [Gaps], else [Inserts] alone, and [Processes] with
+// either. Otherwise it is want, less what is missing of Processes and Waits. It returns
 // [ErrUnsupported] with the names of what is missing, or [ErrPermission], and then nothing is
 // known. Conclusive answers are remembered.
 func (f *FS) Probe(want Set) (Set, error) {
@@ -169,7 +169,7 @@ func (f *FS) Probe(want Set) (Set, error) {
 // choose is the rule of [FS.Probe].
 func choose(has, want Set) (Set, error) {
 	if want != 0 {
-		if missing := want &^ Processes &^ has; missing != 0 {
+		if missing := want &^ (Processes | Waits) &^ has; missing != 0 {
 			return 0, fmt.Errorf("%w: no tracepoint %s (CONFIG_FTRACE, Linux 6.11 or newer)", ErrUnsupported, missing)
 		}
 		return want & has, nil
@@ -178,7 +178,7 @@ func choose(has, want Set) (Set, error) {
 	case has.Contains(Pages):
 		return has, nil
 	case has.Contains(Inserts):
-		return has &^ Pages, nil
+		return has &^ (Pages | Waits), nil
 	}
 	return 0, fmt.Errorf("%w: no tracepoint %s (CONFIG_FTRACE, Linux 6.11 or newer), nor %s", ErrUnsupported, Pages&^has, Inserts)
 }

@@ -102,7 +102,7 @@ func TestProbeRemembersWhatIsConclusive(t *testing.T) {
 	if err := errors.Join(os.Remove(events), os.Rename(events+".away", events)); err != nil {
 		t.Fatal(err)
 	}
-	if got, err := fs.Probe(0); err != nil || got != Pages|Processes {
+	if got, err := fs.Probe(0); err != nil || got != all {
 		t.Errorf("Probe() = %s, %v, want everything", got, err)
 	}
 }

@@ -8,13 +8,20 @@ import "slices"
 // returns AOP_TRUNCATED_PAGE, what comes before is returned past the tracepoint). A program that reads a cold file by the megabyte
 // is so denied some of its pages, more where storage is slow.
 //
-// What is on its way came into the page cache a moment ago, which [Insert] tells: so whoever records both kinds, as
-// [FS.Probe] chooses, knows of each [Read] where it may have begun. The zero value knows nothing yet. A Gaps is not safe for
-// concurrent use. It needs some 5 MiB at most, whatever comes.
+// What is on its way came into the page cache a moment ago, which [Insert] tells, and who waits for it sleeps, which
+// [Wait] tells: so whoever records all three kinds, as [FS.Probe] chooses, knows of each [Read] whether there may be a gap before
+// it, and where that begins. Missed is what a read passes over for a page that an earlier one had asked for and that arrives between the look at it and the
+// sleep, less than a microsecond. The zero value knows nothing yet. A Gaps is not safe for concurrent use. It needs some 10 MiB at most, whatever comes.
 type Gaps struct {
-	files map[gapFile][]gapRun
-	runs  int    // of all files
-	clock uint64 // insertions so far
+	// Waits says that [Wait] is recorded. Without, each read may have waited.
+	Waits bool
+
+	files   map[gapFile][]gapRun
+	runs    int    // of all files
+	clock   uint64 // events so far
+	threads map[int32]*gapThread
+	pid     int32 // the thread that was asked for last
+	thread  *gapThread
 }
 
 type gapFile struct {
@@ -22,18 +29,23 @@ type gapFile struct {
 	inode  uint64
 }
 
-// gapRun is neighbouring pages of which nobody read one since they came.
+// gapRun is neighbouring pages of which nobody read one since they came, as far as is known.
 type gapRun struct {
 	first, last uint64
 	at          uint64 // when its last page came, by the clock
 }
 
+// gapThread says when a thread read and waited last, by the clock.
+type gapThread struct{ read, waited uint64 }
+
 const (
 	// gapRuns is how many runs are kept at most.
 	gapRuns = 1 << 15
-	// gapAge is after how many further insertions a run is forgotten where there are too many: 64 MiB of single pages, more of
-	// large folios. No device has that much on its way.
+	// gapAge is after how many further events a run is forgotten where there are too many: more than any device has
+	// on its way (nr_requests: 64 to 1,023).
 	gapAge = gapRuns / 2
+	// gapThreads is how many threads are known at most.
+	gapThreads = 1 << 16
 )
 
 // Note takes the events of an instance, in their order. Where e is a [Read] it returns the pages right before it that the
@@ -41,31 +53,62 @@ const (
 func (g *Gaps) Note(e *Event) (Span, bool) {
 	switch e.Kind {
 	case Insert:
+		g.clock++
 		g.insert(gapFile{e.Device, e.Inode}, e.First, e.Last)
+	case Wait:
+		g.clock++
+		g.of(e.PID).waited = g.clock
 	case Read:
-		return g.read(gapFile{e.Device, e.Inode}, e.First, e.Last)
+		g.clock++
+		t := g.of(e.PID)
+		gap, ok := g.read(gapFile{e.Device, e.Inode}, e.First, e.Last, *t)
+		t.read = g.clock
+		return gap, ok
 	default: // a fault is told before anything is looked up
 	}
 	return Span{}, false
 }
 
+// of returns what is known of a thread. One that was forgotten may have waited, for all that is known.
+func (g *Gaps) of(pid int32) *gapThread {
+	if g.thread != nil && g.pid == pid {
+		return g.thread
+	}
+	if g.threads == nil {
+		g.threads = make(map[int32]*gapThread)
+	}
+	t := g.threads[pid]
+	if t == nil {
+		if len(g.threads) >= gapThreads {
+			clear(g.threads)
+		}
+		t = new(gapThread)
+		g.threads[pid] = t
+	}
+	g.pid, g.thread = pid, t
+	return t
+}
+
+// insert adds pages. They are of one run with those before them if these came just before, so that a run is of one time.
 func (g *Gaps) insert(f gapFile, first, last uint64) {
 	if g.files == nil {
 		g.files = make(map[gapFile][]gapRun)
 	}
 	runs := g.files[f]
 	g.runs -= len(runs)
-	g.clock++
 	n := gapRun{first, last, g.clock}
-	i := firstEnding(runs, max(first, 1)-1) // its neighbours join it
+	i := firstEnding(runs, first)
 	end := i
-	for end < len(runs) && (runs[end].first <= n.last || runs[end].first-n.last == 1) {
+	if i > 0 && runs[i-1].last == first-1 && runs[i-1].at == g.clock-1 {
+		i--
+		n.first = runs[i].first
+	}
+	for end < len(runs) && runs[end].first <= n.last { // they left the cache meanwhile
 		n.first, n.last = min(n.first, runs[end].first), max(n.last, runs[end].last)
 		end++
 	}
-	runs = slices.Replace(runs, i, end, n)
-	g.files[f] = runs
-	if g.runs += len(runs); g.runs > gapRuns {
+	g.keep(f, slices.Replace(runs, i, end, n))
+	if g.runs > gapRuns {
 		g.forget()
 	}
 }
@@ -85,15 +128,13 @@ func firstEnding(runs []gapRun, page uint64) int {
 func (g *Gaps) forget() {
 	g.runs = 0
 	for f, runs := range g.files {
-		runs = slices.DeleteFunc(runs, func(r gapRun) bool { return r.at+gapAge <= g.clock })
-		g.keep(f, slices.Clip(runs))
-		g.runs += len(runs)
+		g.keep(f, slices.Clip(slices.DeleteFunc(runs, func(r gapRun) bool { return r.at+gapAge <= g.clock })))
 	}
 }
 
-// keep sets what is known of a file.
+// keep sets what is known of a file, which is not counted yet.
 func (g *Gaps) keep(f gapFile, runs []gapRun) {
-	if len(runs) == 0 {
+	if g.runs += len(runs); len(runs) == 0 {
 		delete(g.files, f)
 		return
 	}
@@ -102,25 +143,33 @@ func (g *Gaps) keep(f gapFile, runs []gapRun) {
 
 // read returns the gap before a read. What was read, and what may have been, is of no further interest: only what comes before
 // the next page that is on its way is.
-func (g *Gaps) read(f gapFile, first, last uint64) (gap Span, ok bool) {
+func (g *Gaps) read(f gapFile, first, last uint64, by gapThread) (gap Span, ok bool) {
 	runs, known := g.files[f]
 	if !known {
 		return gap, false
 	}
-	g.runs -= len(runs)
 	i := firstEnding(runs, first)
-	if i < len(runs) && runs[i].first < first {
-		gap, ok = Span{First: runs[i].first, Last: first - 1}, true
-	}
 	end := i
 	for end < len(runs) && runs[end].last <= last {
 		end++
 	}
+	if i < len(runs) && runs[i].first <= first {
+		came := runs[i].at
+		for i > 0 && runs[i-1].last == runs[i].first-1 {
+			i--
+		}
+		if runs[i].first < first {
+			// Who found all that he read in the cache, which others or earlier reads had brought there, did not wait.
+			if g.Waits && came <= by.read && by.waited <= by.read {
+				return gap, false
+			}
+			gap, ok = Span{First: runs[i].first, Last: first - 1}, true
+		}
+	}
+	g.runs -= len(runs)
 	if end < len(runs) && runs[end].first <= last {
 		runs[end].first = last + 1
 	}
-	runs = slices.Delete(runs, i, end)
-	g.runs += len(runs)
-	g.keep(f, runs)
+	g.keep(f, slices.Delete(runs, i, end))
 	return gap, ok
 }

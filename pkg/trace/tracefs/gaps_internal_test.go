@@ -73,15 +73,63 @@ func TestGapsRandom(t *testing.T) {
 				t.Fatalf("before %d to %d: %v, %t, want %v, %t", first, last, got, ok, want, has)
 			}
 		}
-		left := 0
-		for p := range model {
-			if model[p] && (p == 0 || !model[p-1]) {
-				left++
+		var left [pages]bool
+		n := 0
+		for _, runs := range g.files {
+			n += len(runs)
+			for _, r := range runs {
+				for p := r.first; p <= r.last; p++ {
+					if left[p] {
+						t.Fatalf("page %d is in two runs: %v", p, runs)
+					}
+					left[p] = true
+				}
 			}
 		}
-		if g.runs != left || len(g.files) > 1 || left == 0 != (len(g.files) == 0) {
-			t.Fatalf("%d runs of %d files are left, want %d", g.runs, len(g.files), left)
+		if left != model || n != g.runs || (n == 0) != (len(g.files) == 0) {
+			t.Fatalf("%d runs of %d files, %d counted: pages %t, want %t", n, len(g.files), g.runs, left, model)
 		}
+	}
+}
+
+// TestGapsWaits holds that a read which did not wait, nor brought what it begins with into the cache, has no gap before it, and that
+// what it leaves out is found where a later one waits.
+func TestGapsWaits(t *testing.T) {
+	const a, b = 11, 12 // threads
+	type step struct {
+		kind        Kind
+		pid         int32
+		first, last uint64
+		want        string
+	}
+	for name, steps := range map[string][]step{
+		"brought by itself":   {{Insert, a, 0, 0, ""}, {Insert, a, 1, 1, ""}, {Read, a, 1, 1, "0-0"}},
+		"found":               {{Insert, a, 0, 31, ""}, {Read, a, 0, 1, ""}, {Read, a, 20, 21, ""}, {Read, a, 10, 11, ""}},
+		"waited for":          {{Insert, a, 0, 31, ""}, {Read, a, 0, 1, ""}, {Wait, a, 0, 0, ""}, {Read, a, 20, 31, "2-19"}},
+		"waited for later":    {{Insert, a, 0, 31, ""}, {Read, a, 0, 1, ""}, {Read, a, 20, 21, ""}, {Wait, a, 0, 0, ""}, {Read, a, 30, 40, "2-29"}},
+		"waited before":       {{Insert, a, 0, 31, ""}, {Wait, a, 0, 0, ""}, {Read, a, 0, 1, ""}, {Read, a, 20, 21, ""}},
+		"others wait":         {{Insert, a, 0, 31, ""}, {Read, b, 0, 1, ""}, {Read, a, 0, 1, ""}, {Wait, b, 0, 0, ""}, {Read, a, 20, 21, ""}, {Read, b, 25, 26, "2-24"}},
+		"over two windows":    {{Insert, a, 0, 31, ""}, {Read, a, 0, 7, ""}, {Insert, a, 32, 63, ""}, {Read, a, 8, 15, ""}, {Wait, a, 0, 0, ""}, {Read, a, 40, 50, "16-39"}},
+		"asked for meanwhile": {{Insert, a, 0, 31, ""}, {Read, a, 0, 7, ""}, {Insert, a, 32, 63, ""}, {Read, a, 12, 15, ""}},
+		"a thread not known":  {{Insert, a, 0, 31, ""}, {Read, a, 0, 1, ""}, {Read, b, 9, 9, "2-8"}},
+	} {
+		g := Gaps{Waits: true}
+		for i, s := range steps {
+			got := ""
+			if span, ok := g.Note(&Event{Kind: s.kind, PID: s.pid, First: s.first, Last: s.last}); ok {
+				got = fmt.Sprintf("%d-%d", span.First, span.Last)
+			}
+			if got != s.want {
+				t.Errorf("%s: step %d, %s of %d to %d: gap %q, want %q", name, i, s.kind, s.first, s.last, got, s.want)
+			}
+		}
+	}
+	g := Gaps{Waits: true}
+	for pid := range int32(2*gapThreads + 1) {
+		g.Note(&Event{Kind: Wait, PID: pid})
+	}
+	if len(g.threads) > gapThreads {
+		t.Errorf("%d threads are known, want %d at most", len(g.threads), gapThreads)
 	}
 }
 

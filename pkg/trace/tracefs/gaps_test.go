@@ -83,7 +83,7 @@ func TestGapsOfKernel(t *testing.T) {
 		}
 		all := of(events, tracefs.Read, 100+late, slowPages)
 		passed += slowPages - len(all)
-		var gaps tracefs.Gaps
+		gaps := tracefs.Gaps{Waits: in.Spec().Events.Has(tracefs.Wait)}
 		for i := range events {
 			if gap, ok := gaps.Note(&events[i]); ok && events[i].Inode == 100+late {
 				for p := gap.First; p <= gap.Last; p++ {

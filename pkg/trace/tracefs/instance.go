@@ -181,6 +181,11 @@ func (i *Instance) prepare(ring int64) error {
 			return fmt.Errorf("set %s: %w", s.file, err)
 		}
 	}
+	if i.spec.Events.Has(Wait) {
+		if err := i.dir.write("events/"+tracepoints[Wait].dir+"/filter", waitFilter); err != nil {
+			return fmt.Errorf("set filter: %w", err)
+		}
+	}
 	cpus, err := i.cpus()
 	if err != nil {
 		return err

@@ -168,10 +168,14 @@ func (c *cursor) event(data []byte) error {
 		return fmt.Errorf("%w: time %d", ErrInvalid, c.now)
 	}
 	e := Event{Kind: r.kind, PID: int32(r.pid.get(data)), Time: int64(c.now)} //nolint:gosec // a pid has 32 bits
-	if r.kind == Fork || r.kind == Exec {
+	switch r.kind {
+	case Fork, Exec:
 		e.Other = int32(r.fields[1].get(data)) //nolint:gosec // a pid has 32 bits
+		fallthrough
+	case Wait:
 		c.events = append(c.events, e)
 		return nil
+	default:
 	}
 	e.Device = uint32(r.fields[0].get(data)) //nolint:gosec // dev_t has 32 bits
 	e.Inode, e.First = r.fields[1].get(data), r.fields[2].get(data)

@@ -27,6 +27,7 @@ var (
 	textPage = regexp.MustCompile(`^dev=?\s?(\d+):(\d+) ino=?\s?([0-9a-f]+) (?:pfn=0x[0-9a-f]+ )?ofs=(\d+)(?:-(\d+))?(?: order=(\d+))?$`)
 	textFork = regexp.MustCompile(`pid=(\d+) child_comm=.* child_pid=(\d+)$`)
 	textExec = regexp.MustCompile(`pid=(\d+) old_pid=(\d+)$`)
+	textWait = regexp.MustCompile(` prev_pid=(\d+) prev_prio=-?\d+ prev_state=D\S* ==> `)
 )
 
 // parseText returns the events of a file trace, times in microseconds.
@@ -53,6 +54,11 @@ func parseText(text string) ([]Event, error) {
 				return nil, fmt.Errorf("line %q", line)
 			}
 			e.Other = int32(number(p[2], 10))
+		case Wait:
+			p := textWait.FindStringSubmatch(m[5])
+			if p == nil || int32(number(p[1], 10)) != e.PID {
+				return nil, fmt.Errorf("line %q", line)
+			}
 		default:
 			p := textPage.FindStringSubmatch(m[5])
 			if p == nil {
@@ -177,7 +183,7 @@ func TestEventsReadLikeTheirText(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	for _, k := range []Kind{Read, Around, Insert, Fork, Exec} {
+	for _, k := range []Kind{Read, Around, Insert, Fork, Exec, Wait} {
 		if seen[k] == 0 {
 			t.Errorf("no %s seen", k)
 		}
