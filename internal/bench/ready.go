@@ -44,7 +44,7 @@ func benchReady(ctx context.Context, b *bench) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, fs.Close()) }()
-	pool, err := tracefs.NewPool(fs, tracefs.PoolOptions{})
+	pool, err := tracefs.NewPool(fs, tracefs.PoolOptions{Announced: true})
 	if err != nil {
 		return err
 	}

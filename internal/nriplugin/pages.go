@@ -30,7 +30,7 @@ func OpenPages(log *zap.Logger) (_ *tracefs.Pool, closePages func() error) {
 		log.Info("recordings are of whole files, not of ranges: " + oneLine(err.Error()))
 		return nil, none
 	}
-	p, err := tracefs.NewPool(fs, tracefs.PoolOptions{Log: once(log)})
+	p, err := tracefs.NewPool(fs, tracefs.PoolOptions{Announced: true, Log: once(log)})
 	if err != nil {
 		log.Warn("recordings are of whole files, not of ranges: " + oneLine(errors.Join(err, fs.Close()).Error()))
 		return nil, none

@@ -42,6 +42,8 @@ type PoolOptions struct {
 	// Quiet is how long after a Get nothing is made, reset or removed, unless somebody waits for it, at
 	// least 0; 0: DefaultQuiet. When half of Ready or less are left it is a twentieth of that.
 	Quiet time.Duration
+	// Announced says that calls of Get follow calls of Expect: what prepares the kernel is made before the first.
+	Announced bool
 	// Log is told what goes wrong in the background, one error each; nil: nobody is. It may
 	// be called at any time until Close returns, from one goroutine at a time.
 	Log func(error)
@@ -355,6 +357,9 @@ func (p *Pool) step() bool {
 		return true
 	case len(p.broken) > 0:
 		return p.remove()
+	case p.o.Announced && len(p.primer.in) < primers && !p.primer.failed:
+		p.equip()
+		return true
 	}
 	return false
 }
@@ -454,10 +459,7 @@ func (p *Pool) Close() error {
 	for _, i := range p.used {
 		errs = append(errs, end(i))
 	}
-	rest := slices.Concat(p.ready, p.idle, p.broken)
-	if p.primer.in != nil {
-		rest = append(rest, p.primer.in)
-	}
+	rest := slices.Concat(p.ready, p.idle, p.broken, p.primer.in)
 	for _, i := range rest {
 		errs = append(errs, i.Close())
 	}

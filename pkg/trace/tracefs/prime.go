@@ -14,13 +14,17 @@ const primeTime = 10 * time.Second
 // minBuffer is the size of the rings that record nothing, in KiB for each CPU; the kernel rounds it up to two pages.
 const minBuffer = "4"
 
-// primer is an instance that records nothing, of which the kernel keeps the work that the arming of another then
-// need not do: the first user of a tracepoint makes the kernel change its own code, and the first filter by
-// thread does so for seven tracepoints, each time with a message to all CPUs (kernel/tracepoint.c
-// tracepoint_add_func, kernel/trace/trace_events.c event_pid_write). Where idle CPUs wake slowly that is two thirds of
-// an arming's 3 to 5 ms: docs/design.md has the figures.
+// primers is how many instances keep the kernel prepared: a tracepoint's first user makes the kernel change its own code, and so
+// does the second, where a loop over the users takes the place of the one call. Further ones are an entry in a list.
+// Source: kernel/tracepoint.c tracepoint_add_func.
+const primers = 2
+
+// primer is instances that record nothing, of which the kernel keeps the work that the arming of another then
+// need not do: each change of its code, also for the seven tracepoints that the first filter by thread takes, comes
+// with a message to all CPUs (kernel/trace/trace_events.c event_pid_write). Where idle CPUs wake slowly that is nine tenths of
+// an arming's 3 to 6 ms: docs/design.md has the figures.
 type primer struct {
-	in    *Instance // nil: not made yet
+	in    []*Instance // none: not made yet
 	on    bool
 	until time.Time // when it is turned off; zero: nothing was announced
 	// failed says that the last attempt did not work; it is made again when something is announced.
@@ -47,26 +51,48 @@ func (f *FS) primer(events Set) (*Instance, error) {
 	return i, nil
 }
 
+// equip makes one more of the primer's instances. Called with mu held, which it gives up while it works.
+func (p *Pool) equip() {
+	p.mu.Unlock()
+	i, err := p.fs.primer(p.o.Instance.Events)
+	p.mu.Lock()
+	if p.primed(err) {
+		p.primer.in = append(p.primer.in, i)
+	}
+}
+
+// primed notes how a step of the preparation went, and reports whether it worked.
+func (p *Pool) primed(err error) bool {
+	if p.primer.failed = err != nil; err != nil {
+		p.o.Log(fmt.Errorf("prepare the kernel for a recording, which begins later without: %w", err))
+	}
+	return err == nil
+}
+
 // prime turns the primer on or off, whichever is due. Called with mu held, which it gives up while it works.
 func (p *Pool) prime() {
+	for len(p.primer.in) < primers {
+		if p.equip(); p.primer.failed {
+			return
+		}
+	}
 	in, on := p.primer.in, !p.primer.on
 	p.mu.Unlock()
 	var err error
-	if in == nil {
-		in, err = p.fs.primer(p.o.Instance.Events)
+	for _, i := range in {
+		if !on {
+			err = errors.Join(err, i.Disarm())
+		} else if err == nil {
+			err = i.Arm(os.Getpid()) // some thread: nothing is recorded of it
+		}
 	}
-	switch {
-	case err != nil:
-	case on:
-		err = in.Arm(os.Getpid()) // some thread: nothing is recorded of it
-	default:
-		err = in.Disarm()
+	if on && err != nil {
+		for _, i := range in {
+			_ = i.Disarm() // what failed is said
+		}
 	}
 	p.mu.Lock()
-	p.primer.in, p.primer.failed = in, err != nil
-	if err != nil {
-		p.o.Log(fmt.Errorf("prepare the kernel for a recording, which begins later without: %w", err))
-		return
+	if p.primed(err) {
+		p.primer.on = on
 	}
-	p.primer.on = on
 }
