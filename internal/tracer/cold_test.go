@@ -1,7 +1,9 @@
 package tracer_test
 
 import (
+	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -17,15 +19,23 @@ func TestColdReads(t *testing.T) {
 	ways := []struct {
 		op   string
 		each int
-	}{{"pread", 1 << 20}, {"pread", 300_000}, {"pread", size}, {"preadv", 2 << 20}, {"sendfile", 1 << 20}}
+	}{{"pread", 1 << 20}, {"pread", 300_000}, {"pread", 128 << 10}, {"pread", size}, {"preadv", 2 << 20}, {"sendfile", 1 << 20}}
 	script := "for i in "
 	for i := range ways {
 		script += strconv.Itoa(i) + " "
 	}
+	ways = append(ways, ways...) // the second half has pages that are cached
+	for i := range ways[:len(ways)/2] {
+		script += strconv.Itoa(len(ways)/2+i) + " "
+	}
 	b := newDiskBox(t, script+"; do head -c "+strconv.Itoa(size)+" /dev/urandom > s/$i; done")
 	args := []string{"/program", "ranges"}
 	for i, w := range ways {
-		drop(t, filepath.Join(b.lower, "s", strconv.Itoa(i)))
+		file := filepath.Join(b.lower, "s", strconv.Itoa(i))
+		drop(t, file)
+		if i >= len(ways)/2 {
+			cache(t, file, 512<<10)
+		}
 		for off := 0; off < size; off += w.each {
 			args = append(args, fmt.Sprintf("%s:/s/%d:%d:%d", w.op, i, off, min(w.each, size-off)))
 		}
@@ -38,6 +48,25 @@ func TestColdReads(t *testing.T) {
 			t.Errorf("%s of %d bytes: of %d pages %d are missing, %d are certain", w.op, w.each, pagesOf(size), missing, len(lower))
 		}
 		t.Logf("%s of %d bytes: %d pages, %d of them passed over", w.op, w.each, len(upper), len(upper)-len(lower))
+	}
+}
+
+// cache reads a byte in each piece of a file, and nothing ahead.
+func cache(t *testing.T, name string, each int64) {
+	t.Helper()
+	f, err := os.Open(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close() //nolint:errcheck // read only
+	if err := unix.Fadvise(int(f.Fd()), 0, 0, unix.FADV_RANDOM); err != nil {
+		t.Fatal(err)
+	}
+	for off := each / 2; err == nil; off += each {
+		_, err = f.ReadAt(make([]byte, 1), off)
+	}
+	if !errors.Is(err, io.EOF) {
+		t.Fatal(err)
 	}
 }
 

@@ -9,7 +9,7 @@ const expectTime = time.Minute
 // Expect says that Get is likely to be called once within the next minute, so that there is an instance ready
 // then, and that the kernel is prepared, for ten seconds, to arm it in half the time. It returns at once. Many containers that are created
 // together start with what is ready, each, if the kernel made so many in time: see [DefaultQuiet] for how long that takes. There are
-// never more than Max, besides one that records nothing.
+// never more than Max, besides two that record nothing.
 func (p *Pool) Expect() {
 	p.mu.Lock()
 	defer p.mu.Unlock()

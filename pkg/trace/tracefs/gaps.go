@@ -10,16 +10,22 @@ import "slices"
 //
 // What is on its way came into the page cache a moment ago, which [Insert] tells, and who waits for it sleeps, which
 // [Wait] tells: so whoever records all three kinds, as [FS.Probe] chooses, knows of each [Read] whether there may be a gap before
-// it, and where that begins. Missed is what a read passes over for a page that an earlier one had asked for and that arrives between the look at it and the
-// sleep, less than a microsecond. The zero value knows nothing yet. A Gaps is not safe for concurrent use. It needs some 10 MiB at most, whatever comes.
+// it. Where the read began follows from what the thread brought into the cache for it, and from where its last read of the file ended.
+//
+// Not found is what is passed over by who does not sleep that way: io_uring, RWF_NOWAIT, a page that arrives between the look at it and the
+// sleep; for pages that somebody had asked for whose insertions are not recorded; and by a read that begins before the same thread's last one of the
+// file, and runs over pages that were cached beforehand.
+//
+// The zero value knows nothing yet. A Gaps is not safe for concurrent use. It needs some 10 MiB at most, whatever comes.
 type Gaps struct {
 	// Waits says that [Wait] is recorded. Without, each read may have waited.
 	Waits bool
 
-	files   map[gapFile][]gapRun
+	files   map[gapFile]*gapPages
 	runs    int    // of all files
-	clock   uint64 // events so far
+	clock   uint64 // insertions so far
 	threads map[int32]*gapThread
+	forgot  bool  // some threads
 	pid     int32 // the thread that was asked for last
 	thread  *gapThread
 }
@@ -29,47 +35,64 @@ type gapFile struct {
 	inode  uint64
 }
 
-// gapRun is neighbouring pages of which nobody read one since they came, as far as is known.
-type gapRun struct {
-	first, last uint64
-	at          uint64 // when its last page came, by the clock
+// gapPages is what is known of a file.
+type gapPages struct {
+	runs []Span // what came into the page cache; disjoint, in order, not adjacent
+	at   uint64 // when something came last, by the clock
+	// Of the last read: who did it, 0: nobody yet, where its event began, and the page behind it.
+	by         int32
+	first, end uint64
 }
 
-// gapThread says when a thread read and waited last, by the clock.
-type gapThread struct{ read, waited uint64 }
+// gapThread is what a thread did since it last read.
+type gapThread struct {
+	waits int
+	// What it brought into the page cache of one file, lies in here.
+	brought     gapFile
+	first, last uint64 // first > last: nothing
+	faults      bool   // what it brings now is for a fault
+}
 
 const (
-	// gapRuns is how many runs are kept at most.
-	gapRuns = 1 << 15
-	// gapAge is after how many further events a run is forgotten where there are too many: more than any device has
+	// gapRuns is how many runs are kept at most, and gapFileRuns of one file.
+	gapRuns, gapFileRuns = 1 << 15, 1 << 10
+	// gapAge is after how many further insertions a file is forgotten where there are too many runs: more than any device has
 	// on its way (nr_requests: 64 to 1,023).
 	gapAge = gapRuns / 2
 	// gapThreads is how many threads are known at most.
 	gapThreads = 1 << 16
+	// gapMost is the most pages that a gap has where the beginning of the read is not known better.
+	gapMost = 1 << 10
 )
 
 // Note takes the events of an instance, in their order. Where e is a [Read] it returns the pages right before it that the
 // same read may have touched unsaid: an upper bound, as are those of [Around]. False: there are none.
-func (g *Gaps) Note(e *Event) (Span, bool) {
+func (g *Gaps) Note(e *Event) (gap Span, ok bool) {
+	f := gapFile{e.Device, e.Inode}
 	switch e.Kind {
 	case Insert:
-		g.clock++
-		g.insert(gapFile{e.Device, e.Inode}, e.First, e.Last)
+		g.insert(f, e.First, e.Last)
+		g.of(e.PID).bring(f, e.First, e.Last)
 	case Wait:
-		g.clock++
-		g.of(e.PID).waited = g.clock
+		g.of(e.PID).waits++
+	case Fault:
+		*g.of(e.PID) = gapThread{first: 1, faults: true, waits: g.of(e.PID).waits}
+	case Around:
+		g.of(e.PID).faults = false
 	case Read:
-		g.clock++
 		t := g.of(e.PID)
-		gap, ok := g.read(gapFile{e.Device, e.Inode}, e.First, e.Last, *t)
-		t.read = g.clock
-		return gap, ok
-	default: // a fault is told before anything is looked up
+		if p := g.files[f]; p != nil {
+			began := g.began(f, p, e, t)
+			gap, ok = Span{First: began, Last: e.First - 1}, began < e.First
+			p.by, p.first, p.end = e.PID, e.First, e.Last+1
+		}
+		*t = gapThread{first: 1}
+	default:
 	}
-	return Span{}, false
+	return gap, ok
 }
 
-// of returns what is known of a thread. One that was forgotten may have waited, for all that is known.
+// of returns what is known of a thread.
 func (g *Gaps) of(pid int32) *gapThread {
 	if g.thread != nil && g.pid == pid {
 		return g.thread
@@ -81,42 +104,64 @@ func (g *Gaps) of(pid int32) *gapThread {
 	if t == nil {
 		if len(g.threads) >= gapThreads {
 			clear(g.threads)
+			g.forgot = true
 		}
-		t = new(gapThread)
+		if t = (&gapThread{first: 1}); g.forgot {
+			t.waits = 2 // for all that is known
+		}
 		g.threads[pid] = t
 	}
 	g.pid, g.thread = pid, t
 	return t
 }
 
-// insert adds pages. They are of one run with those before them if these came just before, so that a run is of one time.
+// bring notes that the thread brought pages into the cache: for a read, unless it is in a fault.
+func (t *gapThread) bring(f gapFile, first, last uint64) {
+	switch {
+	case t.faults:
+	case t.first > t.last || t.brought != f:
+		t.brought, t.first, t.last = f, first, last
+	case first > t.last && first-t.last > gapMost || first < t.first && t.first-last > gapMost: // something else
+		t.first, t.last = first, last
+	default:
+		t.first, t.last = min(t.first, first), max(t.last, last)
+	}
+}
+
+// insert adds pages to what came into the cache.
 func (g *Gaps) insert(f gapFile, first, last uint64) {
 	if g.files == nil {
-		g.files = make(map[gapFile][]gapRun)
+		g.files = make(map[gapFile]*gapPages)
 	}
-	runs := g.files[f]
-	g.runs -= len(runs)
-	n := gapRun{first, last, g.clock}
-	i := firstEnding(runs, first)
+	p := g.files[f]
+	if p == nil {
+		p = new(gapPages)
+		g.files[f] = p
+	}
+	g.clock++
+	p.at = g.clock
+	n := Span{First: first, Last: last}
+	i := firstEnding(p.runs, max(first, 1)-1)
 	end := i
-	if i > 0 && runs[i-1].last == first-1 && runs[i-1].at == g.clock-1 {
-		i--
-		n.first = runs[i].first
-	}
-	for end < len(runs) && runs[end].first <= n.last { // they left the cache meanwhile
-		n.first, n.last = min(n.first, runs[end].first), max(n.last, runs[end].last)
+	for end < len(p.runs) && (p.runs[end].First <= n.Last || p.runs[end].First-n.Last == 1) {
+		n.First, n.Last = min(n.First, p.runs[end].First), max(n.Last, p.runs[end].Last)
 		end++
 	}
-	g.keep(f, slices.Replace(runs, i, end, n))
-	if g.runs > gapRuns {
+	g.runs -= len(p.runs)
+	if p.runs = slices.Replace(p.runs, i, end, n); len(p.runs) > gapFileRuns {
+		p.runs = []Span{n}
+	} else if cap(p.runs) > 4*len(p.runs)+16 {
+		p.runs = slices.Clone(p.runs) // gives the memory back
+	}
+	if g.runs += len(p.runs); g.runs > gapRuns {
 		g.forget()
 	}
 }
 
 // firstEnding returns the index of the first run that ends at or behind a page.
-func firstEnding(runs []gapRun, page uint64) int {
-	i, _ := slices.BinarySearchFunc(runs, page, func(r gapRun, p uint64) int {
-		if r.last < p {
+func firstEnding(runs []Span, page uint64) int {
+	i, _ := slices.BinarySearchFunc(runs, page, func(r Span, p uint64) int {
+		if r.Last < p {
 			return -1
 		}
 		return 1
@@ -124,52 +169,46 @@ func firstEnding(runs []gapRun, page uint64) int {
 	return i
 }
 
-// forget drops the runs to which nothing was added for long. Those that stay were added to at times of their own, so there are gapAge at most.
+// forget drops the files into whose cache nothing came for long, and all others too where that is not enough.
 func (g *Gaps) forget() {
 	g.runs = 0
-	for f, runs := range g.files {
-		g.keep(f, slices.Clip(slices.DeleteFunc(runs, func(r gapRun) bool { return r.at+gapAge <= g.clock })))
+	for f, p := range g.files {
+		if p.at+gapAge <= g.clock {
+			delete(g.files, f)
+			continue
+		}
+		p.runs = slices.Clip(p.runs)
+		g.runs += len(p.runs)
+	}
+	if g.runs > gapRuns/2 {
+		clear(g.files)
+		g.runs = 0
 	}
 }
 
-// keep sets what is known of a file, which is not counted yet.
-func (g *Gaps) keep(f gapFile, runs []gapRun) {
-	if g.runs += len(runs); len(runs) == 0 {
-		delete(g.files, f)
-		return
+// began returns where a read may have begun of which e is the first event: where e begins, unless pages were passed over.
+func (g *Gaps) began(f gapFile, p *gapPages, e *Event, t *gapThread) uint64 {
+	i := firstEnding(p.runs, e.First)
+	if i == len(p.runs) || p.runs[i].First > e.First {
+		return e.First // was not on its way
 	}
-	g.files[f] = runs
-}
-
-// read returns the gap before a read. What was read, and what may have been, is of no further interest: only what comes before
-// the next page that is on its way is.
-func (g *Gaps) read(f gapFile, first, last uint64, by gapThread) (gap Span, ok bool) {
-	runs, known := g.files[f]
-	if !known {
-		return gap, false
+	page, waits := e.First, 1
+	if t.brought == f && t.first <= e.First && e.First <= t.last {
+		// It has to wait once for what it brought itself. What it waited for besides came before.
+		page, waits = t.first, 2
 	}
-	i := firstEnding(runs, first)
-	end := i
-	for end < len(runs) && runs[end].last <= last {
-		end++
+	if g.Waits && t.waits < waits {
+		return page
 	}
-	if i < len(runs) && runs[i].first <= first {
-		came := runs[i].at
-		for i > 0 && runs[i-1].last == runs[i].first-1 {
-			i--
-		}
-		if runs[i].first < first {
-			// Who found all that he read in the cache, which others or earlier reads had brought there, did not wait.
-			if g.Waits && came <= by.read && by.waited <= by.read {
-				return gap, false
-			}
-			gap, ok = Span{First: runs[i].first, Last: first - 1}, true
-		}
+	began := max(p.runs[firstEnding(p.runs, page)].First, max(page, gapMost)-gapMost)
+	switch {
+	case p.by != e.PID || page < p.first:
+	case page <= p.end:
+		began = page // the read goes on from there
+	case page-p.end <= gapMost:
+		began = p.end // over whatever was cached
+	default:
+		began = max(began, p.end)
 	}
-	g.runs -= len(runs)
-	if end < len(runs) && runs[end].first <= last {
-		runs[end].first = last + 1
-	}
-	g.keep(f, slices.Delete(runs, i, end))
-	return gap, ok
+	return began
 }

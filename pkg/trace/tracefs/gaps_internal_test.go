@@ -8,94 +8,8 @@ import (
 )
 
 func TestGaps(t *testing.T) {
-	const none = "none"
-	type step struct {
-		kind        Kind
-		first, last uint64
-		want        string
-	}
-	for name, steps := range map[string][]step{
-		"the first page of two": {{Insert, 0, 0, none}, {Insert, 1, 1, none}, {Read, 1, 1, "0-0"}, {Read, 1, 1, none}},
-		"nothing":               {{Insert, 0, 3, none}, {Read, 0, 3, none}, {Read, 2, 3, none}, {Read, 9, 9, none}},
-		"in the midst":          {{Insert, 0, 31, none}, {Read, 0, 7, none}, {Read, 12, 15, "8-11"}, {Read, 16, 23, none}, {Read, 31, 40, "24-30"}},
-		"asked for behind":      {{Insert, 0, 31, none}, {Read, 0, 255, none}, {Insert, 32, 63, none}, {Read, 40, 255, "32-39"}},
-		"runs that meet":        {{Insert, 4, 5, none}, {Insert, 0, 1, none}, {Read, 5, 5, "4-4"}, {Insert, 2, 4, none}, {Read, 3, 3, "0-2"}, {Read, 4, 9, none}},
-		"others between":        {{Insert, 0, 1, none}, {Fault, 1, 1, none}, {Around, 0, 15, none}, {Read, 1, 1, "0-0"}},
-		"cached before":         {{Insert, 8, 15, none}, {Read, 4, 11, none}, {Read, 14, 20, "12-13"}},
-		"more than one":         {{Insert, 0, 1, none}, {Insert, 4, 5, none}, {Insert, 8, 9, none}, {Read, 1, 8, "0-0"}, {Read, 9, 9, none}},
-		"the last page":         {{Insert, math.MaxUint64 - 1, math.MaxUint64, none}, {Insert, 0, 1, none}, {Read, math.MaxUint64, math.MaxUint64, fmt.Sprint(uint64(math.MaxUint64-1), "-", uint64(math.MaxUint64-1))}},
-	} {
-		var g Gaps
-		for i, s := range steps {
-			span, ok := g.Note(&Event{Kind: s.kind, Device: 7, Inode: 5, First: s.first, Last: s.last})
-			g.Note(&Event{Kind: s.kind, Device: 7, Inode: 6, First: 3}) // others are others
-			g.Note(&Event{Kind: s.kind, Device: 8, Inode: 5, First: 3})
-			got := none
-			if ok {
-				got = fmt.Sprintf("%d-%d", span.First, span.Last)
-			}
-			if got != s.want {
-				t.Errorf("%s: step %d, %s of %d to %d: gap %s, want %s", name, i, s.kind, s.first, s.last, got, s.want)
-			}
-		}
-	}
-}
-
-// TestGapsRandom holds against a model that has a mark for each page: what came and was neither read nor before something that was.
-func TestGapsRandom(t *testing.T) {
-	const pages = 64
-	r := rand.New(rand.NewPCG(1, 2))
-	for range 200 {
-		var g Gaps
-		var model [pages]bool
-		for range 100 {
-			first := r.Uint64N(pages)
-			last := min(first+r.Uint64N(9), pages-1)
-			if r.IntN(2) == 0 {
-				g.Note(&Event{Kind: Insert, First: first, Last: last})
-				for p := first; p <= last; p++ {
-					model[p] = true
-				}
-				continue
-			}
-			want, has := Span{First: first}, false
-			if model[first] {
-				for want.First > 0 && model[want.First-1] {
-					want.First--
-				}
-				want.Last, has = first-1, want.First < first
-			}
-			for p := want.First; p <= last; p++ {
-				model[p] = false
-			}
-			got, ok := g.Note(&Event{Kind: Read, First: first, Last: last})
-			if ok != has || ok && got != want {
-				t.Fatalf("before %d to %d: %v, %t, want %v, %t", first, last, got, ok, want, has)
-			}
-		}
-		var left [pages]bool
-		n := 0
-		for _, runs := range g.files {
-			n += len(runs)
-			for _, r := range runs {
-				for p := r.first; p <= r.last; p++ {
-					if left[p] {
-						t.Fatalf("page %d is in two runs: %v", p, runs)
-					}
-					left[p] = true
-				}
-			}
-		}
-		if left != model || n != g.runs || (n == 0) != (len(g.files) == 0) {
-			t.Fatalf("%d runs of %d files, %d counted: pages %t, want %t", n, len(g.files), g.runs, left, model)
-		}
-	}
-}
-
-// TestGapsWaits holds that a read which did not wait, nor brought what it begins with into the cache, has no gap before it, and that
-// what it leaves out is found where a later one waits.
-func TestGapsWaits(t *testing.T) {
 	const a, b = 11, 12 // threads
+	const max = math.MaxUint64
 	type step struct {
 		kind        Kind
 		pid         int32
@@ -103,25 +17,175 @@ func TestGapsWaits(t *testing.T) {
 		want        string
 	}
 	for name, steps := range map[string][]step{
-		"brought by itself":   {{Insert, a, 0, 0, ""}, {Insert, a, 1, 1, ""}, {Read, a, 1, 1, "0-0"}},
-		"found":               {{Insert, a, 0, 31, ""}, {Read, a, 0, 1, ""}, {Read, a, 20, 21, ""}, {Read, a, 10, 11, ""}},
-		"waited for":          {{Insert, a, 0, 31, ""}, {Read, a, 0, 1, ""}, {Wait, a, 0, 0, ""}, {Read, a, 20, 31, "2-19"}},
-		"waited for later":    {{Insert, a, 0, 31, ""}, {Read, a, 0, 1, ""}, {Read, a, 20, 21, ""}, {Wait, a, 0, 0, ""}, {Read, a, 30, 40, "2-29"}},
-		"waited before":       {{Insert, a, 0, 31, ""}, {Wait, a, 0, 0, ""}, {Read, a, 0, 1, ""}, {Read, a, 20, 21, ""}},
-		"others wait":         {{Insert, a, 0, 31, ""}, {Read, b, 0, 1, ""}, {Read, a, 0, 1, ""}, {Wait, b, 0, 0, ""}, {Read, a, 20, 21, ""}, {Read, b, 25, 26, "2-24"}},
-		"over two windows":    {{Insert, a, 0, 31, ""}, {Read, a, 0, 7, ""}, {Insert, a, 32, 63, ""}, {Read, a, 8, 15, ""}, {Wait, a, 0, 0, ""}, {Read, a, 40, 50, "16-39"}},
-		"asked for meanwhile": {{Insert, a, 0, 31, ""}, {Read, a, 0, 7, ""}, {Insert, a, 32, 63, ""}, {Read, a, 12, 15, ""}},
-		"a thread not known":  {{Insert, a, 0, 31, ""}, {Read, a, 0, 1, ""}, {Read, b, 9, 9, "2-8"}},
+		"brought by itself":      {{Insert, a, 0, 0, ""}, {Insert, a, 1, 1, ""}, {Wait, a, 0, 0, ""}, {Read, a, 1, 1, "0-0"}, {Read, a, 1, 1, ""}},
+		"nothing":                {{Insert, a, 0, 3, ""}, {Wait, a, 0, 0, ""}, {Read, a, 0, 3, ""}, {Wait, a, 0, 0, ""}, {Read, a, 9, 9, ""}},
+		"over what was cached":   {{Insert, a, 0, 1, ""}, {Insert, a, 3, 5, ""}, {Wait, a, 0, 0, ""}, {Read, a, 4, 5, "0-3"}},
+		"over what was read":     {{Read, a, 2, 2, ""}, {Insert, a, 0, 1, ""}, {Insert, a, 3, 5, ""}, {Wait, a, 0, 0, ""}, {Wait, a, 0, 0, ""}, {Read, a, 4, 5, "0-3"}},
+		"found":                  {{Insert, a, 0, 31, ""}, {Read, a, 0, 1, ""}, {Read, a, 20, 21, ""}, {Read, a, 10, 11, ""}},
+		"asked for before":       {{Insert, a, 0, 31, ""}, {Read, a, 0, 1, ""}, {Wait, a, 0, 0, ""}, {Read, a, 20, 31, "2-19"}},
+		"waited before":          {{Insert, a, 0, 31, ""}, {Wait, a, 0, 0, ""}, {Read, a, 0, 1, ""}, {Read, a, 20, 21, ""}},
+		"others wait":            {{Insert, a, 0, 31, ""}, {Read, a, 0, 1, ""}, {Wait, b, 0, 0, ""}, {Read, a, 20, 21, ""}, {Read, b, 25, 26, "0-24"}},
+		"two windows":            {{Insert, a, 0, 31, ""}, {Read, a, 0, 7, ""}, {Insert, a, 32, 63, ""}, {Read, a, 8, 15, ""}, {Wait, a, 0, 0, ""}, {Read, a, 40, 50, "16-39"}},
+		"asked for meanwhile":    {{Insert, a, 0, 31, ""}, {Read, a, 0, 7, ""}, {Insert, a, 32, 63, ""}, {Read, a, 12, 15, ""}},
+		"into what it asked for": {{Insert, a, 0, 31, ""}, {Read, a, 0, 7, ""}, {Wait, a, 0, 0, ""}, {Insert, a, 32, 63, ""}, {Wait, a, 0, 0, ""}, {Read, a, 40, 47, "8-39"}},
+		"one read":               {{Insert, b, 0, 63, ""}, {Read, a, 20, 40, ""}, {Wait, a, 0, 0, ""}, {Read, a, 31, 40, ""}},
+		"in a row":               {{Insert, a, 8, 15, ""}, {Read, a, 4, 11, ""}, {Wait, a, 0, 0, ""}, {Read, a, 12, 19, ""}},
+		"back":                   {{Insert, b, 0, 63, ""}, {Read, a, 40, 47, ""}, {Wait, a, 0, 0, ""}, {Read, a, 30, 37, "0-29"}},
+		"far":                    {{Insert, b, 0, 1 << 20, ""}, {Read, b, 0, 7, ""}, {Wait, a, 0, 0, ""}, {Read, a, 1 << 20, 1 << 20, "1047552-1048575"}},
+		"a fault's":              {{Fault, a, 5, 5, ""}, {Insert, a, 0, 15, ""}, {Around, a, 0, 15, ""}, {Read, a, 9, 9, ""}},
+		"the last page":          {{Insert, a, max - 1, max, ""}, {Insert, a, 0, 1, ""}, {Wait, a, 0, 0, ""}, {Read, a, max, max, fmt.Sprint(uint64(max-1), "-", uint64(max-1))}},
 	} {
 		g := Gaps{Waits: true}
 		for i, s := range steps {
+			span, ok := g.Note(&Event{Kind: s.kind, PID: s.pid, Device: 7, Inode: 5, First: s.first, Last: s.last})
+			g.Note(&Event{Kind: Insert, PID: 9, Device: 7, Inode: 6, First: s.first, Last: s.last}) // others are others
+			g.Note(&Event{Kind: Insert, PID: 9, Device: 8, Inode: 5, First: s.first, Last: s.last})
 			got := ""
-			if span, ok := g.Note(&Event{Kind: s.kind, PID: s.pid, First: s.first, Last: s.last}); ok {
+			if ok {
 				got = fmt.Sprintf("%d-%d", span.First, span.Last)
 			}
 			if got != s.want {
 				t.Errorf("%s: step %d, %s of %d to %d: gap %q, want %q", name, i, s.kind, s.first, s.last, got, s.want)
 			}
+		}
+	}
+	g := Gaps{}
+	g.Note(&Event{Kind: Insert, PID: a, Last: 31})
+	g.Note(&Event{Kind: Read, PID: a, Last: 1})
+	if got, ok := g.Note(&Event{Kind: Read, PID: a, First: 9, Last: 9}); !ok || got != (Span{First: 2, Last: 8}) {
+		t.Errorf("without waits: gap %v, %t, want 2 to 8", got, ok)
+	}
+}
+
+// cache is a model of how the kernel reads a file through its page cache.
+type cache struct {
+	*rand.Rand
+	cached, ready, touched []bool // by page
+	gaps                   Gaps
+	found                  []bool // by page: in an event or a gap
+}
+
+func (c *cache) note(e Event) {
+	gap, ok := c.gaps.Note(&e)
+	for p := gap.First; ok && p <= gap.Last; p++ {
+		c.found[p] = true
+	}
+	for p := e.First; e.Kind == Read && p <= e.Last; p++ {
+		c.found[p] = true
+	}
+}
+
+// ahead asks for those of n pages that are not cached.
+func (c *cache) ahead(pid int32, page, n int) {
+	for p := page; p < min(page+n, len(c.cached)); p++ {
+		if !c.cached[p] {
+			c.cached[p] = true
+			c.note(Event{Kind: Insert, PID: pid, First: uint64(p), Last: uint64(p)})
+		}
+	}
+}
+
+// read is filemap_read, with what comes from storage while it goes on.
+func (c *cache) read(pid int32, first, end int) {
+	for pos := first; pos < end; {
+		for p := range c.cached {
+			c.ready[p] = c.ready[p] || c.cached[p] && c.IntN(4) == 0
+		}
+		if !c.cached[pos] {
+			c.ahead(pid, pos, max(end-pos, 1+c.IntN(32)))
+			continue // it takes its time
+		}
+		next := pos
+		for next < min(end, pos+31) && c.cached[next] && c.ready[next] {
+			next++
+		}
+		waits := next < min(end, pos+31) && c.cached[next]
+		if c.IntN(6) == 0 { // there is a mark
+			c.ahead(pid, next+c.IntN(8), 32)
+		}
+		if waits {
+			c.note(Event{Kind: Wait, PID: pid})
+			c.ready[next] = true
+			for ; pos < next; pos++ {
+				c.touched[pos] = true // unsaid
+			}
+			continue
+		}
+		c.note(Event{Kind: Read, PID: pid, First: uint64(pos), Last: uint64(end - 1)})
+		for ; pos < next; pos++ {
+			c.touched[pos] = true
+		}
+	}
+}
+
+// TestGapsOfModel holds what is found against what a model of the kernel touched.
+func TestGapsOfModel(t *testing.T) {
+	const pages = 800
+	r := rand.New(rand.NewPCG(3, 4))
+	much := 0
+	for round := range 2000 {
+		c := &cache{Rand: r, gaps: Gaps{Waits: round%4 > 0}}
+		for _, s := range []*[]bool{&c.cached, &c.ready, &c.touched, &c.found} {
+			*s = make([]bool, pages)
+		}
+		threads := 1 + r.Int32N(2)
+		warm := threads == 1 && r.IntN(2) == 0
+		for p := range pages {
+			c.cached[p] = warm && r.IntN(10) == 0
+			c.ready[p] = c.cached[p]
+		}
+		skip, each := r.IntN(3)*r.IntN(40), 1+r.IntN(90)
+		back := 3
+		for pos := 0; pos < pages; {
+			end := min(pos+each, pages)
+			c.read(1+r.Int32N(threads), pos, end)
+			pos = end + r.IntN(skip+1)
+			if !warm && back > 0 && r.IntN(10) == 0 {
+				pos = max(0, pos-r.IntN(200))
+				back--
+			}
+		}
+		for p := range pages {
+			if c.touched[p] && !c.found[p] {
+				t.Fatalf("round %d: page %d was read by %d threads, warm %t, each %d, skip %d, and not found", round, p, threads, warm, each, skip)
+			}
+			if !c.touched[p] && c.found[p] {
+				much++
+			}
+		}
+	}
+	t.Logf("%d of %d pages too many", much, 2000*pages)
+}
+
+// TestGapsForget holds that neither many files nor many places of one, nor many threads, take memory without bound, and that what came last is known.
+func TestGapsForget(t *testing.T) {
+	const events, recent = 4 * gapRuns, gapFileRuns / 4
+	for name, at := range map[string]func(i uint64) Event{
+		"files":  func(i uint64) Event { return Event{Inode: i, First: 10} },
+		"places": func(i uint64) Event { return Event{First: 10 + 4*i} },
+		"down":   func(i uint64) Event { return Event{First: 10 + 4*(events-i)} },
+		"both":   func(i uint64) Event { return Event{Inode: i % 99, First: 10 + 4*i} },
+	} {
+		var g Gaps
+		for i := range uint64(events) {
+			e := at(i)
+			e.Kind, e.Last = Insert, e.First+1
+			g.Note(&e)
+			if g.runs > gapRuns || len(g.files) > g.runs {
+				t.Fatalf("%s: %d runs of %d files after %d events, want %d at most", name, g.runs, len(g.files), i+1, gapRuns)
+			}
+		}
+		found := 0
+		for i := uint64(events - recent); i < events; i++ {
+			e := at(i)
+			e.Kind, e.First, e.PID = Read, e.First+1, int32(i) //nolint:gosec // small
+			e.Last = e.First
+			if got, ok := g.Note(&e); ok && got.Last == e.First-1 {
+				found++
+			}
+		}
+		if found < recent/2 {
+			t.Errorf("%s: of the last %d reads %d have a gap", name, recent, found)
 		}
 	}
 	g := Gaps{Waits: true}
@@ -133,31 +197,14 @@ func TestGapsWaits(t *testing.T) {
 	}
 }
 
-// TestGapsForget holds that neither many files nor many places of one take memory without bound, and that what came last is known.
-func TestGapsForget(t *testing.T) {
-	const events, recent = 4 * gapRuns, gapAge - 1
-	for name, at := range map[string]func(i uint64) Event{
-		"files":  func(i uint64) Event { return Event{Inode: i, First: 10} },
-		"places": func(i uint64) Event { return Event{First: 10 + 4*i} },
-		"down":   func(i uint64) Event { return Event{First: 10 + 4*(events-i)} },
-		"grow":   func(i uint64) Event { return Event{Inode: i % (gapRuns + 9), First: 10 + i/(gapRuns+9)} },
-	} {
-		var g Gaps
-		for i := range uint64(events) {
-			e := at(i)
-			e.Kind, e.Last = Insert, e.First+1
-			g.Note(&e)
-			if g.runs > gapRuns || len(g.files) > g.runs {
-				t.Fatalf("%s: %d runs of %d files after %d events, want %d at most", name, g.runs, len(g.files), i+1, gapRuns)
-			}
-		}
-		for i := uint64(events - recent); i < events; i++ {
-			e := at(i)
-			e.Kind, e.First = Read, e.First+1
-			e.Last = e.First
-			if got, ok := g.Note(&e); !ok || got.Last != e.First-1 {
-				t.Fatalf("%s: before read %d of %d: %v, %t, want page %d at least", name, i, events, got, ok, e.First-1)
-			}
-		}
+// TestGapsGiveBack holds that a file whose runs became one keeps no memory for the many.
+func TestGapsGiveBack(t *testing.T) {
+	var g Gaps
+	for i := range uint64(gapFileRuns) {
+		g.Note(&Event{Kind: Insert, First: 2 * i, Last: 2 * i})
+	}
+	g.Note(&Event{Kind: Insert, First: 0, Last: 2 * gapFileRuns})
+	if p := g.files[gapFile{}]; len(p.runs) != 1 || cap(p.runs) > 20 || g.runs != 1 {
+		t.Errorf("%d runs, room for %d, %d counted; want one", len(p.runs), cap(p.runs), g.runs)
 	}
 }

@@ -10,6 +10,7 @@ import (
 
 	"github.com/hanwen/go-fuse/v2/fs"
 	"github.com/hanwen/go-fuse/v2/fuse"
+	"golang.org/x/sys/unix"
 
 	"github.com/headstart-oci/headstart/internal/testenv"
 	"github.com/headstart-oci/headstart/pkg/trace/tracefs"
@@ -64,36 +65,70 @@ func mountSlow(t *testing.T) string {
 }
 
 // TestGapsOfKernel reads files of which some pages come at once and the rest is late, in one call each. Whatever the kernel says of
-// such a read, the events and the gaps before them are the pages that were read.
+// such a read, the events and the gaps before them are the pages that were read, also where one of them was read already, or cached before.
 func TestGapsOfKernel(t *testing.T) {
 	in := create(t, open(t), tracefs.Options{})
 	dir := mountSlow(t)
 	passed := 0
-	for late := range uint64(slowPages) {
-		f, err := os.Open(filepath.Join(dir, string(rune('0'+late)))) //nolint:gosec // small
-		if err != nil {
-			t.Fatal(err)
-		}
-		events := traced(t, in, func() error {
-			_, err := f.Read(make([]byte, slowPages*os.Getpagesize()))
+	for name, island := range map[string]func(f *os.File, recorded bool) error{
+		"cold": func(*os.File, bool) error { return nil },
+		"one page was read": func(f *os.File, recorded bool) error {
+			if !recorded {
+				return nil
+			}
+			_, err := f.ReadAt(make([]byte, 1), 2*int64(os.Getpagesize()))
 			return err
-		})
-		if err := f.Close(); err != nil {
-			t.Error(err)
-		}
-		all := of(events, tracefs.Read, 100+late, slowPages)
-		passed += slowPages - len(all)
-		gaps := tracefs.Gaps{Waits: in.Spec().Events.Has(tracefs.Wait)}
-		for i := range events {
-			if gap, ok := gaps.Note(&events[i]); ok && events[i].Inode == 100+late {
-				for p := gap.First; p <= gap.Last; p++ {
-					all[p] = true
+		},
+		"one page was cached": func(f *os.File, recorded bool) error {
+			if recorded {
+				return nil
+			}
+			_, err := f.ReadAt(make([]byte, 1), 2*int64(os.Getpagesize()))
+			return err
+		},
+	} {
+		for late := range uint64(slowPages) {
+			f, err := os.Open(filepath.Join(dir, string(rune('0'+late)))) //nolint:gosec // small
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := unix.Fadvise(int(f.Fd()), 0, 0, unix.FADV_RANDOM); err != nil {
+				t.Fatal(err)
+			}
+			if err := island(f, false); err != nil {
+				t.Fatal(err)
+			}
+			events := traced(t, in, func() error {
+				if err := island(f, true); err != nil {
+					return err
 				}
+				_, err := f.Read(make([]byte, slowPages*os.Getpagesize()))
+				return err
+			})
+			if err := f.Close(); err != nil {
+				t.Error(err)
+			}
+			said := of(events, tracefs.Read, 100+late, slowPages)
+			all := withGaps(events, in.Spec(), 100+late)
+			passed += slowPages - len(said)
+			if want := span(0, slowPages-1); !all.within(want) || !want.within(all) {
+				t.Errorf("%s, late from page %d on: pages %v, want the file's %d; events %+v", name, late, all, slowPages, events)
 			}
 		}
-		if want := span(0, slowPages-1); !all.within(want) || !want.within(all) {
-			t.Errorf("late from page %d on: pages %v, want the file's %d", late, all, slowPages)
+	}
+	t.Logf("the kernel passed over %d pages of %d", passed, 3*slowPages*slowPages)
+}
+
+// withGaps returns the pages of an inode that events and the gaps before them name.
+func withGaps(events []tracefs.Event, spec tracefs.Spec, inode uint64) pages {
+	all := of(events, tracefs.Read, inode, slowPages)
+	gaps := tracefs.Gaps{Waits: spec.Events.Has(tracefs.Wait)}
+	for i := range events {
+		if gap, ok := gaps.Note(&events[i]); ok && events[i].Inode == inode {
+			for p := gap.First; p <= gap.Last; p++ {
+				all[p] = true
+			}
 		}
 	}
-	t.Logf("the kernel passed over %d pages of %d", passed, slowPages*slowPages)
+	return all
 }

@@ -16,7 +16,7 @@ import (
 const Prefix = "headstart-"
 
 // DefaultRing is the size of an instance's ring buffers together, in bytes, where
-// [Options.Ring] does not say. One event takes 44 bytes: see docs/design.md for how fast
+// [Options.Ring] does not say. One event takes 44 bytes, a [Wait] 68: see docs/design.md for how fast
 // rings fill and are emptied.
 const DefaultRing = 4 << 20
 

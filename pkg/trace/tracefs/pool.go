@@ -355,11 +355,11 @@ func (p *Pool) step() bool {
 			p.ready = append(p.ready, i)
 		}
 		return true
-	case len(p.broken) > 0:
-		return p.remove()
 	case p.o.Announced && len(p.primer.in) < primers && !p.primer.failed:
 		p.equip()
 		return true
+	case len(p.broken) > 0:
+		return p.remove()
 	}
 	return false
 }

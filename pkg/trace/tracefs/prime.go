@@ -71,9 +71,9 @@ func (p *Pool) primed(err error) bool {
 
 // prime turns the primer on or off, whichever is due. Called with mu held, which it gives up while it works.
 func (p *Pool) prime() {
-	for len(p.primer.in) < primers {
-		if p.equip(); p.primer.failed {
-			return
+	if len(p.primer.in) < primers {
+		if p.equip(); !p.primer.failed || len(p.primer.in) == 0 {
+			return // there may be something else to do before the next
 		}
 	}
 	in, on := p.primer.in, !p.primer.on
