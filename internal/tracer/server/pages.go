@@ -163,11 +163,12 @@ func (l *pageLog) fold(e *tracefs.Event) {
 		pid := l.process(e.PID)
 		f = l.files.add(pageFile{inode: id, pid: pid, how: trace.Opened, comm: l.comms.number(l.comms.of(pid, false))})
 	}
-	switch {
-	case e.Kind == tracefs.Read:
+	switch e.Kind {
+	case tracefs.Read:
 		f.how |= trace.Read
-	case e.Kind == tracefs.Around:
+	case tracefs.Around:
 		f.flags |= pageAround
+	default:
 	}
 	if passed {
 		l.files.touch(f, gap.First, gap.Last, at, false)

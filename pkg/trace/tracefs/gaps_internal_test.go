@@ -178,7 +178,7 @@ func TestGapsForget(t *testing.T) {
 		found := 0
 		for i := uint64(events - recent); i < events; i++ {
 			e := at(i)
-			e.Kind, e.First, e.PID = Read, e.First+1, int32(i) //nolint:gosec // small
+			e.Kind, e.First, e.PID = Read, e.First+1, int32(i)
 			e.Last = e.First
 			if got, ok := g.Note(&e); ok && got.Last == e.First-1 {
 				found++

@@ -25,7 +25,7 @@ type slowFile struct {
 }
 
 func (f *slowFile) Getattr(_ context.Context, _ fs.FileHandle, out *fuse.AttrOut) syscall.Errno {
-	out.Mode, out.Size = syscall.S_IFREG|0o444, uint64(slowPages*os.Getpagesize()) //nolint:gosec // small
+	out.Mode, out.Size = syscall.S_IFREG|0o444, uint64(slowPages*os.Getpagesize())
 	return 0
 }
 
@@ -50,7 +50,7 @@ func mountSlow(t *testing.T) string {
 	o.OnAdd = func(ctx context.Context) {
 		for i := range slowPages {
 			n := &slowFile{late: int64(i)}
-			root.AddChild(string(rune('0'+i)), root.NewPersistentInode(ctx, n, fs.StableAttr{Mode: syscall.S_IFREG, Ino: uint64(100 + i)}), false) //nolint:gosec // small
+			root.AddChild(string(rune('0'+i)), root.NewPersistentInode(ctx, n, fs.StableAttr{Mode: syscall.S_IFREG, Ino: uint64(100 + i)}), false)
 		}
 	}
 	s, err := fs.Mount(dir, root, &o)
@@ -88,7 +88,7 @@ func TestGapsOfKernel(t *testing.T) {
 		},
 	} {
 		for late := range uint64(slowPages) {
-			f, err := os.Open(filepath.Join(dir, string(rune('0'+late)))) //nolint:gosec // small
+			f, err := os.Open(filepath.Join(dir, string(rune('0'+late))))
 			if err != nil {
 				t.Fatal(err)
 			}
