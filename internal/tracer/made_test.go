@@ -46,8 +46,8 @@ func TestSkippedOnce(t *testing.T) {
 	}
 	time.Sleep(50 * time.Millisecond) // by more than a clock tick
 	r := b.record(t, pivot, args...)
-	if r.Trace.Skipped != n {
-		t.Errorf("skipped %d files, want %d", r.Trace.Skipped, n)
+	if r.Trace.Skipped < n || r.Trace.Skipped > n+1 { // a busy machine may fault the program again that executed the command
+		t.Errorf("skipped %d files, want %d, and one more at most", r.Trace.Skipped, n)
 	}
 	if got, want := identityOf(r), []string{"/s/plain 10000"}; !slices.Equal(got, want) {
 		t.Errorf("files %q, want %q", got, want)
