@@ -12,11 +12,12 @@ import "slices"
 // [Wait] tells: so whoever records all three kinds, as [FS.Probe] chooses, knows of each [Read] whether there may be a gap before
 // it. Where the read began follows from what the thread brought into the cache for it, and from where its last read of the file ended.
 //
-// Not found is what is passed over by who does not sleep that way: io_uring, RWF_NOWAIT, a page that arrives between the look at it and the
-// sleep; for pages that somebody had asked for whose insertions are not recorded; and by a read that begins before the same thread's last one of the
-// file, and runs over pages that were cached beforehand.
+// Not found is what is passed over by who does not sleep that way (io_uring, RWF_NOWAIT, a page that arrives between the look at it and the
+// sleep); for pages that somebody had asked for whose insertions are not recorded; by a read that begins before the end of the same thread's
+// last one of the file; and over pages that were cached beforehand, by a thread that was not the last to read the file since something of it
+// came into the cache. Nor is a page that could not be read ahead for want of memory, of which there is no event either.
 //
-// The zero value knows nothing yet. A Gaps is not safe for concurrent use. It needs some 10 MiB at most, whatever comes.
+// The zero value knows nothing yet. A Gaps is not safe for concurrent use. It needs some 20 MiB at most, whatever comes.
 type Gaps struct {
 	// Waits says that [Wait] is recorded. Without, each read may have waited.
 	Waits bool
@@ -50,7 +51,8 @@ type gapThread struct {
 	// What it brought into the page cache of one file, lies in here.
 	brought     gapFile
 	first, last uint64 // first > last: nothing
-	faults      bool   // what it brings now is for a fault
+	faults      bool   // what it brings of a file now is for a fault
+	faulted     gapFile
 }
 
 const (
@@ -76,7 +78,8 @@ func (g *Gaps) Note(e *Event) (gap Span, ok bool) {
 	case Wait:
 		g.of(e.PID).waits++
 	case Fault:
-		*g.of(e.PID) = gapThread{first: 1, faults: true, waits: g.of(e.PID).waits}
+		t := g.of(e.PID)
+		t.faults, t.faulted = true, f
 	case Around:
 		g.of(e.PID).faults = false
 	case Read:
@@ -118,7 +121,7 @@ func (g *Gaps) of(pid int32) *gapThread {
 // bring notes that the thread brought pages into the cache: for a read, unless it is in a fault.
 func (t *gapThread) bring(f gapFile, first, last uint64) {
 	switch {
-	case t.faults:
+	case t.faults && t.faulted == f:
 	case t.first > t.last || t.brought != f:
 		t.brought, t.first, t.last = f, first, last
 	case first > t.last && first-t.last > gapMost || first < t.first && t.first-last > gapMost: // something else
@@ -193,9 +196,10 @@ func (g *Gaps) began(f gapFile, p *gapPages, e *Event, t *gapThread) uint64 {
 		return e.First // was not on its way
 	}
 	page, waits := e.First, 1
-	if t.brought == f && t.first <= e.First && e.First <= t.last {
+	brought := t.brought == f && t.first <= e.First && e.First <= t.last
+	if brought {
 		// It has to wait once for what it brought itself. What it waited for besides came before.
-		page, waits = t.first, 2
+		page, waits = max(t.first, max(e.First, gapMost)-gapMost), 2
 	}
 	if g.Waits && t.waits < waits {
 		return page
@@ -209,6 +213,9 @@ func (g *Gaps) began(f gapFile, p *gapPages, e *Event, t *gapThread) uint64 {
 		began = p.end // over whatever was cached
 	default:
 		began = max(began, p.end)
+	}
+	if brought && p.runs[firstEnding(p.runs, began)].First >= page {
+		return page // nothing that it may have waited for besides
 	}
 	return began
 }

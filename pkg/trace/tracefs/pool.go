@@ -355,7 +355,7 @@ func (p *Pool) step() bool {
 			p.ready = append(p.ready, i)
 		}
 		return true
-	case p.o.Announced && len(p.primer.in) < primers && !p.primer.failed:
+	case p.o.Announced && !p.primer.on && len(p.primer.in) < primers && !p.primer.failed:
 		p.equip()
 		return true
 	case len(p.broken) > 0:

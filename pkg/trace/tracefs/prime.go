@@ -71,7 +71,7 @@ func (p *Pool) primed(err error) bool {
 
 // prime turns the primer on or off, whichever is due. Called with mu held, which it gives up while it works.
 func (p *Pool) prime() {
-	if len(p.primer.in) < primers {
+	if !p.primer.on && len(p.primer.in) < primers {
 		if p.equip(); !p.primer.failed || len(p.primer.in) == 0 {
 			return // there may be something else to do before the next
 		}
