@@ -27,8 +27,6 @@ type readiness struct {
 
 	// Of the one caller of wait; kept because what system calls are given is allocated anew each time else.
 	began   time.Time     // when it waited last
-	soon    time.Duration // how long hot waits behind large answers took of late
-	hots    uint32        // such waits
 	gap     time.Duration // how long the last wait took; 0: it was no hot one
 	events  [1]unix.EpollEvent
 	polled  [1]unix.PollFd
@@ -39,11 +37,6 @@ const (
 	// hotWait is how long a thread waits that has just answered. It is longer than a tick of the kernel's clock (10 ms at 100 Hz): a timer that is not the
 	// next to end costs nothing, where one of 200 µs has a virtual machine leave to its host for each request (1 to 2 µs of some 10).
 	hotWait = 12 * time.Millisecond
-	// spinMost is how long a thread that has answered with much looks for the next request before it sleeps, where such came sooner of late: who reads ahead asks
-	// again 2 to 5 µs after the answer, and to be woken takes about as long.
-	spinMost = 20 * time.Microsecond
-	// trySpin is how often that is tried where requests came later.
-	trySpin = 32
 	// hotGap is the most there may be from one wait to the next: a program that reads now and then would keep others from waiting so.
 	hotGap = 5 * time.Millisecond
 )
@@ -83,12 +76,12 @@ func (r *readiness) arm(ep, op int) error {
 
 // wait returns when the descriptor may be readable, or has failed; os.ErrDeadlineExceeded after wake. busy: the caller has just answered a request,
 // and started nothing that needs a processor. One caller at a time.
-func (r *readiness) wait(busy, large bool) error {
+func (r *readiness) wait(busy bool) error {
 	now := time.Now()
 	quick := now.Sub(r.began) < hotGap
 	r.began = now
 	r.gap = 0
-	if busy && quick && r.hot(large) {
+	if busy && quick && r.hot() {
 		r.gap = time.Since(now)
 		return nil
 	}
@@ -113,31 +106,12 @@ func (r *readiness) wait(busy, large bool) error {
 }
 
 // hot waits with this thread for a moment and reports whether there is an event.
-func (r *readiness) hot(large bool) bool {
+func (r *readiness) hot() bool {
 	defer hot.Add(-1)
 	if hot.Add(1) > r.most {
 		return r.pending()
 	}
-	if !large {
-		return r.poll(hotWait)
-	}
-	found := false
-	r.hots++
-	if r.soon < spinMost || r.hots%trySpin == 0 { // who sleeps does not learn that requests come sooner than a wake-up takes
-		for !found && time.Since(r.began) < spinMost {
-			found = r.pending()
-		}
-	}
-	if !found {
-		r.expect(hotWait)
-		n, err := unix.Ppoll(r.polled[:], &r.timeout, nil)
-		found = err == nil && n > 0
-	}
-	if took := time.Since(r.began); took < spinMost {
-		r.soon = min(r.soon, spinMost-1) // it is worth looking again
-	}
-	r.soon = (3*r.soon + min(time.Since(r.began), 4*spinMost)) / 4 // where the reader has no CPU it grows
-	return found
+	return r.poll(hotWait)
 }
 
 // pending reports whether there is an event. The caller is the one that may call wait.
@@ -146,15 +120,10 @@ func (r *readiness) pending() bool { return r.poll(0) }
 // poll keeps the processor: to give that back and take it again wakes the runtime's monitor, which then looks every 20 µs who
 // waits, at the cost of him who reads. A collector of garbage, or whoever else stops the world, interrupts the call with a signal.
 func (r *readiness) poll(d time.Duration) bool {
-	r.expect(d)
-	n, _, errno := unix.RawSyscall6(unix.SYS_PPOLL, uintptr(unsafe.Pointer(&r.polled[0])), 1, uintptr(unsafe.Pointer(&r.timeout)), 0, 0, 0)
-	return errno == 0 && n > 0
-}
-
-// expect fills in what is waited for, and for how long.
-func (r *readiness) expect(d time.Duration) {
 	r.polled[0] = unix.PollFd{Fd: int32(r.fd), Events: unix.POLLIN} //nolint:gosec // a descriptor
 	r.timeout = unix.NsecToTimespec(int64(d))
+	n, _, errno := unix.RawSyscall6(unix.SYS_PPOLL, uintptr(unsafe.Pointer(&r.polled[0])), 1, uintptr(unsafe.Pointer(&r.timeout)), 0, 0, 0)
+	return errno == 0 && n > 0
 }
 
 // wake ends every wait.

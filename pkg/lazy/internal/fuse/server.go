@@ -179,7 +179,6 @@ type reader struct {
 	n     int // inbox
 	leads bool
 	busy  bool // it has answered the last request
-	large bool // a read of much
 	near  follower
 }
 
@@ -205,7 +204,7 @@ func (r *reader) serve() error {
 	s, in := r.s, r.s.c.Table.inbox(r.n)
 	for {
 		r.lead()
-		if err := s.ready.wait(r.busy, r.large); err != nil || s.stopping.Load() || s.gone.Load() {
+		if err := s.ready.wait(r.busy); err != nil || s.stopping.Load() || s.gone.Load() {
 			if errors.Is(err, os.ErrDeadlineExceeded) {
 				err = nil // Close was called
 			}
@@ -261,9 +260,8 @@ func (r *reader) handle(in []byte) bool {
 		return false
 	}
 	pid, small := h.Pid, false
-	r.large = false
 	if in := view[fuse.ReadIn](in); h.Opcode == opRead && in != nil {
-		small, r.large = in.Size <= cheapLimit, in.Size > cheapLimit
+		small = in.Size <= cheapLimit
 	}
 	s.c.Table.clearInbox(r.n)
 	if r.leads {
