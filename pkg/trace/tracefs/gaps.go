@@ -12,9 +12,8 @@ import "slices"
 // [Wait] tells: so whoever records all three kinds, as [FS.Probe] chooses, knows of each [Read] whether there may be a gap before
 // it. Where the read began follows from what the thread brought into the cache for it, and from where its last read of the file ended.
 //
-// A page may arrive between the look at it and the sleep: so a read that does not sleep counts too where it may go on from the thread's last one.
-//
-// Not found is what is passed over by others that do not sleep that way (io_uring, RWF_NOWAIT); for pages that somebody had asked for whose insertions are not recorded; by a read that begins before the end of the same thread's
+// Not found is what is passed over by who does not sleep that way (io_uring, RWF_NOWAIT, a page that arrives between the look at it and the
+// sleep); for pages that somebody had asked for whose insertions are not recorded; by a read that begins before the end of the same thread's
 // last one of the file; and over pages that were cached beforehand, by a thread that was not the last to read the file since something of it
 // came into the cache. Nor is a page that could not be read ahead for want of memory, of which there is no event either.
 //
@@ -41,8 +40,6 @@ type gapFile struct {
 type gapPages struct {
 	runs []Span // what came into the page cache; disjoint, in order, not adjacent
 	at   uint64 // when something came last, by the clock
-	time int64  // of that event
-	most uint64 // pages that came at once, at most
 	// Of the last read: who did it, 0: nobody yet, where its event began, and the page behind it.
 	by         int32
 	first, end uint64
@@ -66,11 +63,6 @@ const (
 	gapAge = gapRuns / 2
 	// gapThreads is how many threads are known at most.
 	gapThreads = 1 << 16
-	// gapBatch is how many folios before the one that it waits for a read passes over at most, each time that it has to wait.
-	// Source: include/linux/folio_batch.h FOLIO_BATCH_SIZE.
-	gapBatch = 30
-	// gapTime is for how long pages may be on their way, in nanoseconds, where nobody slept for them.
-	gapTime = 1e9
 	// gapMost is the most pages that a gap has where the beginning of the read is not known better.
 	gapMost = 1 << 10
 )
@@ -81,8 +73,7 @@ func (g *Gaps) Note(e *Event) (gap Span, ok bool) {
 	f := gapFile{e.Device, e.Inode}
 	switch e.Kind {
 	case Insert:
-		p := g.insert(f, e.First, e.Last)
-		p.time, p.most = e.Time, max(p.most, e.Last-e.First+1)
+		g.insert(f, e.First, e.Last)
 		g.of(e.PID).bring(f, e.First, e.Last)
 	case Wait:
 		g.of(e.PID).waits++
@@ -140,8 +131,8 @@ func (t *gapThread) bring(f gapFile, first, last uint64) {
 	}
 }
 
-// insert adds pages to what came into the cache, and returns what is known of the file.
-func (g *Gaps) insert(f gapFile, first, last uint64) *gapPages {
+// insert adds pages to what came into the cache.
+func (g *Gaps) insert(f gapFile, first, last uint64) {
 	if g.files == nil {
 		g.files = make(map[gapFile]*gapPages)
 	}
@@ -168,7 +159,6 @@ func (g *Gaps) insert(f gapFile, first, last uint64) *gapPages {
 	if g.runs += len(p.runs); g.runs > gapRuns {
 		g.forget()
 	}
-	return p
 }
 
 // firstEnding returns the index of the first run that ends at or behind a page.
@@ -212,7 +202,7 @@ func (g *Gaps) began(f gapFile, p *gapPages, e *Event, t *gapThread) uint64 {
 		page, waits = max(t.first, max(e.First, gapMost)-gapMost), 2
 	}
 	if g.Waits && t.waits < waits {
-		return p.awake(page, e, brought)
+		return page
 	}
 	began := max(p.runs[firstEnding(p.runs, page)].First, max(page, gapMost)-gapMost)
 	switch {
@@ -228,16 +218,4 @@ func (g *Gaps) began(f gapFile, p *gapPages, e *Event, t *gapThread) uint64 {
 		return page // nothing that it may have waited for besides
 	}
 	return began
-}
-
-// awake returns where a read may have begun that did not sleep for what it passed over, as it came in the moment in which the thread was about to:
-// where its last read ended, if that is not more than the kernel passes over at a time.
-func (p *gapPages) awake(page uint64, e *Event, brought bool) uint64 {
-	if brought && p.runs[firstEnding(p.runs, page)].First == page {
-		return page // what it waited for would come right before
-	}
-	if p.by != e.PID || p.end >= page || page-p.end > gapBatch*p.most || e.Time-p.time > gapTime {
-		return page
-	}
-	return p.end
 }

@@ -40,7 +40,7 @@ func TestGaps(t *testing.T) {
 	} {
 		g := Gaps{Waits: true}
 		for i, s := range steps {
-			span, ok := g.Note(&Event{Kind: s.kind, PID: s.pid, Device: 7, Inode: 5, First: s.first, Last: s.last, Time: int64(i) * 2 * gapTime})
+			span, ok := g.Note(&Event{Kind: s.kind, PID: s.pid, Device: 7, Inode: 5, First: s.first, Last: s.last})
 			g.Note(&Event{Kind: Insert, PID: 9, Device: 7, Inode: 6, First: s.first, Last: s.last}) // others are others
 			g.Note(&Event{Kind: Insert, PID: 9, Device: 8, Inode: 5, First: s.first, Last: s.last})
 			got := ""
@@ -50,16 +50,6 @@ func TestGaps(t *testing.T) {
 			if got != s.want {
 				t.Errorf("%s: step %d, %s of %d to %d: gap %q, want %q", name, i, s.kind, s.first, s.last, got, s.want)
 			}
-		}
-	}
-	for i, want := range []uint64{2 + gapBatch - 1, 2 + gapBatch, 2 + gapBatch + 1} { // who does not sleep, a moment later
-		g := Gaps{Waits: true}
-		for p := range uint64(64) {
-			g.Note(&Event{Kind: Insert, PID: a, First: p, Last: p})
-		}
-		g.Note(&Event{Kind: Read, PID: a, Last: 1})
-		if got, ok := g.Note(&Event{Kind: Read, PID: a, First: want, Last: 63, Time: gapTime}); ok != (i < 2) || ok && got != (Span{First: 2, Last: want - 1}) {
-			t.Errorf("awake before page %d: gap %v, %t", want, got, ok)
 		}
 	}
 	g := Gaps{}
@@ -76,7 +66,6 @@ type cache struct {
 	cached, ready, touched []bool // by page
 	gaps                   Gaps
 	found                  []bool // by page: in an event or a gap
-	alone                  bool   // one thread reads, and on
 }
 
 func (c *cache) note(e Event) {
@@ -118,9 +107,7 @@ func (c *cache) read(pid int32, first, end int) {
 			c.ahead(pid, next+c.IntN(8), 32)
 		}
 		if waits {
-			if !c.alone || c.IntN(8) > 0 { // it comes before the thread sleeps
-				c.note(Event{Kind: Wait, PID: pid})
-			}
+			c.note(Event{Kind: Wait, PID: pid})
 			c.ready[next] = true
 			for ; pos < next; pos++ {
 				c.touched[pos] = true // unsaid
@@ -151,7 +138,6 @@ func TestGapsOfModel(t *testing.T) {
 			c.ready[p] = c.cached[p]
 		}
 		skip, each := r.IntN(3)*r.IntN(40), 1+r.IntN(90)
-		c.alone = threads == 1 && warm && skip == 0
 		back, vary := 3, r.IntN(2) == 0
 		if vary {
 			back = 0
