@@ -10,6 +10,8 @@ import (
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/headstart-oci/headstart/internal/tracer"
 )
 
 // TestColdReads reads all of files that are not cached, which are read ahead meanwhile, a lot of them at a time: of a read that has to wait in its midst
@@ -51,10 +53,67 @@ func TestColdReads(t *testing.T) {
 		}
 		t.Logf("%s of %d bytes: %d pages listed of %d, %d of them passed over", w.op, w.each, len(upper), pagesOf(size), len(upper)-len(lower))
 	}
-	// What is passed over without sleep is not found: 384 pages at once in two of twelve runs. What Gaps does find is held by its own tests.
-	if all := int64(len(ways)) * pagesOf(size); lost*100 > all {
-		t.Errorf("%d pages of %d are missing, want 1 %% at most", lost, all)
+	if lost > 0 {
+		t.Errorf("%d pages of %d are missing", lost, int64(len(ways))*pagesOf(size))
 	}
+}
+
+// TestColdReadsOfTwo reads all of files that are not cached in two containers of one image at once, each of which brings pages into the cache
+// that the other one waits for.
+func TestColdReadsOfTwo(t *testing.T) {
+	const size, files = 12<<20 + 4097, 12
+	b := newDiskBox(t, fmt.Sprintf("for i in $(seq %d); do head -c %d /dev/urandom > s/$i; done", files, size))
+	both := [2]*container{}
+	for i, own := range []*box{b, b.second(t)} {
+		args := []string{"/program", "ranges"}
+		for f := range files {
+			drop(t, filepath.Join(b.lower, "s", strconv.Itoa(f+1)))
+			each := []int{128 << 10, 1 << 20, 300_000, size}[(f/2+i*(f%2))%4]
+			for off := 0; off < size; off += each {
+				args = append(args, fmt.Sprintf("pread:/s/%d:%d:%d", f+1, off, min(each, size-off)))
+			}
+		}
+		both[i] = own.create(t, pivot, args...)
+	}
+	var sessions [2]*tracer.Session
+	for i := range both {
+		sessions[i] = start(t, both[i], tracer.Options{})
+	}
+	for _, c := range both {
+		c.letGo(t)
+	}
+	for i, c := range both {
+		if err := c.wait(t); err != nil {
+			t.Fatalf("container: %v\n%s", err, c.out.String())
+		}
+		r := result(t, sessions[i])
+		lost, passed := int64(0), 0
+		for f := range files {
+			lower, upper := bounds(t, r, "/s/"+strconv.Itoa(f+1), size)
+			lost += pagesOf(size) - int64(len(upper))
+			passed += len(upper) - len(lower)
+		}
+		t.Logf("container %d: %d pages passed over", i, passed)
+		// What the other one asked for, and what came without sleep, is not found: 12 pages in one of 40 runs.
+		if all := files * pagesOf(size); lost*1000 > all {
+			t.Errorf("container %d: %d pages of %d are missing, want one in a thousand at most", i, lost, all)
+		}
+	}
+}
+
+// second returns another box of the same image.
+func (b *box) second(t *testing.T) *box {
+	t.Helper()
+	dir := t.TempDir()
+	mount(t, "tmpfs", dir, "tmpfs", "mode=755")
+	s := &box{lower: b.lower, upper: dir + "/upper", merged: dir + "/merged"}
+	for _, d := range []string{s.upper, s.merged, dir + "/work"} {
+		if err := os.Mkdir(d, 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	mount(t, "overlay", s.merged, "overlay", fmt.Sprintf("lowerdir=%s,upperdir=%s,workdir=%s/work", s.lower, s.upper, dir))
+	return s
 }
 
 // cache reads a byte in each piece of a file, and nothing ahead.

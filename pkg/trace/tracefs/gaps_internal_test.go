@@ -18,7 +18,10 @@ func TestGaps(t *testing.T) {
 	}
 	for name, steps := range map[string][]step{
 		"brought by itself":      {{Insert, a, 0, 0, ""}, {Insert, a, 1, 1, ""}, {Wait, a, 0, 0, ""}, {Read, a, 1, 1, "0-0"}, {Read, a, 1, 1, ""}},
-		"nothing":                {{Insert, a, 0, 3, ""}, {Wait, a, 0, 0, ""}, {Read, a, 0, 3, ""}, {Wait, a, 0, 0, ""}, {Read, a, 9, 9, ""}},
+		"nothing":                {{Insert, a, 0, 3, ""}, {Wait, a, 0, 0, ""}, {Read, a, 0, 3, ""}, {Read, a, 9, 9, ""}},
+		"others brought it":      {{Insert, a, 0, 3, ""}, {Wait, a, 0, 0, ""}, {Read, a, 0, 3, ""}, {Wait, a, 0, 0, ""}, {Read, a, 9, 9, "4-8"}, {Read, a, 12, 12, ""}, {Wait, a, 0, 0, ""}, {Read, a, 7, 9, ""}},
+		"others brought all":     {{Wait, a, 0, 0, ""}, {Read, a, gapForeign, gapForeign, fmt.Sprint("0-", gapForeign-1)}},
+		"others' is far":         {{Wait, a, 0, 0, ""}, {Read, a, gapForeign + 1, gapForeign + 1, ""}},
 		"over what was cached":   {{Insert, a, 0, 1, ""}, {Insert, a, 3, 5, ""}, {Wait, a, 0, 0, ""}, {Read, a, 4, 5, "0-3"}},
 		"over what was read":     {{Read, a, 2, 2, ""}, {Insert, a, 0, 1, ""}, {Insert, a, 3, 5, ""}, {Wait, a, 0, 0, ""}, {Wait, a, 0, 0, ""}, {Read, a, 4, 5, "0-3"}},
 		"found":                  {{Insert, a, 0, 31, ""}, {Read, a, 0, 1, ""}, {Read, a, 20, 21, ""}, {Read, a, 10, 11, ""}},
@@ -40,7 +43,7 @@ func TestGaps(t *testing.T) {
 	} {
 		g := Gaps{Waits: true}
 		for i, s := range steps {
-			span, ok := g.Note(&Event{Kind: s.kind, PID: s.pid, Device: 7, Inode: 5, First: s.first, Last: s.last})
+			span, ok := g.Note(&Event{Kind: s.kind, PID: s.pid, Device: 7, Inode: 5, First: s.first, Last: s.last, Time: int64(i) * 2 * gapTime})
 			g.Note(&Event{Kind: Insert, PID: 9, Device: 7, Inode: 6, First: s.first, Last: s.last}) // others are others
 			g.Note(&Event{Kind: Insert, PID: 9, Device: 8, Inode: 5, First: s.first, Last: s.last})
 			got := ""
@@ -50,6 +53,30 @@ func TestGaps(t *testing.T) {
 			if got != s.want {
 				t.Errorf("%s: step %d, %s of %d to %d: gap %q, want %q", name, i, s.kind, s.first, s.last, got, s.want)
 			}
+		}
+	}
+	for name, c := range map[string]struct { // who does not sleep
+		before []Event
+		time   int64
+		gap    bool
+	}{
+		"read ahead":              {[]Event{{Kind: Insert, First: 2, Last: 31}}, gapTime, true},
+		"long ago":                {[]Event{{Kind: Insert, First: 2, Last: 31}}, gapTime + 1, false},
+		"and read":                {[]Event{{Kind: Insert, First: 2, Last: 31}, {Kind: Read, PID: b, First: 2, Last: 31}}, 1, false},
+		"for itself":              {[]Event{{Kind: Insert, PID: a, First: 20, Last: 31}}, 1, false},
+		"in between":              {[]Event{{Kind: Insert, PID: b, First: 2, Last: 19}, {Kind: Insert, PID: a, First: 20, Last: 31}}, 1, true},
+		"from another file":       {[]Event{{Kind: Insert, PID: a, First: 20, Last: 31}, {Kind: Insert, PID: a, Inode: 1, Last: 9}, {Kind: Read, PID: a, Inode: 1, Last: 9}}, 1, false},
+		"of somebody else":        {[]Event{{Kind: Insert, First: 2, Last: 31}, {Kind: Read, PID: b, Last: 1}}, 1, false},
+		"not what was on its way": {[]Event{{Kind: Insert, First: 2, Last: 19}}, 1, false},
+	} {
+		g := Gaps{Waits: true}
+		g.Note(&Event{Kind: Insert, PID: a, Last: 1})
+		g.Note(&Event{Kind: Read, PID: a, Last: 1})
+		for _, e := range c.before {
+			g.Note(&e)
+		}
+		if got, ok := g.Note(&Event{Kind: Read, PID: a, First: 20, Last: 31, Time: c.time}); ok != c.gap || ok && got != (Span{First: 2, Last: 19}) {
+			t.Errorf("awake, %s: gap %v, %t, want %t", name, got, ok, c.gap)
 		}
 	}
 	g := Gaps{}
@@ -66,6 +93,7 @@ type cache struct {
 	cached, ready, touched []bool // by page
 	gaps                   Gaps
 	found                  []bool // by page: in an event or a gap
+	alone                  bool   // one thread reads, and on
 }
 
 func (c *cache) note(e Event) {
@@ -107,7 +135,9 @@ func (c *cache) read(pid int32, first, end int) {
 			c.ahead(pid, next+c.IntN(8), 32)
 		}
 		if waits {
-			c.note(Event{Kind: Wait, PID: pid})
+			if !c.alone || c.IntN(8) > 0 { // it comes before the thread sleeps
+				c.note(Event{Kind: Wait, PID: pid})
+			}
 			c.ready[next] = true
 			for ; pos < next; pos++ {
 				c.touched[pos] = true // unsaid
@@ -138,6 +168,7 @@ func TestGapsOfModel(t *testing.T) {
 			c.ready[p] = c.cached[p]
 		}
 		skip, each := r.IntN(3)*r.IntN(40), 1+r.IntN(90)
+		c.alone = threads == 1 && skip == 0
 		back, vary := 3, r.IntN(2) == 0
 		if vary {
 			back = 0
@@ -215,7 +246,8 @@ func TestGapsGiveBack(t *testing.T) {
 		g.Note(&Event{Kind: Insert, First: 2 * i, Last: 2 * i})
 	}
 	g.Note(&Event{Kind: Insert, First: 0, Last: 2 * gapFileRuns})
-	if p := g.files[gapFile{}]; len(p.runs) != 1 || cap(p.runs) > 20 || g.runs != 1 {
-		t.Errorf("%d runs, room for %d, %d counted; want one", len(p.runs), cap(p.runs), g.runs)
+	g.Note(&Event{Kind: Read, First: 0, Last: 2 * gapFileRuns})
+	if p := g.files[gapFile{}]; len(p.runs) != 1 || cap(p.runs) > 20 || len(p.fresh) > 0 || cap(p.fresh) > 20 || g.runs != 1 {
+		t.Errorf("%d runs, room for %d and %d, %d counted; want one", len(p.runs), cap(p.runs), cap(p.fresh), g.runs)
 	}
 }
