@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -82,6 +83,30 @@ func TestCompleteBesideLost(t *testing.T) {
 			}
 		})
 	}
+}
+
+// A mount becomes complete also when one that needed more of the same blobs was unmounted before all of that was fetched, which nobody fetches any more.
+func TestCompleteBesideUnmounted(t *testing.T) { eachDriver(t, testCompleteBesideUnmounted) }
+
+func testCompleteBesideUnmounted(t *testing.T, b *box) {
+	r := loose(t, "v6-zstd")
+	all := r
+	all.Background, all.NoPrefetch = "none", true
+	needy := b.mount(b.mountpoint("needy"), all)
+	some := b.half(r)
+	some.Background = "full"
+	m := b.mount(b.mountpoint("half"), some)
+	time.Sleep(time.Second) // it has its own by then, mostly
+	if got := b.at(m.Dir); got.State == lazy.StateComplete {
+		t.Fatalf("%+v: complete, though the other one needs more", got)
+	}
+	b.unmount(needy.Dir)
+	b.still(m)
+	want := treeOf(t, b.whole("again", r).Dir)
+	if same, differ, failed := want.fresh(t, m.Dir); same == 0 || differ != 0 || failed != 0 {
+		t.Errorf("%d files are right, %d wrong, %d errors, want all right", same, differ, failed)
+	}
+	compare(t, b.mountpoint("again"))
 }
 
 // A daemon that died when it had begun to make a complete mount lazy again, for the sake of a chunk that is wrong, leaves one that is served.

@@ -246,6 +246,22 @@ func (d *daemon) takeFromGone(m *mount, u *use) error {
 	return errors.Join(err, u.b.st.Close())
 }
 
+// narrow takes what only images needed that have been unmounted out of b, when it is known what all that are left need: it would never be complete,
+// and keep its mark. The caller holds blobMu.
+func (d *daemon) narrow(b *blob) {
+	var sets [][]rafs.Chunk
+	known := 0
+	for _, f := range b.fillings {
+		sets, known = append(sets, f.fb.Chunks()), known+f.refs
+	}
+	if known == 0 || known < b.refs {
+		return
+	}
+	if err := b.st.Narrow(sets...); err != nil {
+		d.log.Warn("chunks that no image needs any more stay in a blob, which is not complete without them", zap.Error(err))
+	}
+}
+
 // patience is how long one set of chunks may keep a reader waiting before others are asked too, whose source may live.
 const patience = 2 * time.Second
 

@@ -135,7 +135,9 @@ func (d *daemon) closeUse(u *use) error {
 	}
 	u.b.syncMu.Lock()
 	defer u.b.syncMu.Unlock()
-	u.b.closed = u.b.refs == 0
+	if u.b.closed = u.b.refs == 0; !u.b.closed {
+		d.narrow(u.b)
+	}
 	return errors.Join(append(errs, u.b.st.Close())...)
 }
 

@@ -168,6 +168,9 @@ func (b *Blob) Extend(ctx context.Context, chunks []rafs.Chunk) error {
 	return nil
 }
 
+// Chunks returns the chunks that images use, by offset, without fields that say whose they are. Nobody may change them.
+func (b *Blob) Chunks() []rafs.Chunk { return b.view.Load().chunks }
+
 // Complete reports whether every chunk that an image uses is in the cache.
 func (b *Blob) Complete() bool { return !b.missing(b.view.Load().chunks) }
 

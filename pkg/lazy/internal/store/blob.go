@@ -32,6 +32,7 @@ type Blob struct {
 	claimed  atomic.Int64    // how many are set
 	refs     int             // guarded by store.mu
 	used     bool            // by a mount: its end is the last use; guarded by store.mu
+	known    bool            // all who have the data file open opened it here; does not change
 
 	view    atomic.Pointer[view]
 	missing atomic.Int64 // needed blocks that are not ready

@@ -7,10 +7,12 @@ import (
 
 	"go.uber.org/zap"
 	"golang.org/x/sys/unix"
+
+	"github.com/headstart-oci/headstart/pkg/rafs"
 )
 
 // narrow makes a table of all without chunks that are not among recs and of which nothing is there, and returns it with what is left: images had them that
-// were unmounted before they were fetched, and nobody fetches them for the one that has recs, which would never be complete. No mount has
+// were unmounted before they were fetched, and nobody fetches them for the one that has recs, which would never be complete. No other mount needs
 // the blob. nil, and all, when nothing is to be taken out, or cannot be, for instance since the disk is full.
 func (b *Blob) narrow(dir *os.Root, all, recs []chunkRecord) (*table, []chunkRecord) {
 	left, gone := make([]chunkRecord, 0, len(all)), []chunkRecord(nil)
@@ -25,7 +27,7 @@ func (b *Blob) narrow(dir *os.Root, all, recs []chunkRecord) (*table, []chunkRec
 			left = append(left, all[i])
 		}
 	}
-	if len(gone) == 0 {
+	if len(gone) == 0 || len(recs) > 0 {
 		return nil, all
 	}
 	t, err := b.takeOut(dir, left, gone)
@@ -34,6 +36,39 @@ func (b *Blob) narrow(dir *os.Root, all, recs []chunkRecord) (*table, []chunkRec
 		return nil, all
 	}
 	return t, left
+}
+
+// Narrow takes chunks that are in none of sets, of which nothing is there, out of what is needed: an image that has been unmounted had them, and
+// nobody fetches them for those that are left, whose chunks sets are. It does nothing where somebody may read the data file of whom
+// this process does not know: what is not needed reads as zeros.
+func (b *Blob) Narrow(sets ...[]rafs.Chunk) error {
+	if b.Complete() || !b.known {
+		return nil
+	}
+	var recs []chunkRecord
+	for _, set := range sets {
+		more, err := records(set, b.blob.UncompressedSize)
+		if err == nil {
+			recs, _, err = merge(recs, more)
+		}
+		if err != nil {
+			return fmt.Errorf("blob %s: %w", b.name, err)
+		}
+	}
+	b.store.mu.Lock()
+	defer b.store.mu.Unlock()
+	return b.inDir(func(dir *os.Root) error {
+		_, all, err := readTable(dir, b.identity)
+		if err != nil {
+			return fmt.Errorf("blob %s: %w", b.name, err)
+		}
+		b.mu.Lock() // nobody puts anything meanwhile
+		defer b.mu.Unlock()
+		if t, left := b.narrow(dir, all, recs); t != nil {
+			b.setView(newView(t, left, len(b.ready.Words())))
+		}
+		return nil
+	})
 }
 
 // void reports whether no block of a chunk is ready or claimed.

@@ -5,6 +5,8 @@ import (
 	"path/filepath"
 	"testing"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/headstart-oci/headstart/pkg/lazy/internal/store"
 	"github.com/headstart-oci/headstart/pkg/rafs"
 )
@@ -145,4 +147,64 @@ func TestNarrowLeavesNoBytes(t *testing.T) {
 		t.Errorf("%+v, want nothing bad", got)
 	}
 	must(t, blob.Close())
+}
+
+// What only an image needed that has been unmounted is not needed by those that are left, nor by those that somebody looks at it for; what was fetched stays.
+func TestNarrowBeside(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	s := open(t, dir, store.Options{})
+	b, chunks, data := layout(5000, 4096, 300_000, 70_000, 9)
+	all := openBlob(t, s, b, chunks)
+	first := openBlob(t, s, b, chunks[:2])
+	second := openBlob(t, s, b, chunks[1:3])
+	must(t, all.Put(chunks[4], data[4]))
+	must(t, all.Close())
+	for i := range chunks[:3] {
+		must(t, first.Narrow(chunks[1:3], chunks[:2]))
+		if first.Complete() {
+			t.Errorf("complete without chunk %d", i)
+		}
+		must(t, first.Put(chunks[i], data[i]))
+	}
+	if !first.Complete() || first.Local() != first.Total() || !first.Ready(chunks[4]) {
+		t.Errorf("all that images need is there: complete %t, %d of %d bytes, what was fetched for the other one is ready %t", first.Complete(), first.Local(), first.Total(), first.Ready(chunks[4]))
+	}
+	all = openBlob(t, s, b, chunks)
+	if all.Complete() || all.Ready(chunks[3]) {
+		t.Error("an image with all chunks has one that nobody fetched")
+	}
+	must(t, all.Put(chunks[3], data[3]))
+	if n := holds(t, all, chunks, data); n != 5 || !all.Complete() {
+		t.Errorf("%d chunks are ready, complete %t, want all five", n, all.Complete())
+	}
+	for _, c := range []*store.Blob{all, first, second} {
+		must(t, c.Close())
+	}
+}
+
+// Where somebody may read the file who is not known here, nothing is taken out: he would read zeros.
+func TestNarrowLeavesStrangers(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	s := open(t, dir, store.Options{})
+	b, chunks, data := layout(5000, 4096)
+	all := openBlob(t, s, b, chunks)
+	must(t, all.Put(chunks[0], data[0]))
+	dup := func(f *os.File) *os.File {
+		fd, err := unix.FcntlInt(f.Fd(), unix.F_DUPFD_CLOEXEC, 0)
+		must(t, err)
+		return os.NewFile(uintptr(fd), f.Name())
+	}
+	d := all.Descriptors()
+	kept, lock := store.Kept{Data: dup(d.Data), Bits: dup(d.Bits)}, dup(s.LockFile())
+	must(t, s.Close())
+	s = open(t, dir, store.Options{Lock: lock, Kept: map[string]store.Kept{b.ID: kept}})
+	some, err := s.Adopt(b.ID, b, chunks[:1])
+	must(t, err)
+	must(t, some.Narrow(chunks[:1]))
+	if some.Complete() || !some.Ready(chunks[0]) {
+		t.Errorf("complete %t, the first chunk ready %t: chunks of who is not known were taken out", some.Complete(), some.Ready(chunks[0]))
+	}
+	must(t, some.Close())
 }

@@ -381,6 +381,7 @@ func (s *Store) load(name string, of rafs.Blob, recs []chunkRecord) (_ *Blob, er
 		return nil, err
 	}
 	used := !fresh && !adopted && s.foreign(b)
+	b.known = !adopted && !used
 	old, all, err := b.loadTable(dir, recs, fresh, adopted)
 	if err != nil {
 		return nil, err
