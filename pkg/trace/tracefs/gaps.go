@@ -1,7 +1,5 @@
 package tracefs
 
-import "slices"
-
 // Gaps finds pages that reads touched without an event. The kernel reads what is cached up to the first page that is
 // still on its way from storage, and says nothing of that part when it has to wait for the page; the next event of
 // the same read begins there (mm/filemap.c filemap_get_pages, from Linux 6.11 to 6.18 at least: where filemap_update_page
@@ -13,16 +11,16 @@ import "slices"
 // it. Where the read began follows from what the thread brought into the cache for it, and from where its last read of the file ended.
 //
 // A page may arrive between the look at it and the sleep: so a thread that does not sleep may have passed over pages too, where what it finds
-// was read ahead for it a moment ago and lies not far behind where its last read of the file ended.
+// was read ahead a moment ago, and what lies between that and the last read of the file is cached.
 //
-// Not found is what is passed over by others that do not sleep that way (io_uring, RWF_NOWAIT); of more than 128 pages that somebody had asked
-// for whose insertions are not recorded, and of fewer without sleep; by a read that begins before the end of the same thread's last one of the
-// file; and over pages that were cached beforehand, by a thread that was not the last to read the file since something of it came into the
-// cache. Nor is a page that could not be read ahead for want of memory, of which there is no event either.
+// Not found is what is passed over by others that do not sleep that way (io_uring, RWF_NOWAIT); of more than 128 pages that were cached
+// beforehand, or that somebody had asked for whose insertions are not recorded, and of fewer of the latter without sleep; by a read
+// that begins before the end of the same thread's last one of the file; by a read that never ends, or after the recording does; of more than
+// 1,024 pages that did not come in a row. Nor is a page that could not be read ahead for want of memory, of which there is no event either.
 //
 // The zero value knows nothing yet. A Gaps is not safe for concurrent use. It needs some 20 MiB at most, whatever comes.
 type Gaps struct {
-	// Waits says that [Wait] is recorded. Without, each read may have waited.
+	// Waits says that [Wait] is recorded. Without, each read of what came into the cache may have waited.
 	Waits bool
 
 	files   map[gapFile]*gapPages
@@ -41,78 +39,72 @@ type gapFile struct {
 
 // gapPages is what is known of a file.
 type gapPages struct {
-	runs  gapSet // what came into the page cache
-	fresh gapSet // what of it has not been read since
-	at    uint64 // when something came last, by the clock
-	time  int64  // of that event
+	runs gapSet // what came into the page cache
+	at   uint64 // when something came last, by the clock
+	// What of it was for reads and has not been read since: of this generation, which began at epoch, and of the one before.
+	fresh, older gapSet
+	epoch        int64
 	// Of the last read: who did it, 0: nobody yet, where its event began, and the page behind it.
 	by         int32
 	first, end uint64
 }
 
-// gapThread is what a thread did since it last read.
-type gapThread struct {
-	waits int
-	// What it brought into the page cache of a file lies in here: of the two last files, as a file may lie in another one's.
-	brought [2]gapBrought
-	faults  bool // what it brings of a file now is for a fault
-	faulted gapFile
-	reads   gapFile // the last one
-	end     uint64  // the page behind that read; 0: it has not read anything
-}
-
-type gapBrought struct {
-	file        gapFile
-	first, last uint64
-	any         bool // false: nothing
-}
-
 const (
-	// gapRuns is how many runs are kept at most, and gapFileRuns of one file.
+	// gapRuns is how many runs are kept at most, and gapFileRuns in one set of a file.
 	gapRuns, gapFileRuns = 1 << 14, 1 << 10
-	// gapAge is after how many further insertions a file is forgotten where there are too many runs: more than any device has
-	// on its way (nr_requests: 64 to 1,023).
+	// gapAge is after how many further insertions a file is forgotten where there are too many runs: what is on its way then came since, unless
+	// a device has that many folios of other files on its way.
 	gapAge = gapRuns / 2
 	// gapThreads is how many threads are known at most.
-	gapThreads = 1 << 16
-	// gapTime is for how long pages may be on their way, in nanoseconds, where nobody slept for them.
-	gapTime = 1e9
-	// gapMost is the most pages that a gap has where the beginning of the read is not known better.
+	gapThreads = 1 << 15
+	// gapTime is how long a page may be on its way, in nanoseconds, where nobody slept for it.
+	gapTime = 250e6
+	// gapMost is the most pages that a gap has, but for those that came in a row.
 	gapMost = 1 << 10
-	// gapForeign is the most pages that a gap has before what threads that are not recorded may have asked for.
+	// gapForeign is the most pages in a row of a gap that nobody who is recorded asked for.
 	gapForeign = 1 << 7
+	// gapAwake is the same where nobody slept: more than a batch of small folios (include/linux/folio_batch.h FOLIO_BATCH_SIZE: 31).
+	gapAwake = 1 << 5
 )
 
-// Note takes the events of an instance, in their order. Where e is a [Read] it returns the pages right before it that the
-// same read may have touched unsaid: an upper bound, as are those of [Around]. False: there are none.
+// Note takes the events of an instance, in their order; of other kinds than those five it needs none. Where e is a [Read] it returns
+// the pages right before it that the same read may have touched unsaid: an upper bound, as are those of [Around]. False: there are none.
 func (g *Gaps) Note(e *Event) (gap Span, ok bool) {
 	f := gapFile{e.Device, e.Inode}
 	switch e.Kind {
 	case Insert:
-		g.insert(f, e)
-		g.of(e.PID).bring(f, e.First, e.Last)
+		g.insert(f, e, g.of(e.PID).bring(f, e))
 	case Wait:
 		g.of(e.PID).waits++
 	case Fault:
+		g.of(e.PID).fault(f, e.First)
+	case Around: // of a read fault, in which no read of its is (mm/memory.c do_read_fault)
 		t := g.of(e.PID)
-		t.faults, t.faulted = true, f
-	case Around:
-		g.of(e.PID).faults = false
+		t.faults, t.waits = false, 0
 	case Read:
-		t := g.of(e.PID)
-		p := g.files[f]
-		began := g.began(f, p, e, t)
-		gap, ok = Span{First: began, Last: e.First - 1}, began < e.First
-		if p != nil {
-			p.by, p.first, p.end = e.PID, e.First, e.Last+1
-			g.runs -= len(p.fresh)
-			p.fresh.remove(began, e.Last)
-			g.runs += len(p.fresh)
-		}
-		t.read(f, e.Last+1)
+		return g.read(f, e)
 	default:
 	}
-	return gap, ok
+	return Span{}, false
+}
+
+func (g *Gaps) read(f gapFile, e *Event) (gap Span, ok bool) {
+	t, p := g.of(e.PID), g.files[f]
+	began := g.began(f, p, e, t)
+	if p != nil {
+		p.by, p.first, p.end = e.PID, e.First, e.Last+1
+		g.runs -= p.len()
+		p.fresh.remove(began, e.Last)
+		p.older.remove(began, e.Last)
+		if g.runs += p.len(); g.runs > gapRuns {
+			g.forget()
+		}
+	}
+	t.read(f, e.Last+1)
+	if began >= e.First {
+		return Span{}, false
+	}
+	return Span{First: began, Last: e.First - 1}, true
 }
 
 // of returns what is known of a thread.
@@ -138,75 +130,40 @@ func (g *Gaps) of(pid int32) *gapThread {
 	return t
 }
 
-// bring notes that the thread brought pages into the cache: for a read, unless it is in a fault.
-func (t *gapThread) bring(f gapFile, first, last uint64) {
-	if t.faults && t.faulted == f {
-		return
-	}
-	b := &t.brought[0]
-	if b.file != f {
-		t.brought[0], t.brought[1] = t.brought[1], t.brought[0]
-	}
-	switch {
-	case !b.any || b.file != f || first > b.last && first-b.last > gapMost || first < b.first && b.first-last > gapMost: // something else
-		*b = gapBrought{f, first, last, true}
-	default:
-		b.first, b.last = min(b.first, first), max(b.last, last)
-	}
-}
-
-// read notes that a read of the file is said, for which all was that the thread did before.
-func (t *gapThread) read(f gapFile, end uint64) {
-	t.waits, t.faults, t.reads, t.end = 0, false, f, end
-	for i := range t.brought {
-		if t.brought[i].file == f {
-			t.brought[i] = gapBrought{}
-		}
-	}
-}
-
-// with returns what the thread brought of a file with this page among it, false: nothing.
-func (t *gapThread) with(f gapFile, page uint64) (gapBrought, bool) {
-	for _, b := range t.brought {
-		if b.any && b.file == f && b.first <= page && page <= b.last {
-			return b, true
-		}
-	}
-	return gapBrought{}, false
-}
-
-// insert adds pages to what came into the cache.
-func (g *Gaps) insert(f gapFile, e *Event) {
+// insert adds pages to what came into the cache, for a read or not.
+func (g *Gaps) insert(f gapFile, e *Event, read bool) {
 	if g.files == nil {
 		g.files = make(map[gapFile]*gapPages)
 	}
 	p := g.files[f]
 	if p == nil {
-		p = new(gapPages)
+		p = &gapPages{epoch: e.Time}
 		g.files[f] = p
 	}
 	g.clock++
-	p.at, p.time = g.clock, e.Time
-	g.runs -= len(p.runs) + len(p.fresh)
+	p.at = g.clock
+	g.runs -= p.len()
 	p.runs.add(e.First, e.Last)
-	p.fresh.add(e.First, e.Last)
-	if g.runs += len(p.runs) + len(p.fresh); g.runs > gapRuns {
+	if e.Time-p.epoch > gapTime {
+		p.older = nil
+		if e.Time-p.epoch <= 2*gapTime {
+			p.older = p.fresh
+		}
+		p.fresh, p.epoch = nil, e.Time
+	}
+	if read {
+		p.fresh.add(e.First, e.Last)
+	}
+	if g.runs += p.len(); g.runs > gapRuns {
 		g.forget()
 	}
 }
 
-// firstEnding returns the index of the first run that ends at or behind a page.
-func firstEnding(runs []Span, page uint64) int {
-	i, _ := slices.BinarySearchFunc(runs, page, func(r Span, p uint64) int {
-		if r.Last < p {
-			return -1
-		}
-		return 1
-	})
-	return i
-}
+// len returns how many runs there are.
+func (p *gapPages) len() int { return len(p.runs) + len(p.fresh) + len(p.older) }
 
-// forget drops the files into whose cache nothing came for long, and all others too where that is not enough.
+// forget drops the files into whose cache nothing came for long, then what has not been read of the others, and them too where that is
+// not enough.
 func (g *Gaps) forget() {
 	g.runs = 0
 	for f, p := range g.files {
@@ -214,8 +171,16 @@ func (g *Gaps) forget() {
 			delete(g.files, f)
 			continue
 		}
-		p.runs, p.fresh = slices.Clip(p.runs), slices.Clip(p.fresh)
-		g.runs += len(p.runs) + len(p.fresh)
+		p.runs.shrink()
+		g.runs += p.len()
+	}
+	if g.runs <= gapRuns/2 {
+		return
+	}
+	g.runs = 0
+	for _, p := range g.files {
+		p.fresh, p.older = nil, nil
+		g.runs += p.len()
 	}
 	if g.runs > gapRuns/2 {
 		clear(g.files)
@@ -225,111 +190,55 @@ func (g *Gaps) forget() {
 
 // began returns where a read may have begun of which e is the first event: where e begins, unless pages were passed over.
 func (g *Gaps) began(f gapFile, p *gapPages, e *Event, t *gapThread) uint64 {
-	if p == nil || !p.runs.has(e.First) {
-		return t.foreign(f, e)
+	if p == nil || !p.runs.has(e.First) { // was not on its way for anybody here
+		return t.foreign(f, e.First, 1)
+	}
+	goesOn := p.by == e.PID && p.first <= e.First
+	least := max(e.First, gapMost) - gapMost
+	if goesOn && p.runs.start(e.First) <= p.end {
+		least = min(least, p.end) // over what came in a row, however much
 	}
 	page, waits := e.First, 1
-	own, brought := t.with(f, e.First)
+	own, brought := t.with(f, e)
 	if brought {
 		// It has to wait once for what it brought itself. What it waited for besides came before.
-		page, waits = max(own.first, max(e.First, gapMost)-gapMost), 2
+		page, waits = max(own, least), 2
 	}
 	if g.Waits && t.waits < waits {
-		return p.awake(page, brought, e)
+		return p.awake(page, least, brought, e, t.end(f))
 	}
-	began := max(p.runs[firstEnding(p.runs, page)].First, max(page, gapMost)-gapMost)
+	began := max(min(p.runs.start(page), page), least)
 	switch {
-	case p.by != e.PID || page < p.first:
+	case !goesOn:
 	case page <= p.end:
-		began = page // the read goes on from there
-	case page-p.end <= gapMost:
-		began = p.end // over whatever was cached
+		return page // the read goes on from there
+	case least <= p.end:
+		began = p.runs.reach(page, p.end, gapForeign) // over whatever was cached
 	default:
 		began = max(began, p.end)
 	}
-	if brought && p.runs[firstEnding(p.runs, began)].First >= page {
-		return page // nothing that it may have waited for besides
+	if brought && p.runs.next(began) >= page {
+		began = page // nothing that it may have waited for besides, of ours
 	}
-	return began
+	if goesOn && began > p.end && began < page {
+		return began
+	}
+	return t.foreign(f, began, waits)
 }
 
 // awake returns where a read may have begun that did not sleep for what it passed over before this page, as what it waited for came between the
-// look at it and the sleep: where the thread's last read of the file ended, if that had been read ahead and not been read yet. It is
-// the page, or lies right before it where the thread brought the page itself.
-func (p *gapPages) awake(page uint64, brought bool, e *Event) uint64 {
-	began := page
-	if p.by != e.PID || p.end >= page || page-p.end > gapMost || e.Time-p.time > gapTime {
-		return began
+// look at it and the sleep: where the last read of the file ended, if that had been read ahead and not been read yet. It is
+// the page, or lies right before it where the thread brought the page itself. end is where the thread's own last read ended.
+func (p *gapPages) awake(page, least uint64, brought bool, e *Event, end uint64) uint64 {
+	if p.end <= page {
+		end = p.end // whoever read that
 	}
+	waited := page
 	if brought {
-		page--
+		waited--
 	}
-	if !p.fresh.has(page) {
-		return began
+	if end >= page || e.Time-p.epoch > 2*gapTime || !p.fresh.has(waited) && !p.older.has(waited) {
+		return page
 	}
-	return p.end
-}
-
-// foreign returns where a read may have begun that finds what the threads that are recorded have not asked for: others may have, and the thread
-// may have slept for that. If it did, it goes on from its last read of the file, or reads the file for the first time.
-func (t *gapThread) foreign(f gapFile, e *Event) uint64 {
-	end := uint64(0)
-	if t.reads == f {
-		end = t.end
-	}
-	if t.waits == 0 || end >= e.First || e.First-end > gapForeign {
-		return e.First
-	}
-	return end
-}
-
-// gapSet holds pages: disjoint spans, in order, not adjacent, gapFileRuns at most.
-type gapSet []Span
-
-// add adds pages, and all between those that there are when they would be too many.
-func (s *gapSet) add(first, last uint64) {
-	n := Span{First: first, Last: last}
-	i := firstEnding(*s, max(first, 1)-1)
-	end := i
-	for end < len(*s) && ((*s)[end].First <= n.Last || (*s)[end].First-n.Last == 1) {
-		n.First, n.Last = min(n.First, (*s)[end].First), max(n.Last, (*s)[end].Last)
-		end++
-	}
-	if *s = slices.Replace(*s, i, end, n); len(*s) > gapFileRuns {
-		*s = gapSet{Span{First: (*s)[0].First, Last: (*s)[len(*s)-1].Last}}
-	}
-	s.shrink()
-}
-
-// shrink gives memory back.
-func (s *gapSet) shrink() {
-	if cap(*s) > 4*len(*s)+16 {
-		*s = slices.Clone(*s)
-	}
-}
-
-// remove takes pages out.
-func (s *gapSet) remove(first, last uint64) {
-	i := firstEnding(*s, first)
-	end := i
-	var left []Span
-	for end < len(*s) && (*s)[end].First <= last {
-		if r := (*s)[end]; r.First < first {
-			left = append(left, Span{First: r.First, Last: first - 1})
-		}
-		if r := (*s)[end]; r.Last > last {
-			left = append(left, Span{First: last + 1, Last: r.Last})
-		}
-		end++
-	}
-	if i < end {
-		*s = slices.Replace(*s, i, end, left...)
-		s.shrink()
-	}
-}
-
-// has reports whether a page is there.
-func (s gapSet) has(page uint64) bool {
-	i := firstEnding(s, page)
-	return i < len(s) && s[i].First <= page
+	return p.runs.reach(page, max(end, least), gapAwake)
 }

@@ -38,12 +38,12 @@ func TestGaps(t *testing.T) {
 		"a fault's":              {{Fault, a, 5, 5, ""}, {Insert, a, 0, 15, ""}, {Around, a, 0, 15, ""}, {Read, a, 9, 9, ""}},
 		"waits for others":       {{Insert, a, 100, 101, ""}, {Wait, a, 0, 0, ""}, {Read, a, 100, 101, ""}, {Wait, a, 0, 0, ""}, {Insert, a, 500, 501, ""}, {Wait, a, 0, 0, ""}, {Read, a, 500, 501, ""}},
 		"a fault that is over":   {{Fault, a, 3, 3, ""}, {Insert, a, 0, 7, ""}, {Read, a, 1, 1, ""}, {Wait, a, 0, 0, ""}, {Insert, a, 500, 501, ""}, {Read, a, 501, 501, "500-500"}},
-		"asked for in advance":   {{Insert, a, 0, 1 << 20, ""}, {Read, a, 1 << 19, 1 << 19, fmt.Sprint(1<<19-gapMost, "-", 1<<19-1)}},
+		"asked for in advance":   {{Insert, a, 0, 1 << 20, ""}, {Read, a, 1 << 19, 1 << 19, ""}, {Insert, a, 1 << 21, 1 << 22, ""}, {Wait, a, 0, 0, ""}, {Read, a, 3 << 20, 3 << 20, fmt.Sprint(3<<20-gapMost, "-", 3<<20-1)}},
 		"the last page":          {{Insert, a, max - 1, max, ""}, {Insert, a, 0, 1, ""}, {Wait, a, 0, 0, ""}, {Read, a, max, max, fmt.Sprint(uint64(max-1), "-", uint64(max-1))}},
 	} {
 		g := Gaps{Waits: true}
 		for i, s := range steps {
-			span, ok := g.Note(&Event{Kind: s.kind, PID: s.pid, Device: 7, Inode: 5, First: s.first, Last: s.last, Time: int64(i) * 2 * gapTime})
+			span, ok := g.Note(&Event{Kind: s.kind, PID: s.pid, Device: 7, Inode: 5, First: s.first, Last: s.last, Time: int64(i) * 3 * gapTime})
 			g.Note(&Event{Kind: Insert, PID: 9, Device: 7, Inode: 6, First: s.first, Last: s.last}) // others are others
 			g.Note(&Event{Kind: Insert, PID: 9, Device: 8, Inode: 5, First: s.first, Last: s.last})
 			got := ""
@@ -60,13 +60,18 @@ func TestGaps(t *testing.T) {
 		time   int64
 		gap    bool
 	}{
-		"read ahead":              {[]Event{{Kind: Insert, First: 2, Last: 31}}, gapTime, true},
-		"long ago":                {[]Event{{Kind: Insert, First: 2, Last: 31}}, gapTime + 1, false},
+		"read ahead":              {[]Event{{Kind: Insert, First: 2, Last: 31}}, 2 * gapTime, true},
+		"long ago":                {[]Event{{Kind: Insert, First: 2, Last: 31}}, 2*gapTime + 1, false},
 		"and read":                {[]Event{{Kind: Insert, First: 2, Last: 31}, {Kind: Read, PID: b, First: 2, Last: 31}}, 1, false},
 		"for itself":              {[]Event{{Kind: Insert, PID: a, First: 20, Last: 31}}, 1, false},
 		"in between":              {[]Event{{Kind: Insert, PID: b, First: 2, Last: 19}, {Kind: Insert, PID: a, First: 20, Last: 31}}, 1, true},
 		"from another file":       {[]Event{{Kind: Insert, PID: a, First: 20, Last: 31}, {Kind: Insert, PID: a, Inode: 1, Last: 9}, {Kind: Read, PID: a, Inode: 1, Last: 9}}, 1, false},
-		"of somebody else":        {[]Event{{Kind: Insert, First: 2, Last: 31}, {Kind: Read, PID: b, Last: 1}}, 1, false},
+		"after somebody else":     {[]Event{{Kind: Insert, First: 2, Last: 31}, {Kind: Read, PID: b, Last: 1}}, 1, true},
+		"beside somebody else":    {[]Event{{Kind: Insert, First: 2, Last: 31}, {Kind: Read, PID: b, First: 40, Last: 41}}, 1, true},
+		"where nothing came":      {[]Event{{Kind: Insert, First: 20, Last: 31}, {Kind: Insert, First: 60, Last: 61}}, 1, true},
+		"for a fault":             {[]Event{{Kind: Fault, PID: b, First: 20}, {Kind: Insert, PID: b, First: 2, Last: 31}}, 1, false},
+		"a generation ago":        {[]Event{{Kind: Insert, First: 2, Last: 31}, {Kind: Insert, First: 500, Last: 500, Time: gapTime + 1}}, gapTime + 1, true},
+		"two generations ago":     {[]Event{{Kind: Insert, First: 2, Last: 31}, {Kind: Insert, First: 500, Last: 500, Time: gapTime + 1}, {Kind: Insert, First: 600, Last: 600, Time: 2*gapTime + 2}}, 2*gapTime + 2, false},
 		"not what was on its way": {[]Event{{Kind: Insert, First: 2, Last: 19}}, 1, false},
 	} {
 		g := Gaps{Waits: true}
@@ -222,7 +227,7 @@ func TestGapsForget(t *testing.T) {
 			e := at(i)
 			e.Kind, e.First, e.PID = Read, e.First+1, int32(i)
 			e.Last = e.First
-			if got, ok := g.Note(&e); ok && got.Last == e.First-1 {
+			if got, ok := g.Note(&e); ok && got.First == at(i).First {
 				found++
 			}
 		}
@@ -236,6 +241,35 @@ func TestGapsForget(t *testing.T) {
 	}
 	if len(g.threads) > gapThreads {
 		t.Errorf("%d threads are known, want %d at most", len(g.threads), gapThreads)
+	}
+	// Of one that is forgotten it is not known whether it has waited.
+	if got, ok := g.Note(&Event{Kind: Read, PID: 1, Inode: 1, First: 9, Last: 9}); !ok || got != (Span{First: 0, Last: 8}) {
+		t.Errorf("a forgotten thread: gap %v, %t, want 0 to 8", got, ok)
+	}
+}
+
+// TestGapsEverySecond holds the same for what is read ahead and then read here and there.
+func TestGapsEverySecond(t *testing.T) {
+	const files, pages = 200, 1 << 13
+	g := Gaps{Waits: true}
+	for f := range uint64(files) {
+		for p := uint64(0); p < pages; p += 64 {
+			g.Note(&Event{Kind: Insert, PID: 1, Inode: f, First: p, Last: p + 63})
+		}
+	}
+	most := 0
+	for p := uint64(0); p < pages; p += 2 {
+		for f := range uint64(files) {
+			g.Note(&Event{Kind: Read, PID: 1, Inode: f, First: p, Last: p, Time: 3 * gapTime})
+		}
+		spans := 0
+		for _, f := range g.files {
+			spans += f.len()
+			most = max(most, len(f.fresh))
+		}
+		if p%256 == 0 && (spans != g.runs || spans > gapRuns || most > gapFileRuns) {
+			t.Fatalf("page %d: %d spans, %d counted, %d in one set, want %d and %d at most", p, spans, g.runs, most, gapRuns, gapFileRuns)
+		}
 	}
 }
 

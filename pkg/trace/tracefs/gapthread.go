@@ -1,0 +1,111 @@
+package tracefs
+
+// gapThread is what a thread did since it last read.
+type gapThread struct {
+	waits int
+	own   [2]gapOwn // what it did with the last files, the very last one first
+	// It has been in a fault of a page of a file: what it brings around that is for the fault.
+	faults  bool
+	faulted gapFile
+	page    uint64
+}
+
+// gapOwn is what a thread did with a file.
+type gapOwn struct {
+	file gapFile
+	end  uint64 // the page behind its last read
+	// What it brought into the page cache since lies in here, if there is any: the last of it at this time, the first after this many waits.
+	brought     bool
+	first, last uint64
+	below       uint64 // first, or what a file system added before
+	time        int64
+	waits       int
+}
+
+// gapFault is how far from the page of a fault lies what is read for it: half of a huge page (mm/filemap.c do_sync_mmap_readahead).
+const gapFault = 1 << 9
+
+// fault notes a fault of a page.
+func (t *gapThread) fault(f gapFile, page uint64) { t.faults, t.faulted, t.page = true, f, page }
+
+// of returns what the thread did with a file, which is the last one then. A file of which it has not read yet what it brought is kept rather than
+// another one: it may lie in that one.
+func (t *gapThread) of(f gapFile) *gapOwn {
+	o := &t.own
+	switch {
+	case o[0].file == f:
+	case o[1].file == f:
+		o[0], o[1] = o[1], o[0]
+	case o[1].brought && !o[0].brought:
+		o[0] = gapOwn{file: f}
+	default:
+		o[1] = o[0]
+		o[0] = gapOwn{file: f}
+	}
+	return &o[0]
+}
+
+// bring notes that the thread brought pages into the cache, and reports whether that is for a read: not in a fault.
+func (t *gapThread) bring(f gapFile, e *Event) bool {
+	if t.faults && t.faulted == f {
+		if e.First <= t.page+gapFault && t.page <= e.Last+gapFault {
+			return false
+		}
+		t.faults, t.waits = false, max(t.waits, 1)-1 // which is over, as is its wait
+	}
+	b := t.of(f)
+	switch {
+	case !b.brought:
+		b.brought, b.waits = true, t.waits
+		b.first, b.last, b.below = e.First, e.Last, e.First
+	case e.First > b.last && e.First-b.last > gapMost || e.First < b.first && b.first-e.Last > gapMost: // something else
+		b.first, b.last, b.below = e.First, e.Last, e.First
+	case e.First == e.Last && e.Last+1 == b.below: // what a file system adds before what was asked for (mm/readahead.c readahead_expand)
+		b.below = e.First
+		return false
+	default:
+		b.first, b.last = min(b.first, e.First), max(b.last, e.Last)
+		b.below = min(b.below, b.first)
+	}
+	b.time = e.Time
+	return true
+}
+
+// read notes that a read of the file is said, for which all was that the thread did before: but for another file in which it lies.
+func (t *gapThread) read(f gapFile, end uint64) {
+	b := t.of(f)
+	b.brought, b.end = false, end
+	t.faults, t.waits = false, 0
+	if t.own[1].brought {
+		t.waits = t.own[1].waits
+	}
+}
+
+// with returns the first page that the thread brought of a file, with that where e begins among it. False: it did not, or long ago, and has not waited since.
+func (t *gapThread) with(f gapFile, e *Event) (first uint64, ok bool) {
+	for i := range t.own {
+		if b := &t.own[i]; b.brought && b.file == f && b.first <= e.First && e.First <= b.last {
+			return b.first, t.waits > 0 || e.Time-b.time <= gapTime
+		}
+	}
+	return 0, false
+}
+
+// end returns where the thread's last read of a file ended, 0 where that is not known.
+func (t *gapThread) end(f gapFile) uint64 {
+	for i := range t.own {
+		if t.own[i].file == f {
+			return t.own[i].end
+		}
+	}
+	return 0
+}
+
+// foreign returns where a read may have begun that passed over what comes before a page, which nobody here has asked for: others may have, and the thread
+// may have slept for that, besides for its own. If it did, it goes on from its last read of the file, or reads the file for the first time.
+func (t *gapThread) foreign(f gapFile, page uint64, waits int) uint64 {
+	if end := t.end(f); t.waits >= waits && end < page && page-end <= gapForeign {
+		return end
+	}
+	return page
+}
