@@ -102,10 +102,12 @@ func (t *gapThread) end(f gapFile) uint64 {
 }
 
 // foreign returns where a read may have begun that passed over what comes before a page, which nobody here has asked for: others may have, and the thread
-// may have slept for that, besides for its own. If it did, it goes on from its last read of the file, or reads the file for the first time.
+// may have slept for that, besides for its own. If it did, it goes on from its last read of the file, or reads the file for the first time;
+// not that where it brought what it finds: then it has slept for the file's metadata too, which nobody had read.
 func (t *gapThread) foreign(f gapFile, page uint64, waits int) uint64 {
-	if end := t.end(f); t.waits >= waits && end < page && page-end <= gapForeign {
-		return end
+	end := t.end(f)
+	if t.waits < waits || end >= page || page-end > gapForeign || end == 0 && waits > 1 {
+		return page
 	}
-	return page
+	return end
 }
