@@ -30,6 +30,8 @@ type blob struct {
 	syncMu  sync.Mutex // guards what follows, and st against the end while it is synced
 	closed  bool
 	settled bool // complete, durable, and without a mark
+
+	narrowed time.Time // when narrow tried last; of the janitor
 }
 
 // sync makes the blob durable, unless it is closed, which has done so.
@@ -244,22 +246,6 @@ func (d *daemon) takeFromGone(m *mount, u *use) error {
 	u.b.refs-- // there is another
 	_, err := d.watch.End(u.b.st)
 	return errors.Join(err, u.b.st.Close())
-}
-
-// narrow takes what only images needed that have been unmounted out of b, when it is known what all that are left need: it would never be complete,
-// and keep its mark. The caller holds blobMu.
-func (d *daemon) narrow(b *blob) {
-	var sets [][]rafs.Chunk
-	known := 0
-	for _, f := range b.fillings {
-		sets, known = append(sets, f.fb.Chunks()), known+f.refs
-	}
-	if known == 0 || known < b.refs {
-		return
-	}
-	if err := b.st.Narrow(sets...); err != nil {
-		d.log.Warn("chunks that no image needs any more stay in a blob, which is not complete without them", zap.Error(err))
-	}
 }
 
 // patience is how long one set of chunks may keep a reader waiting before others are asked too, whose source may live.

@@ -9,6 +9,7 @@ import (
 
 	"github.com/headstart-oci/headstart/pkg/lazy/internal/erofs"
 	"github.com/headstart-oci/headstart/pkg/lazy/internal/fuse"
+	"github.com/headstart-oci/headstart/pkg/rafs"
 )
 
 const (
@@ -94,6 +95,7 @@ func (d *daemon) isComplete(m *mount) bool {
 	for _, b := range d.blobsOf(m) {
 		if !b.st.Complete() {
 			complete = false
+			d.narrow(b)
 		} else if err := d.settle(b); err != nil {
 			d.log.Error("take a complete blob's mark away", zap.Error(err))
 			complete = false
@@ -102,6 +104,33 @@ func (d *daemon) isComplete(m *mount) bool {
 		}
 	}
 	return complete
+}
+
+// narrowPause is how long narrow waits after it could not.
+const narrowPause = 5 * time.Second
+
+// narrow takes what only images needed that have been unmounted out of b, when all is there that others need, and it is known who they
+// are: it would never be complete, and keep its mark. The mounts see so the next time.
+func (d *daemon) narrow(b *blob) {
+	if time.Since(b.narrowed) < narrowPause || !d.blobMu.TryLock() {
+		return
+	}
+	defer d.blobMu.Unlock()
+	var sets [][]rafs.Chunk
+	known := 0
+	for _, f := range b.fillings {
+		if !f.fb.Complete() {
+			return
+		}
+		sets, known = append(sets, f.fb.Chunks()), known+f.refs
+	}
+	if known == 0 || known < b.refs {
+		return
+	}
+	b.narrowed = time.Now()
+	if err := b.st.Narrow(sets...); err != nil {
+		d.log.Warn("chunks that no image needs any more stay in a blob, which is not complete without them", zap.Error(err))
+	}
 }
 
 // settle makes a complete blob durable and takes its mark away, once.

@@ -135,9 +135,7 @@ func (d *daemon) closeUse(u *use) error {
 	}
 	u.b.syncMu.Lock()
 	defer u.b.syncMu.Unlock()
-	if u.b.closed = u.b.refs == 0; !u.b.closed {
-		d.narrow(u.b)
-	}
+	u.b.closed = u.b.refs == 0
 	return errors.Join(append(errs, u.b.st.Close())...)
 }
 

@@ -42,8 +42,9 @@ type Blob struct {
 	// counts what one view needs.
 	mu   sync.RWMutex
 	done chan struct{}
-	gone bool     // ready is not mapped any more
-	old  []*table // tables that a reader of an older view may be using
+	gone bool // ready is not mapped any more
+
+	tableMu sync.RWMutex // held to read the table's file, and to close it
 
 	syncMu  sync.Mutex
 	durable []uint64 // the bits in the file "ready" but for what turned out wrong; guarded by syncMu, never changed, only replaced
@@ -207,6 +208,8 @@ func (b *Blob) Chunks(offset, length int64) ([]rafs.Chunk, error) {
 	if first == end {
 		return nil, nil
 	}
+	b.tableMu.RLock()
+	defer b.tableMu.RUnlock()
 	chunks, err := b.view.Load().table.lookup(first, end)
 	if err != nil {
 		return nil, fmt.Errorf("blob %s: %w", b.name, err)
@@ -289,12 +292,25 @@ func (b *Blob) reach(end int64) {
 	}
 }
 
-// setView makes v what is needed. The caller holds mu, or is alone.
-func (b *Blob) setView(v *view) {
-	if before := b.view.Swap(v); before != nil {
-		b.old = append(b.old, before.table)
+// see makes all what is needed, with their table t. nil: that on the disk, which has all, unless it is what is seen already: it
+// may be another one since a write of it failed in part.
+func (b *Blob) see(dir *os.Root, t *table, all []chunkRecord) (err error) {
+	v := newView(t, all, len(b.ready.Words()))
+	if t == nil {
+		if v.total == b.view.Load().total {
+			return nil
+		}
+		if v.table, err = openTable(dir, all); err != nil {
+			return err
+		}
 	}
+	b.mu.Lock()
+	before := b.view.Swap(v)
 	b.recount()
+	b.mu.Unlock()
+	b.tableMu.Lock()
+	defer b.tableMu.Unlock()
+	return before.table.file.Close()
 }
 
 // recount counts what is missing. The caller holds mu, or is alone.
@@ -351,9 +367,6 @@ func (b *Blob) release() error {
 	var errs []error
 	if v := b.view.Load(); v != nil {
 		errs = append(errs, v.table.file.Close())
-	}
-	for _, t := range b.old {
-		errs = append(errs, t.file.Close())
 	}
 	if b.ready != nil {
 		b.mu.Lock() // status may be looking

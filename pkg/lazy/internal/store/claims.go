@@ -105,6 +105,7 @@ func (b *Blob) settleClaim(r *chunkRecord, good bool) error {
 		return nil
 	}
 	b.store.log.Error("a chunk was wrong on disk", zap.String("blob", b.name), zap.Uint64("offset", r.Offset))
+	b.store.wrong.Store(file{b.dev, b.ino}, nil)
 	b.feedMu.Lock() // who feeds the index does it before, or without the chunk
 	defer b.feedMu.Unlock()
 	b.fed = nil

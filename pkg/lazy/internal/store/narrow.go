@@ -5,16 +5,19 @@ import (
 	"fmt"
 	"os"
 
-	"go.uber.org/zap"
 	"golang.org/x/sys/unix"
 
 	"github.com/headstart-oci/headstart/pkg/rafs"
 )
 
 // narrow makes a table of all without chunks that are not among recs and of which nothing is there, and returns it with what is left: images had them that
-// were unmounted before they were fetched, and nobody fetches them for the one that has recs, which would never be complete. No other mount needs
-// the blob. nil, and all, when nothing is to be taken out, or cannot be, for instance since the disk is full.
-func (b *Blob) narrow(dir *os.Root, all, recs []chunkRecord) (*table, []chunkRecord) {
+// were unmounted before they were fetched, and nobody fetches them for those that have recs, which would never be complete. No other mount needs
+// the blob, but for complete ones, of which all is there, or was claimed: where a claim was wrong nothing is taken out, since what is not needed
+// reads as zeros. nil, and all, when nothing is to be taken out, or cannot be, for instance since the disk is full, with the reason.
+func (b *Blob) narrow(dir *os.Root, all, recs []chunkRecord) (*table, []chunkRecord, error) {
+	if _, wrong := b.store.wrong.Load(file{b.dev, b.ino}); wrong {
+		return nil, all, nil
+	}
 	left, gone := make([]chunkRecord, 0, len(all)), []chunkRecord(nil)
 	for i := range all {
 		switch {
@@ -28,19 +31,18 @@ func (b *Blob) narrow(dir *os.Root, all, recs []chunkRecord) (*table, []chunkRec
 		}
 	}
 	if len(gone) == 0 || len(recs) > 0 {
-		return nil, all
+		return nil, all, nil
 	}
 	t, err := b.takeOut(dir, left, gone)
 	if err != nil {
-		b.store.log.Info("chunks that no image needs stay in a blob", zap.String("blob", b.name), zap.Int("chunks", len(gone)), zap.Error(err))
-		return nil, all
+		return nil, all, err
 	}
-	return t, left
+	return t, left, nil
 }
 
 // Narrow takes chunks that are in none of sets, of which nothing is there, out of what is needed: an image that has been unmounted had them, and
-// nobody fetches them for those that are left, whose chunks sets are. It does nothing where somebody may read the data file of whom
-// this process does not know: what is not needed reads as zeros.
+// nobody fetches them for those that are left, whose chunks sets are; nor does anybody fetch a chunk that is in no set meanwhile. It does
+// nothing where somebody may read the data file whom this process does not know. After an error all is needed that was.
 func (b *Blob) Narrow(sets ...[]rafs.Chunk) error {
 	if b.Complete() || !b.known {
 		return nil
@@ -57,18 +59,24 @@ func (b *Blob) Narrow(sets ...[]rafs.Chunk) error {
 	}
 	b.store.mu.Lock()
 	defer b.store.mu.Unlock()
-	return b.inDir(func(dir *os.Root) error {
+	err := b.inDir(func(dir *os.Root) error {
 		_, all, err := readTable(dir, b.identity)
 		if err != nil {
-			return fmt.Errorf("blob %s: %w", b.name, err)
+			return err
 		}
-		b.mu.Lock() // nobody puts anything meanwhile
-		defer b.mu.Unlock()
-		if t, left := b.narrow(dir, all, recs); t != nil {
-			b.setView(newView(t, left, len(b.ready.Words())))
+		if _, added, err := merge(all, recs); err != nil || added {
+			return errors.Join(err, errCorrupt)
 		}
-		return nil
+		t, left, err := b.narrow(dir, all, recs)
+		if err != nil {
+			return err
+		}
+		return b.see(dir, t, left)
 	})
+	if err != nil {
+		return fmt.Errorf("blob %s: %w", b.name, err)
+	}
+	return nil
 }
 
 // void reports whether no block of a chunk is ready or claimed.

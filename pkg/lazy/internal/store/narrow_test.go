@@ -1,8 +1,10 @@
 package store_test
 
 import (
+	"errors"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -205,6 +207,92 @@ func TestNarrowLeavesStrangers(t *testing.T) {
 	must(t, some.Narrow(chunks[:1]))
 	if some.Complete() || !some.Ready(chunks[0]) {
 		t.Errorf("complete %t, the first chunk ready %t: chunks of who is not known were taken out", some.Complete(), some.Ready(chunks[0]))
+	}
+	must(t, some.Close())
+}
+
+// A complete mount needs a chunk of which a claim was wrong, though nothing of it is there: it is an error to read it, for one who does so beside others too.
+func TestNarrowLeavesWrong(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	s := open(t, dir, store.Options{})
+	b, chunks, data := layout(5000, 4096, 70_000)
+	blob := openBlob(t, s, b, chunks[:1])
+	must(t, blob.Put(chunks[0], data[0]))
+	must(t, blob.Close()) // complete: its mount needs nobody
+	f, err := os.OpenFile(filepath.Join(dir, "blobs", b.ID, "data"), os.O_RDWR, 0)
+	must(t, err)
+	_, err = f.WriteAt([]byte("wrong"), 100)
+	must(t, errors.Join(err, f.Close()))
+	blob = openBlob(t, s, b, chunks[1:2])
+	must(t, blob.Confirm(t.Context(), 0, blob.Size()))
+	must(t, blob.Narrow(chunks[1:2]))
+	if blob.ReadyRange(0, 5000) {
+		t.Error("a chunk of a complete mount reads as zeros beside another mount")
+	}
+	must(t, blob.Close())
+	blob = openBlob(t, s, b, chunks[1:2])
+	if blob.ReadyRange(0, 5000) {
+		t.Error("a chunk of a complete mount reads as zeros after another mount")
+	}
+	must(t, blob.Close())
+}
+
+// A table that was written, and then not opened, is found by whoever needs what it has.
+func TestTableBehindView(t *testing.T) {
+	t.Parallel()
+	dir, other := t.TempDir(), t.TempDir()
+	b, chunks, data := layout(5000, 4096)
+	must(t, openBlob(t, open(t, other, store.Options{}), b, chunks).Close())
+	s := open(t, dir, store.Options{})
+	blob := openBlob(t, s, b, chunks[:1])
+	must(t, blob.Put(chunks[0], data[0]))
+	table, err := os.ReadFile(filepath.Join(other, "blobs", b.ID, "chunks"))
+	must(t, err)
+	must(t, os.WriteFile(filepath.Join(dir, "blobs", b.ID, "chunks"), table, 0o600))
+	both := openBlob(t, s, b, chunks)
+	if both.Complete() || both.ReadyRange(8192, 4096) {
+		t.Error("a chunk that nobody fetched reads as zeros")
+	}
+	must(t, both.Put(chunks[1], data[1]))
+	if n := holds(t, both, chunks, data); n != 2 {
+		t.Errorf("%d chunks are right, want 2", n)
+	}
+	must(t, both.Close())
+	must(t, blob.Close())
+}
+
+// Images that come and go beside another one keep no files open.
+func TestNarrowKeepsNothing(t *testing.T) {
+	dir := t.TempDir()
+	s := open(t, dir, store.Options{})
+	b, chunks, data := layout(5000, 4096)
+	some := openBlob(t, s, b, chunks[:1])
+	must(t, some.Put(chunks[0], data[0]))
+	names := func() (n int) {
+		fds, err := os.ReadDir("/proc/self/fd")
+		must(t, err)
+		for _, fd := range fds {
+			if name, err := os.Readlink("/proc/self/fd/" + fd.Name()); err == nil && strings.HasPrefix(name, dir) {
+				n++
+			}
+		}
+		return n
+	}
+	before := names()
+	for range 10 {
+		all := openBlob(t, s, b, chunks)
+		if all.Complete() {
+			t.Error("complete without the second chunk")
+		}
+		must(t, all.Close())
+		must(t, some.Narrow(chunks[:1]))
+		if !some.Complete() {
+			t.Error("the second chunk is needed still")
+		}
+	}
+	if after := names(); after != before {
+		t.Errorf("%d files are open, %d before", after, before)
 	}
 	must(t, some.Close())
 }

@@ -71,6 +71,7 @@ type Store struct {
 	blobs map[string]*Blob
 	busy  map[string]bool // blobs that are not open, and that somebody works on without mu: nobody opens them
 	left  map[string]file // blobs that were open here: see foreign
+	wrong sync.Map        // keys are of type file: blobs of which a claim was wrong; see Blob.narrow
 	idle  *sync.Cond      // of mu: one is not busy any more
 }
 
@@ -329,20 +330,16 @@ func (b *Blob) extend(of rafs.Blob, recs []chunkRecord, alone bool) error {
 		}
 		var t *table
 		if alone {
-			t, all = b.narrow(dir, all, recs)
+			if t, all, err = b.narrow(dir, all, recs); err != nil {
+				b.store.log.Info("chunks that no image needs stay in a blob", zap.String("blob", b.name), zap.Error(err))
+			}
 		}
-		if t == nil && !added {
-			return nil
-		}
-		if t == nil {
+		if t == nil && added {
 			if t, err = writeTable(dir, b.blob, all); err != nil {
 				return err
 			}
 		}
-		b.mu.Lock()
-		defer b.mu.Unlock()
-		b.setView(newView(t, all, len(b.ready.Words())))
-		return nil
+		return b.see(dir, t, all)
 	})
 }
 
@@ -398,9 +395,15 @@ func (s *Store) load(name string, of rafs.Blob, recs []chunkRecord) (_ *Blob, er
 			return nil, err
 		}
 		if len(recs) > 0 { // else a look at what there is
-			if less, left := b.narrow(dir, all, recs); less != nil {
-				b.old = append(b.old, t)
-				t, all = less, left
+			less, left, err := b.narrow(dir, all, recs)
+			if err != nil {
+				s.log.Info("chunks that no image needs stay in a blob", zap.String("blob", name), zap.Error(err))
+			}
+			if less != nil {
+				err := t.file.Close()
+				if t, all = less, left; err != nil {
+					return nil, err
+				}
 			}
 		}
 	}
