@@ -131,6 +131,9 @@ func (l *pageLog) fold(e *tracefs.Event) {
 	switch e.Kind {
 	case tracefs.Fork:
 		delete(l.threads, e.Other) // an older one of this number
+		if l.exact() {
+			l.gaps.Note(e)
+		}
 		l.comms.forked(e.Other, l.process(e.PID))
 		return
 	case tracefs.Exec: // a thread that did is its process' first, whatever it was before

@@ -14,9 +14,10 @@ package tracefs
 // was read ahead a moment ago, and what lies between that and the last read of the file is cached.
 //
 // Not found is what is passed over by others that do not sleep that way (io_uring, RWF_NOWAIT); of more than 128 pages that were cached
-// beforehand, or that somebody had asked for whose insertions are not recorded, and of fewer of the latter without sleep; by a read
-// that begins before the end of the same thread's last one of the file; by a read that never ends, or after the recording does; of more than
-// 1,024 pages that did not come in a row. Nor is a page that could not be read ahead for want of memory, of which there is no event either.
+// beforehand, or that somebody had asked for whose insertions are not recorded, and of fewer of the latter without sleep, or by a first
+// read of the file that then brings pages itself; without sleep, of pages that are on their way for more than a quarter of a second; by a read that begins
+// before the end of the same thread's last one of the file; by a read that never ends, or after the recording does; of more than 1,024 pages
+// that did not come in a row. Nor is a page that could not be read ahead for want of memory, of which there is no event either.
 //
 // The zero value knows nothing yet. A Gaps is not safe for concurrent use. It needs some 20 MiB at most, whatever comes.
 type Gaps struct {
@@ -56,7 +57,7 @@ const (
 	// a device has that many folios of other files on its way.
 	gapAge = gapRuns / 2
 	// gapThreads is how many threads are known at most.
-	gapThreads = 1 << 15
+	gapThreads = 1 << 14
 	// gapTime is how long a page may be on its way, in nanoseconds, where nobody slept for it.
 	gapTime = 250e6
 	// gapMost is the most pages that a gap has, but for those that came in a row.
@@ -67,7 +68,7 @@ const (
 	gapAwake = 1 << 5
 )
 
-// Note takes the events of an instance, in their order; of other kinds than those five it needs none. Where e is a [Read] it returns
+// Note takes the events of an instance, in their order; of other kinds than those, and [Fork], it needs none. Where e is a [Read] it returns
 // the pages right before it that the same read may have touched unsaid: an upper bound, as are those of [Around]. False: there are none.
 func (g *Gaps) Note(e *Event) (gap Span, ok bool) {
 	f := gapFile{e.Device, e.Inode}
@@ -76,8 +77,10 @@ func (g *Gaps) Note(e *Event) (gap Span, ok bool) {
 		g.insert(f, e, g.of(e.PID).bring(f, e))
 	case Wait:
 		g.of(e.PID).waits++
+	case Fork: // there may have been one of this number
+		g.begin(e.Other)
 	case Fault:
-		g.of(e.PID).fault(f, e.First)
+		g.of(e.PID).fault(f, e)
 	case Around: // of a read fault, in which no read of its is (mm/memory.c do_read_fault)
 		t := g.of(e.PID)
 		t.faults, t.waits = false, 0
@@ -100,7 +103,7 @@ func (g *Gaps) read(f gapFile, e *Event) (gap Span, ok bool) {
 			g.forget()
 		}
 	}
-	t.read(f, e.Last+1)
+	t.read(f, e)
 	if began >= e.First {
 		return Span{}, false
 	}
@@ -112,21 +115,30 @@ func (g *Gaps) of(pid int32) *gapThread {
 	if g.thread != nil && g.pid == pid {
 		return g.thread
 	}
+	t := g.threads[pid]
+	if t == nil {
+		if t = g.begin(pid); g.forgot {
+			t.waits = 2 // for all that is known
+		}
+	}
+	g.pid, g.thread = pid, t
+	return t
+}
+
+// begin makes a thread one that has done nothing.
+func (g *Gaps) begin(pid int32) *gapThread {
 	if g.threads == nil {
 		g.threads = make(map[int32]*gapThread)
 	}
-	t := g.threads[pid]
-	if t == nil {
-		if len(g.threads) >= gapThreads {
-			clear(g.threads)
-			g.forgot = true
-		}
-		if t = new(gapThread); g.forgot {
-			t.waits = 2 // for all that is known
-		}
-		g.threads[pid] = t
+	if len(g.threads) >= gapThreads {
+		clear(g.threads)
+		g.forgot = true
 	}
-	g.pid, g.thread = pid, t
+	t := new(gapThread)
+	g.threads[pid] = t
+	if g.pid == pid {
+		g.thread = nil
+	}
 	return t
 }
 
@@ -215,7 +227,6 @@ func (g *Gaps) began(f gapFile, p *gapPages, e *Event, t *gapThread) uint64 {
 	case least <= p.end:
 		began = p.runs.reach(page, p.end, gapForeign) // over whatever was cached
 	default:
-		began = max(began, p.end)
 	}
 	if brought && p.runs.next(began) >= page {
 		began = page // nothing that it may have waited for besides, of ours
