@@ -19,7 +19,7 @@ package tracefs
 // before the end of the same thread's last one of the file; by a read that never ends, or after the recording does; of more than 1,024 pages
 // that did not come in a row. Nor is a page that could not be read ahead for want of memory, of which there is no event either.
 //
-// The zero value knows nothing yet. A Gaps is not safe for concurrent use. It needs some 20 MiB at most, whatever comes.
+// The zero value knows nothing yet. A Gaps is not safe for concurrent use. It needs some 12 MiB at most, whatever comes.
 type Gaps struct {
 	// Waits says that [Wait] is recorded. Without, each read of what came into the cache may have waited.
 	Waits bool
