@@ -30,6 +30,7 @@ type blob struct {
 	syncMu  sync.Mutex // guards what follows, and st against the end while it is synced
 	closed  bool
 	settled bool // complete, durable, and without a mark
+	making  int  // mounts that are being made of it
 
 	narrowed time.Time // when narrow tried last; of the janitor
 }
@@ -61,6 +62,18 @@ type use struct {
 	claim   share.Claim // of the mount
 	narrow  func(scope string) string
 	watched bool
+	making  bool // the mount is; guarded by b.syncMu
+}
+
+// made says that a use's mount has the data file open, or will not: until then it keeps its mark, since the kernel decides when a file is opened whether it will
+// ever raise events.
+func (u *use) made() {
+	u.b.syncMu.Lock()
+	defer u.b.syncMu.Unlock()
+	if u.making {
+		u.making = false
+		u.b.making--
+	}
 }
 
 // chunkSet identifies what an image uses of a blob.
@@ -119,8 +132,11 @@ func (d *daemon) openUse(m *mount, img *rafs.Image, n int, src fill.Source, name
 	b.refs++
 	b.syncMu.Lock()
 	b.settled = false // this image may use more of it
+	if name == "" {
+		b.making++
+	}
 	b.syncMu.Unlock()
-	u = &use{b: b, src: src, share: m.share, claim: m.claim, narrow: m.narrow}
+	u = &use{b: b, src: src, share: m.share, claim: m.claim, narrow: m.narrow, making: name == ""}
 	if err := d.attachSource(u, info, chunks); err != nil {
 		return u, err
 	}

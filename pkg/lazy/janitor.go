@@ -137,7 +137,7 @@ func (d *daemon) narrow(b *blob) {
 func (d *daemon) settle(b *blob) error {
 	b.syncMu.Lock()
 	defer b.syncMu.Unlock()
-	if b.closed || b.settled || d.watch == nil {
+	if b.closed || b.settled || b.making > 0 || d.watch == nil {
 		return nil
 	}
 	done, err := d.watch.Settle(b.st)

@@ -100,6 +100,7 @@ func (d *daemon) giveBack(p parts) error {
 
 // unlink ends a mount's part in a blob, so that nobody begins to use it. It may be closed when the channels are. The caller holds blobMu.
 func (d *daemon) unlink(u *use) (idle []<-chan struct{}, err error) {
+	u.made()
 	d.noteScope(u, u.b.st)
 	d.usedMu.Lock()
 	u.b.users = slices.DeleteFunc(u.b.users, func(o *use) bool { return o == u })

@@ -167,6 +167,9 @@ func (d *daemon) mount(ctx context.Context, r *Request, dir string) (_ *mount, _
 	if err != nil {
 		return nil, nil, err
 	}
+	for _, u := range m.uses {
+		u.made()
+	}
 	err = d.store.PutMount(m.rec.ID, m.rec)
 	if err == nil {
 		img.RAFS = nil

@@ -6,6 +6,7 @@ import (
 	"math/bits"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"sync/atomic"
 
@@ -76,6 +77,13 @@ func newView(t *table, recs []chunkRecord, words int) *view {
 		v.total += int64(recs[i].end() - recs[i].first()) //nolint:gosec // at most maxBlocks
 	}
 	return v
+}
+
+// same reports whether other is of the same chunks, which all are here.
+func (v *view) same(all []chunkRecord, other *view) bool {
+	return slices.Equal(v.need, other.need) && slices.EqualFunc(all, other.table.starts, func(r chunkRecord, start uint32) bool {
+		return r.first() == uint64(start)
+	})
 }
 
 // eachWord calls f with the bits of each word that lie in the blocks [first, end).
@@ -297,7 +305,7 @@ func (b *Blob) reach(end int64) {
 func (b *Blob) see(dir *os.Root, t *table, all []chunkRecord) (err error) {
 	v := newView(t, all, len(b.ready.Words()))
 	if t == nil {
-		if v.total == b.view.Load().total {
+		if v.same(all, b.view.Load()) {
 			return nil
 		}
 		if v.table, err = openTable(dir, all); err != nil {
@@ -349,7 +357,9 @@ func (b *Blob) Close() error {
 		return err
 	}
 	delete(s.blobs, b.name)
-	s.left[b.name] = file{b.dev, b.ino}
+	if b.known || b.used { // who only looks at a file knows nobody
+		s.left[b.name] = file{b.dev, b.ino}
+	}
 	if b.used { // who only looks at it or lends of it does not
 		b.touch()
 	}

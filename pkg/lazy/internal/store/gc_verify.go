@@ -140,6 +140,7 @@ func (b *Blob) Drop(chunks []rafs.Chunk) error {
 	if len(chunks) == 0 {
 		return nil
 	}
+	b.store.wrong.Store(file{b.dev, b.ino}, nil)
 	b.feedMu.Lock() // who feeds the index does it before, or without the chunks
 	defer b.feedMu.Unlock()
 	b.fed = nil

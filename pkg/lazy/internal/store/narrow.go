@@ -12,7 +12,7 @@ import (
 
 // narrow makes a table of all without chunks that are not among recs and of which nothing is there, and returns it with what is left: images had them that
 // were unmounted before they were fetched, and nobody fetches them for those that have recs, which would never be complete. No other mount needs
-// the blob, but for complete ones, of which all is there, or was claimed: where a claim was wrong nothing is taken out, since what is not needed
+// the blob, but for complete ones, and for those that failed, of which all was there, or claimed: where something of it was wrong nothing is taken out, since what is not needed
 // reads as zeros. nil, and all, when nothing is to be taken out, or cannot be, for instance since the disk is full, with the reason.
 func (b *Blob) narrow(dir *os.Root, all, recs []chunkRecord) (*table, []chunkRecord, error) {
 	if _, wrong := b.store.wrong.Load(file{b.dev, b.ino}); wrong {

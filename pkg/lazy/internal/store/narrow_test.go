@@ -1,6 +1,7 @@
 package store_test
 
 import (
+	"bytes"
 	"errors"
 	"os"
 	"path/filepath"
@@ -260,6 +261,54 @@ func TestTableBehindView(t *testing.T) {
 	}
 	must(t, both.Close())
 	must(t, blob.Close())
+}
+
+// So is one of other chunks, as large as those that are seen, while somebody looks at what there is.
+func TestTableBesideView(t *testing.T) {
+	t.Parallel()
+	dir, other := t.TempDir(), t.TempDir()
+	b, chunks, data := layout(5000, 4096, 4096)
+	both := []rafs.Chunk{chunks[0], chunks[2]}
+	must(t, openBlob(t, open(t, other, store.Options{}), b, both).Close())
+	s := open(t, dir, store.Options{})
+	blob := openBlob(t, s, b, chunks[:2])
+	must(t, blob.Put(chunks[0], data[0]))
+	must(t, blob.Close())
+	look, err := s.Reopen(b.ID)
+	must(t, err)
+	table, err := os.ReadFile(filepath.Join(other, "blobs", b.ID, "chunks"))
+	must(t, err)
+	must(t, os.WriteFile(filepath.Join(dir, "blobs", b.ID, "chunks"), table, 0o600))
+	blob = openBlob(t, s, b, both)
+	if blob.Ready(chunks[2]) || blob.ReadyRange(int64(chunks[2].UncompressedOffset), 4096) {
+		t.Error("a chunk that nobody fetched reads as zeros")
+	}
+	must(t, errors.Join(blob.Close(), look.Close()))
+}
+
+// What was dropped as wrong stays in the file for a mount that nobody serves any more, whoever else comes.
+func TestNarrowLeavesDropped(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	s := open(t, dir, store.Options{})
+	b, chunks, data := layout(5000, 4096, 70_000)
+	all := openBlob(t, s, b, chunks[:2])
+	must(t, errors.Join(all.Put(chunks[0], data[0]), all.Put(chunks[1], data[1])))
+	mount, err := os.Open(all.Path())
+	must(t, err)
+	defer mount.Close()
+	must(t, all.Close())
+	look, err := s.Reopen(b.ID)
+	must(t, err)
+	must(t, errors.Join(look.Drop(chunks[1:2]), look.Close()))
+	one := openBlob(t, s, b, chunks[:1])
+	p := make([]byte, len(data[1]))
+	_, err = mount.ReadAt(p, int64(chunks[1].UncompressedOffset))
+	must(t, err)
+	if !bytes.Equal(p, data[1]) || one.ReadyRange(int64(chunks[1].UncompressedOffset), 4096) {
+		t.Errorf("the bytes are as they were: %t, and said to be there: %t", bytes.Equal(p, data[1]), one.ReadyRange(int64(chunks[1].UncompressedOffset), 4096))
+	}
+	must(t, one.Close())
 }
 
 // Images that come and go beside another one keep no files open.

@@ -71,7 +71,7 @@ type Store struct {
 	blobs map[string]*Blob
 	busy  map[string]bool // blobs that are not open, and that somebody works on without mu: nobody opens them
 	left  map[string]file // blobs that were open here: see foreign
-	wrong sync.Map        // keys are of type file: blobs of which a claim was wrong; see Blob.narrow
+	wrong sync.Map        // keys are of type file: blobs of which something was wrong; see Blob.narrow
 	idle  *sync.Cond      // of mu: one is not busy any more
 }
 
