@@ -14,8 +14,8 @@ package tracefs
 // was read ahead a moment ago, and what lies between that and the last read of the file is cached.
 //
 // Not found is what is passed over by others that do not sleep that way (io_uring, RWF_NOWAIT); of more than 128 pages that were cached
-// beforehand, or that somebody had asked for whose insertions are not recorded, and of fewer of the latter without sleep, or by a first
-// read of the file that then brings pages itself; without sleep, of pages that are on their way for more than a quarter of a second; by a read that begins
+// beforehand, or that somebody had asked for whose insertions are not recorded, and of fewer of the latter without sleep, or of a file of which
+// nothing else was asked for lately, or by a first read of it that then brings pages itself; without sleep, of pages that are on their way for more than a quarter of a second; by a read that begins
 // before the end of the same thread's last one of the file; by a read that never ends, or after the recording does; of more than 1,024 pages
 // that did not come in a row. Nor is a page that could not be read ahead for want of memory, of which there is no event either.
 //
@@ -202,8 +202,11 @@ func (g *Gaps) forget() {
 
 // began returns where a read may have begun of which e is the first event: where e begins, unless pages were passed over.
 func (g *Gaps) began(f gapFile, p *gapPages, e *Event, t *gapThread) uint64 {
-	if p == nil || !p.runs.has(e.First) { // was not on its way for anybody here
-		return t.foreign(f, e.First, 1)
+	if p == nil {
+		return e.First // was not on its way for anybody here
+	}
+	if !p.runs.has(e.First) {
+		return p.foreign(f, e, t, e.First, 1)
 	}
 	goesOn := p.by == e.PID && p.first <= e.First
 	least := max(e.First, gapMost) - gapMost
@@ -234,7 +237,19 @@ func (g *Gaps) began(f gapFile, p *gapPages, e *Event, t *gapThread) uint64 {
 	if goesOn && began > p.end && began < page {
 		return began
 	}
-	return t.foreign(f, began, waits)
+	return p.foreign(f, e, t, began, waits)
+}
+
+// foreign returns where a read may have begun that passed over what comes before a page, which nobody here has asked for, of a file of which
+// something else was asked for a moment ago: others may have, and the thread may have slept for that, besides for its own. If it did, it goes on
+// from its last read of the file, or reads the file for the first time; not that where it brought what it finds: then it has slept for the file's
+// metadata too, which nobody had read.
+func (p *gapPages) foreign(f gapFile, e *Event, t *gapThread, page uint64, waits int) uint64 {
+	end := t.end(f)
+	if t.waits < waits || end >= page || page-end > gapForeign || end == 0 && waits > 1 || e.Time-p.epoch > 2*gapTime {
+		return page
+	}
+	return end
 }
 
 // awake returns where a read may have begun that did not sleep for what it passed over before this page, as what it waited for came between the

@@ -19,9 +19,6 @@ func TestGaps(t *testing.T) {
 	for name, steps := range map[string][]step{
 		"brought by itself":      {{Insert, a, 0, 0, ""}, {Insert, a, 1, 1, ""}, {Wait, a, 0, 0, ""}, {Read, a, 1, 1, "0-0"}, {Read, a, 1, 1, ""}},
 		"nothing":                {{Insert, a, 0, 3, ""}, {Wait, a, 0, 0, ""}, {Read, a, 0, 3, ""}, {Read, a, 9, 9, ""}},
-		"others brought it":      {{Insert, a, 0, 3, ""}, {Wait, a, 0, 0, ""}, {Read, a, 0, 3, ""}, {Wait, a, 0, 0, ""}, {Read, a, 9, 9, "4-8"}, {Read, a, 12, 12, ""}, {Wait, a, 0, 0, ""}, {Read, a, 7, 9, ""}},
-		"others brought all":     {{Wait, a, 0, 0, ""}, {Read, a, gapForeign, gapForeign, fmt.Sprint("0-", gapForeign-1)}},
-		"others' is far":         {{Wait, a, 0, 0, ""}, {Read, a, gapForeign + 1, gapForeign + 1, ""}},
 		"over what was cached":   {{Insert, a, 0, 1, ""}, {Insert, a, 3, 5, ""}, {Wait, a, 0, 0, ""}, {Read, a, 4, 5, "0-3"}},
 		"over what was read":     {{Read, a, 2, 2, ""}, {Insert, a, 0, 1, ""}, {Insert, a, 3, 5, ""}, {Wait, a, 0, 0, ""}, {Wait, a, 0, 0, ""}, {Read, a, 4, 5, "0-3"}},
 		"found":                  {{Insert, a, 0, 31, ""}, {Read, a, 0, 1, ""}, {Read, a, 20, 21, ""}, {Read, a, 10, 11, ""}},
@@ -243,6 +240,7 @@ func TestGapsForget(t *testing.T) {
 		t.Errorf("%d threads are known, want %d at most", len(g.threads), gapThreads)
 	}
 	// Of one that is forgotten it is not known whether it has waited.
+	g.Note(&Event{Kind: Insert, PID: 2, Inode: 1, First: 100, Last: 100})
 	if got, ok := g.Note(&Event{Kind: Read, PID: 1, Inode: 1, First: 9, Last: 9}); !ok || got != (Span{First: 0, Last: 8}) {
 		t.Errorf("a forgotten thread: gap %v, %t, want 0 to 8", got, ok)
 	}

@@ -107,14 +107,3 @@ func (t *gapThread) end(f gapFile) uint64 {
 	}
 	return 0
 }
-
-// foreign returns where a read may have begun that passed over what comes before a page, which nobody here has asked for: others may have, and the thread
-// may have slept for that, besides for its own. If it did, it goes on from its last read of the file, or reads the file for the first time;
-// not that where it brought what it finds: then it has slept for the file's metadata too, which nobody had read.
-func (t *gapThread) foreign(f gapFile, page uint64, waits int) uint64 {
-	end := t.end(f)
-	if t.waits < waits || end >= page || page-end > gapForeign || end == 0 && waits > 1 {
-		return page
-	}
-	return end
-}
