@@ -65,6 +65,16 @@ type use struct {
 	making  bool // the mount is; guarded by b.syncMu
 }
 
+// begin says that an image uses the blob, and may use more of it than others, for a mount that is being made or is there.
+func (u *use) begin(making bool) {
+	u.b.syncMu.Lock()
+	defer u.b.syncMu.Unlock()
+	u.b.settled = false
+	if u.making = making; making {
+		u.b.making++
+	}
+}
+
 // made says that a use's mount has the data file open, or will not: until then it keeps its mark, since the kernel decides when a file is opened whether it will
 // ever raise events.
 func (u *use) made() {
@@ -130,13 +140,8 @@ func (d *daemon) openUse(m *mount, img *rafs.Image, n int, src fill.Source, name
 		d.usedMu.Unlock()
 	}
 	b.refs++
-	b.syncMu.Lock()
-	b.settled = false // this image may use more of it
-	if name == "" {
-		b.making++
-	}
-	b.syncMu.Unlock()
-	u = &use{b: b, src: src, share: m.share, claim: m.claim, narrow: m.narrow, making: name == ""}
+	u = &use{b: b, src: src, share: m.share, claim: m.claim, narrow: m.narrow}
+	u.begin(name == "")
 	if err := d.attachSource(u, info, chunks); err != nil {
 		return u, err
 	}

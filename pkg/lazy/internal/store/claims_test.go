@@ -6,8 +6,6 @@ import (
 	"path/filepath"
 	"testing"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/headstart-oci/headstart/pkg/lazy/internal/store"
 )
 
@@ -90,13 +88,8 @@ func TestClaimsOutliveTheProcess(t *testing.T) {
 	must(t, os.Chmod(filepath.Join(dir, "blobs", b.ID, "data"), 0o640)) // a change, too
 	blob = openBlob(t, s, b, chunks)
 	must(t, blob.Confirm(t.Context(), 0, 1))
-	dup := func(f *os.File) *os.File {
-		fd, err := unix.FcntlInt(f.Fd(), unix.F_DUPFD_CLOEXEC, 0)
-		must(t, err)
-		return os.NewFile(uintptr(fd), f.Name())
-	}
 	d := blob.Descriptors()
-	kept, lock := store.Kept{Data: dup(d.Data), Bits: dup(d.Bits)}, dup(s.LockFile())
+	kept, lock := store.Kept{Data: dup(t, d.Data), Bits: dup(t, d.Bits)}, dup(t, s.LockFile())
 	must(t, s.Close())
 	s = open(t, dir, store.Options{Lock: lock, Kept: map[string]store.Kept{b.ID: kept}})
 	blob, err := s.Adopt(b.ID, b, chunks)

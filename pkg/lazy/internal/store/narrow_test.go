@@ -8,8 +8,6 @@ import (
 	"strings"
 	"testing"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/headstart-oci/headstart/pkg/lazy/internal/store"
 	"github.com/headstart-oci/headstart/pkg/rafs"
 )
@@ -194,13 +192,8 @@ func TestNarrowLeavesStrangers(t *testing.T) {
 	b, chunks, data := layout(5000, 4096)
 	all := openBlob(t, s, b, chunks)
 	must(t, all.Put(chunks[0], data[0]))
-	dup := func(f *os.File) *os.File {
-		fd, err := unix.FcntlInt(f.Fd(), unix.F_DUPFD_CLOEXEC, 0)
-		must(t, err)
-		return os.NewFile(uintptr(fd), f.Name())
-	}
 	d := all.Descriptors()
-	kept, lock := store.Kept{Data: dup(d.Data), Bits: dup(d.Bits)}, dup(s.LockFile())
+	kept, lock := store.Kept{Data: dup(t, d.Data), Bits: dup(t, d.Bits)}, dup(t, s.LockFile())
 	must(t, s.Close())
 	s = open(t, dir, store.Options{Lock: lock, Kept: map[string]store.Kept{b.ID: kept}})
 	some, err := s.Adopt(b.ID, b, chunks[:1])

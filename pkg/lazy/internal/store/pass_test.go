@@ -5,8 +5,6 @@ import (
 	"os"
 	"testing"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/headstart-oci/headstart/pkg/lazy/internal/store"
 )
 
@@ -70,13 +68,8 @@ func TestReleaseWhole(t *testing.T) {
 			if whole {
 				must(t, blob.Put(chunks[1], data[1]))
 			}
-			dup := func(f *os.File) *os.File {
-				fd, err := unix.FcntlInt(f.Fd(), unix.F_DUPFD_CLOEXEC, 0)
-				must(t, err)
-				return os.NewFile(uintptr(fd), f.Name())
-			}
 			d := blob.Descriptors()
-			kept := map[string]store.Kept{blob.Name(): {Data: dup(d.Data), Bits: dup(d.Bits)}}
+			kept := map[string]store.Kept{blob.Name(): {Data: dup(t, d.Data), Bits: dup(t, d.Bits)}}
 			user, err := os.Open(blob.Path())
 			must(t, errors.Join(err, first.Close()))
 			defer user.Close()

@@ -27,6 +27,14 @@ func must(t testing.TB, err error) {
 	}
 }
 
+// dup returns another descriptor of a file, as one that a process keeps for the next one.
+func dup(t testing.TB, f *os.File) *os.File {
+	t.Helper()
+	fd, err := unix.FcntlInt(f.Fd(), unix.F_DUPFD_CLOEXEC, 0)
+	must(t, err)
+	return os.NewFile(uintptr(fd), f.Name())
+}
+
 // layout returns a blob with chunks of the given sizes, one behind the other, and their bytes.
 func layout(sizes ...int) (rafs.Blob, []rafs.Chunk, [][]byte) {
 	b := rafs.Blob{ID: strings.Repeat("ab", 32), Digester: rafs.DigesterSHA256}
@@ -265,13 +273,8 @@ func TestKept(t *testing.T) {
 	must(t, err)
 	blob := openBlob(t, first, b, chunks)
 	must(t, blob.Put(chunks[1], data[1]))
-	dup := func(f *os.File) *os.File {
-		fd, err := unix.FcntlInt(f.Fd(), unix.F_DUPFD_CLOEXEC, 0)
-		must(t, err)
-		return os.NewFile(uintptr(fd), f.Name())
-	}
 	d := blob.Descriptors()
-	o := store.Options{Lock: dup(first.LockFile()), Kept: map[string]store.Kept{blob.Name(): {Data: dup(d.Data), Bits: dup(d.Bits)}}}
+	o := store.Options{Lock: dup(t, first.LockFile()), Kept: map[string]store.Kept{blob.Name(): {Data: dup(t, d.Data), Bits: dup(t, d.Bits)}}}
 	if _, err := store.Open(dir, store.Options{}); !errors.Is(err, store.ErrLocked) {
 		t.Errorf("second Open = %v, want ErrLocked", err)
 	}
@@ -293,7 +296,7 @@ func TestKept(t *testing.T) {
 	var unmarked int
 	unmark := func(*os.File) error { unmarked++; return nil }
 	d = blob.Descriptors()
-	third := store.Options{Lock: dup(first.LockFile()), Kept: map[string]store.Kept{blob.Name(): {Data: dup(d.Data), Bits: dup(d.Bits)}}}
+	third := store.Options{Lock: dup(t, first.LockFile()), Kept: map[string]store.Kept{blob.Name(): {Data: dup(t, d.Data), Bits: dup(t, d.Bits)}}}
 	other := open(t, dir, third)
 	if err := other.Release(blob.Name(), unmark); !errors.Is(err, store.ErrInUse) || unmarked != 0 || len(other.Unadopted()) != 1 {
 		t.Errorf("Release of what is in use = %v, %d times unmarked, want ErrInUse, 0", err, unmarked)
