@@ -77,6 +77,7 @@ func FuzzTakeOver(f *testing.F) {
 	f.Add(tableBytes(f, record(1001, 0, 4096)))
 	f.Add(tableBytes(f, record(1000, 0, 4096)))
 	f.Add(tableBytes(f, append(record(1001, 0, 4096), record(1002, 0, 4096)...)))
+	f.Add(tableBytes(f, append(record(1001, 0, 4096), record(1001, 4096, 4096)...)))
 	f.Add(tableBytes(f, record(1001, 0, 4096)[:30]))
 	f.Fuzz(func(t *testing.T, p []byte) {
 		if len(p) > 1<<20 {

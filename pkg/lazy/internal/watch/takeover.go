@@ -41,9 +41,14 @@ func (w *Watcher) inherit() error {
 	if err != nil {
 		return fmt.Errorf("events that were just read: %w", err)
 	}
+	fresh := map[int32]bool{}
 	for _, e := range unread {
+		if fresh[e.fd] {
+			return fmt.Errorf("%w: event %d was just read twice", ErrTable, e.fd)
+		}
+		fresh[e.fd] = true
 		if numbers[e.fd] {
-			continue
+			continue // it has its slot
 		}
 		if len(w.freeSlots) == 0 {
 			return fmt.Errorf("%w: no slot for an event that was just read", ErrTable)
