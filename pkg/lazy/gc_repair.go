@@ -69,7 +69,7 @@ func (d *daemon) forgetBad(ctx context.Context, b *store.Blob, bad []rafs.Chunk)
 	}
 }
 
-// forgetLocked makes chunks not ready, unless there are mounts with the blob that are not in r: again.
+// forgetLocked makes chunks not ready that are wrong still, unless there are mounts with the blob that are not in r: again.
 func (d *daemon) forgetLocked(b *store.Blob, bad []rafs.Chunk, r revived) (again, mounted bool, err error) {
 	d.blobMu.Lock()
 	defer d.blobMu.Unlock()
@@ -88,6 +88,10 @@ func (d *daemon) forgetLocked(b *store.Blob, bad []rafs.Chunk, r revived) (again
 				return false, true, err
 			}
 		}
+	}
+	// Not what somebody else has dropped and fetched again meanwhile.
+	if bad, err = b.Wrong(bad); err != nil {
+		return false, filled != nil, err
 	}
 	return false, filled != nil, b.Drop(bad)
 }

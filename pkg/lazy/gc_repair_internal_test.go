@@ -2,12 +2,14 @@ package lazy
 
 import (
 	"errors"
+	"os"
 	"testing"
 	"time"
 
 	"go.uber.org/zap"
 
 	"github.com/headstart-oci/headstart/pkg/lazy/internal/store"
+	"github.com/headstart-oci/headstart/pkg/rafs"
 )
 
 // forgets calls a function while a cache is being forgotten.
@@ -42,6 +44,18 @@ func completed(t *testing.T, src *place, meanwhile func(d *daemon, m *mount)) (*
 	return d, m, b
 }
 
+// spoil makes chunks wrong on disk.
+func (b *blob) spoil(t *testing.T, chunks []rafs.Chunk) {
+	t.Helper()
+	f, err := os.OpenFile(b.st.Path(), os.O_WRONLY, 0)
+	must(t, err)
+	for _, c := range chunks {
+		_, err = f.WriteAt([]byte("wrong"), int64(c.UncompressedOffset))
+		must(t, err)
+	}
+	must(t, errors.Join(f.Sync(), f.Close()))
+}
+
 // To forget a data file takes the index a while. Nobody takes the blob for complete before what is wrong of it is not ready any more.
 func TestDropBadKeepsTheJanitorOut(t *testing.T) {
 	t.Parallel()
@@ -55,6 +69,7 @@ func TestDropBadKeepsTheJanitorOut(t *testing.T) {
 		time.Sleep(50 * time.Millisecond) // the longer, the likelier is it found
 	})
 	info, chunks, _ := plain(4)
+	b.spoil(t, chunks[:1])
 	mounted, err := d.forgetBad(t.Context(), b.st, chunks[:1])
 	if err != nil || !mounted || free {
 		t.Errorf("forgetBad = %t, %v, the mount's phase is free: %t", mounted, err, free)
@@ -82,6 +97,7 @@ func TestRefetchFromDeadSource(t *testing.T) {
 	src := &place{}
 	d, _, b := completed(t, src, func(*daemon, *mount) {})
 	_, chunks, _ := plain(4)
+	b.spoil(t, chunks)
 	if _, err := d.forgetBad(t.Context(), b.st, chunks); err != nil {
 		t.Fatal(err)
 	}
@@ -101,6 +117,7 @@ func TestDroppedIsFetchedLater(t *testing.T) {
 	m.run = d.fill.Start(d.plan(m)) // it finds all of it there
 	<-m.run.Done()
 	_, chunks, _ := plain(4)
+	b.spoil(t, chunks[1:2])
 	src.away.Store(true)
 	if n, err := d.dropBad(t.Context(), b.st, chunks[1:2]); n != 0 || err != nil {
 		t.Errorf("dropBad = %d, %v, want none fetched", n, err)
@@ -113,5 +130,29 @@ func TestDroppedIsFetchedLater(t *testing.T) {
 		if time.Now().After(deadline) {
 			t.Fatal("nobody fetches what was dropped")
 		}
+	}
+}
+
+// What two found wrong is dropped once: the second one comes when it has been fetched again.
+func TestDropBadOfWhatIsRightAgain(t *testing.T) {
+	t.Parallel()
+	src := &place{}
+	d, m, b := completed(t, src, func(*daemon, *mount) {})
+	_, chunks, _ := plain(4)
+	b.spoil(t, chunks[1:2])
+	before := src.asked.Load()
+	for i := range 2 {
+		if n, err := d.dropBad(t.Context(), b.st, chunks[1:3]); n != 2 || err != nil {
+			t.Errorf("dropBad %d = %d, %v, want both chunks there", i, n, err)
+		}
+		if wrong, err := b.st.Wrong(chunks); len(wrong) != 0 || err != nil || !b.st.Complete() {
+			t.Errorf("Wrong %d = %v, %v, complete: %t, want all there and right", i, wrong, err, b.st.Complete())
+		}
+		if asked := src.asked.Load() - before; asked != 1 || src.last.Load() != int64(chunks[1].UncompressedOffset) {
+			t.Errorf("%d requests after dropBad %d, the last one at %d; want one, of the chunk that was wrong", asked, i, src.last.Load())
+		}
+	}
+	if !d.isComplete(m) {
+		t.Error("the mount is not complete")
 	}
 }

@@ -75,20 +75,40 @@ func (b *Blob) Verify(ctx context.Context, offset int64) (c Checked, err error) 
 			if err != nil {
 				return c, fmt.Errorf("blob %s: read chunk %d at %d: %w", b.name, chunk.Index, at, err)
 			}
+			if !good && !b.wholly(chunk) {
+				continue // it was dropped while it was read
+			}
 			c.Chunks++
 			c.Bytes += int64(chunk.UncompressedSize)
-			if r := record(*chunk); good && b.isClaimed(r.first(), r.end()) {
-				err = b.settleClaim(&r, true)
-			} else if !good && b.wholly(chunk) { // else it was dropped while it was read
+			if !good {
 				c.Bad = append(c.Bad, *chunk)
-			}
-			if err != nil {
-				return c, err
+			} else if r := record(*chunk); b.isClaimed(r.first(), r.end()) {
+				if err := b.settleClaim(&r, true); err != nil {
+					return c, err
+				}
 			}
 		}
 		c.Next = min(next, b.Size())
 	}
 	return c, nil
+}
+
+// Wrong returns those of chunks that are there and are not what they should be: others may have dropped or stored some since they turned out wrong.
+func (b *Blob) Wrong(chunks []rafs.Chunk) (wrong []rafs.Chunk, err error) {
+	var buf []byte
+	for i := range chunks {
+		if !b.wholly(&chunks[i]) {
+			continue
+		}
+		good, err := b.verifyChunk(&chunks[i], &buf)
+		if err != nil {
+			return nil, fmt.Errorf("blob %s: read chunk %d at %d: %w", b.name, chunks[i].Index, chunks[i].UncompressedOffset, err)
+		}
+		if !good {
+			wrong = append(wrong, chunks[i])
+		}
+	}
+	return wrong, nil
 }
 
 // wholly reports whether all of a chunk is ready or claimed, whether or not an image needs it.
