@@ -62,7 +62,7 @@ func (d *daemon) listenAnew(hidden bool) error {
 }
 
 // nothingMounted reports whether no mount needs anybody: neither one that is known, nor one whose record was lost, which
-// has the data file of a blob that nobody adopted.
+// has the data file of a blob that nobody adopted, or one that was put aside: the mark of either ends with this daemon and its holder.
 func (d *daemon) nothingMounted() bool {
 	d.mu.Lock()
 	n := len(d.mounts)
@@ -71,7 +71,14 @@ func (d *daemon) nothingMounted() bool {
 		return false
 	}
 	d.dropUnused()
-	return len(d.store.Unadopted()) == 0
+	if len(d.store.Unadopted()) > 0 {
+		return false
+	}
+	used, err := d.store.AsideInUse()
+	if err != nil {
+		d.log.Error("what was put aside", zap.Error(err))
+	}
+	return !used && err == nil
 }
 
 // nothingLives reports whether no EROFS is mounted from files on the whole machine, as far as that can be told.
