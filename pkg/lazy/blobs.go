@@ -201,15 +201,19 @@ func (d *daemon) lendToFailed(b *blob) error {
 	if d.watch == nil {
 		return nil
 	}
-	var failed []*mount
+	return d.lend(b, d.failedWith(b.st.Name()))
+}
+
+// failedWith returns the mounts with the blob called name that cannot be filled any more and that nobody asks for when they are read.
+func (d *daemon) failedWith(name string) (failed []*mount) {
 	d.mu.Lock()
+	defer d.mu.Unlock()
 	for _, m := range d.mounts {
-		if m.failed != "" && !m.gone && m.rec.driver() == DriverEROFS && slices.Contains(m.rec.Blobs, b.st.Name()) {
+		if m.failed != "" && !m.gone && m.rec.driver() == DriverEROFS && slices.Contains(m.rec.Blobs, name) {
 			failed = append(failed, m)
 		}
 	}
-	d.mu.Unlock()
-	return d.lend(b, failed)
+	return failed
 }
 
 // lend has mounts keep b that cannot be filled any more. The caller holds blobMu.

@@ -85,3 +85,40 @@ func (b *box) fail(m lazy.Mount) {
 		return ""
 	})
 }
+
+// What turns out wrong on disk of a complete blob that a failed mount alone has is an error for it from then on: the blob had lost its mark.
+func TestVerifyFailed(t *testing.T) {
+	t.Parallel()
+	b := newBox(t)
+	r := loose(t, "v6-zstd")
+	m := b.mount(b.mountpoint("one"), r)
+	b.fail(m)
+	other := b.whole("other", r)
+	want := treeOf(t, other.Dir)
+	if err := os.Remove(filepath.Join(b.state, "bootstraps", m.Bootstrap)); err != nil {
+		t.Fatal(err)
+	}
+	b.killDaemon()
+	b.still(other)
+	b.unmount(other.Dir)
+	eventually(t, func() string {
+		if n := b.narrow(); n != 0 {
+			return fmt.Sprintf("%d marks of what is complete, want none", n)
+		}
+		return ""
+	})
+	if same, differ, failed := want.fresh(t, m.Dir); same == 0 || differ != 0 || failed != 0 {
+		t.Errorf("of a failed mount, all of which is local, %d files are right, %d wrong, %d errors", same, differ, failed)
+	}
+	b.spoil()
+	v, err := b.client.VerifyCache(t.Context(), nil, nil)
+	if err != nil || len(v.Bad) == 0 || v.Refetched != 0 || len(v.Failed) != 0 {
+		t.Errorf("VerifyCache() = %+v, %v, want chunks that are wrong, which nobody can fetch", v, err)
+	}
+	same, differ, failed := want.fresh(t, m.Dir)
+	if same == 0 || differ != 0 || failed == 0 {
+		t.Errorf("after the check %d files are right, %d wrong, %d errors, want none wrong, and some of each else", same, differ, failed)
+	}
+	b.unmount(m.Dir)
+	compare(t, b.whole("again", r).Dir)
+}

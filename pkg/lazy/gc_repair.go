@@ -49,7 +49,7 @@ func (d *daemon) fetchLater(name string) {
 	}
 }
 
-// forgetBad is dropBad without fetching anything. mounted: mounts have the blob.
+// forgetBad is dropBad without fetching anything. mounted: somebody fills the blob.
 //
 // Until the chunks are not ready, nobody may take a mount or the blob for complete: it would lose its mark, and readers of what is
 // dropped then would get what is on the disk.
@@ -69,31 +69,65 @@ func (d *daemon) forgetBad(ctx context.Context, b *store.Blob, bad []rafs.Chunk)
 	}
 }
 
-// forgetLocked makes chunks not ready that are wrong still, unless there are mounts with the blob that are not in r: again.
+// forgetLocked makes chunks not ready that are wrong still, unless there are mounts with the blob that are not in r: again. mounted: somebody fills
+// the blob.
 func (d *daemon) forgetLocked(b *store.Blob, bad []rafs.Chunk, r revived) (again, mounted bool, err error) {
 	d.blobMu.Lock()
 	defer d.blobMu.Unlock()
-	filled := d.blobs[b.Name()]
-	if filled != nil {
-		filled.syncMu.Lock() // as settle does
-		defer filled.syncMu.Unlock()
-	}
 	if len(d.having(b.Name(), r)) > 0 {
 		return true, false, nil
 	}
+	filled, err := d.blobForFailed(b)
+	if err != nil {
+		return false, false, fmt.Errorf("they stay, for the sake of a mount that cannot be filled any more: %w", err)
+	}
 	if filled != nil {
+		filled.syncMu.Lock() // as settle does
+		defer filled.syncMu.Unlock()
+		mounted = len(filled.fillings) > 0
 		filled.settled = false
 		if d.watch != nil {
 			if err := d.watch.Again(b); err != nil {
-				return false, true, err
+				return false, mounted, err
 			}
 		}
 	}
 	// Not what somebody else has dropped and fetched again meanwhile.
 	if bad, err = b.Wrong(bad); err != nil {
-		return false, filled != nil, err
+		return false, mounted, err
 	}
-	return false, filled != nil, b.Drop(bad)
+	return false, mounted, b.Drop(bad)
+}
+
+// blobForFailed returns what mounts have of the blob b, nil when none has it open. Mounts that failed have let go of a blob that was complete and lost its
+// mark: they have it from now on, with a mark, so that they get errors for what is dropped of it. The caller holds blobMu.
+func (d *daemon) blobForFailed(st *store.Blob) (*blob, error) {
+	name := st.Name()
+	if b := d.blobs[name]; b != nil {
+		return b, d.lendToFailed(b)
+	}
+	failed := d.failedWith(name)
+	if len(failed) == 0 {
+		return nil, nil
+	}
+	if d.watch == nil {
+		return nil, errors.New("there are no marks")
+	}
+	b := &blob{st: st}
+	d.usedMu.Lock()
+	d.blobs[name] = b
+	d.usedMu.Unlock()
+	err := d.guard(b)
+	if err == nil {
+		err = d.lend(b, failed)
+	}
+	if b.refs > 0 {
+		return b, err
+	}
+	d.usedMu.Lock()
+	delete(d.blobs, name)
+	d.usedMu.Unlock()
+	return nil, errors.Join(err, d.link.Drop(keptData+name, keptBits+name))
 }
 
 // refetchLimit is how long one dropped chunk is waited for: readers that want it do it again.
