@@ -111,8 +111,8 @@ func (r *Optimized) Close() error { return r.dir.remove() }
 //
 // Listed paths are resolved as opening them would. In a list that no engine recorded, a directory
 // without ranges stands for all files below it, as in Nydus' prefetch patterns, and a path that is not in
-// the image and has one of *?[ is a pattern: of [path.Match] for each element, and ** for any
-// number of directories. In a recorded list a directory stands for itself and has no data.
+// the image and has one of *?[ is a pattern: of [path.Match] for each element, [!…] as in a shell, and ** for any
+// number of directories; symlinks that match an element are followed. In a recorded list a directory stands for itself and has no data.
 //
 // The result has been read back and verified; on error nothing is left on disk. Errors are
 // ErrInvalid, ErrUnsupported and ErrDigest for what is wrong with src, those of [rafs], and the

@@ -128,10 +128,10 @@ func (p *prefetchPlanner) resolve(list *persist.List, a *trace.Access) []*rafs.I
 // find returns what the cleaned absolute path name stands for: one inode, or regular files. In a list that a person
 // typed, these are what is below a directory that is listed as a whole, and what a pattern matches.
 func (p *prefetchPlanner) find(name string, typed, whole bool) []*rafs.Inode {
-	g := globber{found: map[*rafs.Inode]struct{}{}, visited: map[globState]struct{}{}}
-	if ino := locateInode(p.root, name); ino != nil {
+	g := globber{root: p.root, found: map[*rafs.Inode]struct{}{}, visited: map[globState]struct{}{}}
+	if at, ino := locateReal(p.root, name); ino != nil {
 		if typed && whole && ino.IsDir() {
-			if g.match(ino, []string{"**"}); len(g.files) > 0 {
+			if g.match(at, ino, []string{"**"}); len(g.files) > 0 {
 				p.stats.Directories++
 				return g.files
 			}
@@ -142,7 +142,7 @@ func (p *prefetchPlanner) find(name string, typed, whole bool) []*rafs.Inode {
 	if !typed || !strings.ContainsAny(name, "*?[") {
 		return nil
 	}
-	g.match(p.root, split(name[1:]))
+	g.match(nil, p.root, patternOf(name))
 	if len(g.files) > 0 {
 		p.stats.Patterns++
 	}
@@ -179,25 +179,24 @@ func (p *prefetchPlanner) add(ino *rafs.Inode, spans, ranges []trace.Range, othe
 	}
 }
 
-// locateInode finds the inode at a cleaned absolute path, with every symlink followed
-// inside the root, also the last one; nil when there is none.
-func locateInode(root *rafs.Inode, name string) *rafs.Inode {
+// locateReal finds the inode at a cleaned absolute path, with every symlink followed
+// inside the root, also the last one; nil when there is none. at is its path without symlinks.
+func locateReal(root *rafs.Inode, name string) (at []string, ino *rafs.Inode) {
 	todo := split(name[1:])
-	var at []string // the path so far, without symlinks
-	ino := root
+	ino = root
 	for links := 0; len(todo) > 0; {
 		next := todo[0]
 		todo = todo[1:]
 		child := ino.Child(next)
 		if child == nil {
-			return nil
+			return nil, nil
 		}
 		if !child.IsSymlink() {
 			at, ino = append(at, next), child
 			continue
 		}
 		if links++; links > maxLinks {
-			return nil
+			return nil, nil
 		}
 		target := child.Target
 		if !path.IsAbs(target) {
@@ -207,11 +206,34 @@ func locateInode(root *rafs.Inode, name string) *rafs.Inode {
 		todo = slices.Concat(split(path.Clean("/" + target)[1:]), todo)
 		at, ino = nil, root
 	}
-	return ino
+	return at, ino
 }
 
-// globber gathers the regular files that a pattern matches, in the order of the tree.
+// patternOf cuts the pattern name, a cleaned absolute path, into elements for [path.Match], which does not know the [!…] of shells.
+func patternOf(name string) []string {
+	b := []byte(name)
+	for i := 0; i < len(b); i++ {
+		switch b[i] {
+		case '\\':
+			i++
+		case '[':
+			if i+1 < len(b) && b[i+1] == '!' {
+				b[i+1] = '^'
+			}
+			for i++; i < len(b) && b[i] != ']' && b[i] != '/'; i++ {
+				if b[i] == '\\' {
+					i++
+				}
+			}
+		}
+	}
+	return split(string(b[1:]))
+}
+
+// globber gathers the regular files that a pattern matches, in the order of the tree. A symlink whose name matches stands
+// for what it leads to, as in a shell; ** follows none.
 type globber struct {
+	root    *rafs.Inode
 	files   []*rafs.Inode
 	found   map[*rafs.Inode]struct{}
 	visited map[globState]struct{} // so that many ** cost no more than one
@@ -222,7 +244,8 @@ type globState struct {
 	left int // elements of the pattern
 }
 
-func (g *globber) match(at *rafs.Inode, pattern []string) {
+// match adds what pattern matches below at, whose path without symlinks is dir.
+func (g *globber) match(dir []string, at *rafs.Inode, pattern []string) {
 	if len(pattern) == 0 {
 		if _, ok := g.found[at]; !ok && at.IsRegular() {
 			g.found[at] = struct{}{}
@@ -236,21 +259,28 @@ func (g *globber) match(at *rafs.Inode, pattern []string) {
 	}
 	g.visited[state] = struct{}{}
 	if pattern[0] == "**" {
-		g.match(at, pattern[1:])
+		g.match(dir, at, pattern[1:])
 	}
 	for _, d := range at.Children {
 		if pattern[0] == "**" {
 			switch {
 			case d.Inode.IsDir():
-				g.match(d.Inode, pattern)
+				g.match(append(slices.Clip(dir), d.Name), d.Inode, pattern)
 			case len(pattern) == 1:
-				g.match(d.Inode, nil)
+				g.match(nil, d.Inode, nil)
 			}
 			continue
 		}
 		// A pattern that is none matches nothing.
-		if ok, err := path.Match(pattern[0], d.Name); ok && err == nil {
-			g.match(d.Inode, pattern[1:])
+		if ok, err := path.Match(pattern[0], d.Name); !ok || err != nil {
+			continue
 		}
+		below, ino := append(slices.Clip(dir), d.Name), d.Inode
+		if ino.IsSymlink() {
+			if below, ino = locateReal(g.root, "/"+strings.Join(below, "/")); ino == nil {
+				continue
+			}
+		}
+		g.match(below, ino, pattern[1:])
 	}
 }

@@ -95,6 +95,18 @@ func TestPrefetch(t *testing.T) {
 			want: "byc", table: []string{"/usr/abc", "/usr/tail", "/usr/d"},
 			stats: builder.PrefetchStats{Listed: 4, Files: 3, Repeated: 1, Chunks: 3, RawBytes: 2*testChunk + 1},
 		},
+		"pattern through a symlink, that matches one": {
+			list: typed("/bin/[!ab]*"), want: "dabcxy", table: []string{"/usr/d", "/usr/hard", "/usr/tail"},
+			stats: builder.PrefetchStats{Listed: 1, Patterns: 1, Files: 4, Chunks: 6, RawBytes: 5*testChunk + 1},
+		},
+		"patterns that meet a loop": {
+			list: typed("/*/ab?", "/**/sof[!u]", "/loop/*"), want: "abcd", table: []string{"/usr/abc", "/usr/d"},
+			stats: builder.PrefetchStats{Listed: 3, Missing: 1, Patterns: 2, Files: 2, Chunks: 4, RawBytes: 4 * testChunk},
+		},
+		"marks that are none": {
+			list:  typed(`/usr/\[!d]`, "/usr/[d", "/usr/[!d/]*"),
+			stats: builder.PrefetchStats{Listed: 3, Missing: 3},
+		},
 	}
 	for name, tt := range tests {
 		t.Run(name, func(t *testing.T) {
