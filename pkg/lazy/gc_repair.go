@@ -222,7 +222,11 @@ func (d *daemon) reopen(ctx context.Context, m *mount) (err error) {
 		}
 	}()
 	// As long as they are open here, the mount finds them by name.
+	kept := d.store.Unadopted()
 	for _, name := range m.rec.Blobs {
+		if _, ok := kept[name]; ok {
+			continue // it was left, and is found as it is
+		}
 		b, err := d.store.Reopen(name)
 		if err != nil {
 			return err

@@ -15,6 +15,7 @@ import (
 const (
 	lookPause = time.Second // between two looks at superblocks: the kernel tells nobody when one ends
 	syncPause = 5 * time.Second
+	leftPause = 2 * time.Second // between two looks whether somebody has still what was left
 )
 
 // look makes the janitor look at once.
@@ -30,6 +31,7 @@ func (d *daemon) look() {
 func (d *daemon) janitor(ctx context.Context) (idle bool) {
 	tick := time.NewTicker(lookPause)
 	defer tick.Stop()
+	swept := time.Now()
 	for {
 		select {
 		case <-ctx.Done():
@@ -38,6 +40,10 @@ func (d *daemon) janitor(ctx context.Context) (idle bool) {
 		case <-d.poke:
 		}
 		d.sweep()
+		if time.Since(swept) >= leftPause && len(d.store.Unadopted()) > 0 {
+			d.dropUnused()
+			swept = time.Now()
+		}
 		fuse.ClosePipes(lookPause)
 		d.mu.Lock()
 		alone := time.Since(d.last)

@@ -129,7 +129,14 @@ func (d *daemon) closeUse(u *use) error {
 	u.b.refs--
 	if u.b.refs == 0 {
 		name := u.b.st.Name()
-		errs = append(errs, d.link.Drop(keptData+name, keptBits+name))
+		if u.b.st.Strangers() { // with a mark that no mount of this daemon needed
+			u.b.st.Leave()
+		}
+		if d.store.Left(name) {
+			d.log.Warn("a mount that is not known may have a data file that is not complete: what is missing is an error for it", zap.String("blob", name))
+		} else {
+			errs = append(errs, d.link.Drop(keptData+name, keptBits+name))
+		}
 		d.usedMu.Lock()
 		delete(d.blobs, name)
 		d.usedMu.Unlock()

@@ -71,7 +71,7 @@ func (d *daemon) nothingMounted() bool {
 		return false
 	}
 	d.dropUnused()
-	if len(d.store.Unadopted()) > 0 {
+	if d.store.Left("") {
 		return false
 	}
 	used, err := d.store.AsideInUse()

@@ -243,7 +243,7 @@ func (d *daemon) reopenImage(ctx context.Context, m *mount) imageSource {
 	return l
 }
 
-// unmark takes the mark off a data file that nobody has.
+// unmark takes the mark off a data file of which all is local, and that no mount needs to have watched.
 func (d *daemon) unmark(data *os.File) error {
 	if d.watch == nil {
 		return nil
@@ -251,23 +251,29 @@ func (d *daemon) unmark(data *os.File) error {
 	return d.watch.Unmark(data)
 }
 
+// unmarkUnused takes the mark off a data file that nobody has.
+func (d *daemon) unmarkUnused(data *os.File) error {
+	if d.watch == nil {
+		return nil
+	}
+	return d.watch.Release(data)
+}
+
 // dropUnused gives up marks and descriptors that no mount needs any more, and tells the holder: an earlier daemon may have died between
 // two steps.
 func (d *daemon) dropUnused() {
 	d.blobMu.Lock()
 	defer d.blobMu.Unlock()
-	kept := map[string]bool{}
 	for name := range d.store.Unadopted() {
 		if err := d.giveUp(name); err != nil {
-			// Of a mount that cannot be filled any more: while its mark lives, its reads fail.
+			// Of a mount that cannot be filled any more, or is not known: while its mark lives, its reads fail.
 			d.log.Debug("descriptors of a blob stay", zap.Error(err))
-			kept[name] = true
 		}
 	}
 	var names []string
 	for _, name := range d.link.Names() {
 		for _, prefix := range []string{keptData, keptBits} {
-			if blob, ok := strings.CutPrefix(name, prefix); ok && blob != "" && d.blobs[blob] == nil && !kept[blob] {
+			if blob, ok := strings.CutPrefix(name, prefix); ok && blob != "" && d.blobs[blob] == nil && !d.store.Left(blob) {
 				names = append(names, name)
 			}
 		}
@@ -283,5 +289,5 @@ func (d *daemon) giveUp(name string) error {
 		d.watch.AddWhole(dev, ino) // events may be queued
 		return d.store.ReleaseWhole(name, d.unmark)
 	}
-	return d.store.Release(name, d.unmark)
+	return d.store.Release(name, d.unmarkUnused)
 }

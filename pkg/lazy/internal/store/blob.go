@@ -33,6 +33,7 @@ type Blob struct {
 	claimed  atomic.Int64    // how many are set
 	refs     int             // guarded by store.mu
 	used     bool            // by a mount: its end is the last use; guarded by store.mu
+	stays    atomic.Bool     // see Leave
 	known    bool            // all who have the data file open opened it here; does not change
 
 	view    atomic.Pointer[view]
@@ -344,7 +345,7 @@ func (b *Blob) recount() {
 
 // Close gives the blob back. The last Close of what [Store.OpenBlob] and [Store.Adopt] returned
 // makes the ready bits durable and closes the descriptors; those that others keep stay. By
-// then no mount may have the data file, and no mark may be on it.
+// then no mount may have the data file, and no mark may be on it, unless it is left ([Blob.Leave]).
 func (b *Blob) Close() error {
 	err := b.Sync() // what takes time, without keeping others from opening blobs
 	s := b.store
@@ -357,13 +358,17 @@ func (b *Blob) Close() error {
 		return err
 	}
 	delete(s.blobs, b.name)
-	if b.known || b.used { // who only looks at a file knows nobody
+	if !b.stays.Load() && (b.known || b.used) { // who only looks at a file knows nobody
 		s.left[b.name] = file{b.dev, b.ino}
 	}
 	if b.used { // who only looks at it or lends of it does not
 		b.touch()
 	}
-	return errors.Join(err, b.Sync(), b.release())
+	err = errors.Join(err, b.Sync())
+	if b.stays.Load() {
+		err = errors.Join(err, b.keep())
+	}
+	return errors.Join(err, b.release())
 }
 
 // touch notes that a mount uses the blob now. The caller holds store.mu.

@@ -1,6 +1,7 @@
 package watch
 
 import (
+	"os"
 	"sync"
 
 	"github.com/headstart-oci/headstart/pkg/lazy/internal/store"
@@ -76,17 +77,39 @@ func (w *Watcher) lookAll() []look {
 	return all
 }
 
-// forget ends the watch of a blob that has no mark any more. Mounts that have all they need of it may have the file still, and
+// forget ends the watch of a blob that has no mark any more, or is left with it. Mounts that have all they need of it may have the file still, and
 // events of theirs may be queued. The caller holds mu.
-func (w *Watcher) forget(id file, b *store.Blob) {
+func (w *Watcher) forget(id file, b *store.Blob, left bool) {
 	delete(w.blobs, id)
 	w.removes++
 	ready, whole := b.Freeze()
-	w.gone[id] = gone{ready: ready, stays: whole, end: w.removes}
-	if !whole {
-		w.partial = true
-		w.signal() // Run has a look at the queue, and calls drained
+	w.gone[id] = gone{ready: ready, stays: whole || left, end: w.removes}
+	if !whole && !left {
+		w.drain()
 	}
+}
+
+// drain has Run have a look at the queue, and call drained. The caller holds mu.
+func (w *Watcher) drain() {
+	w.partial = true
+	w.signal()
+}
+
+// Release takes the mark off a data file that was left with it ([Watcher.End]), where there is one, or was kept and that nobody adopted; nobody has it
+// open any more.
+func (w *Watcher) Release(f *os.File) error {
+	id := fileOf(int32(f.Fd())) //nolint:gosec // a descriptor
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if err := w.Unmark(f); err != nil {
+		return err
+	}
+	if g, ok := w.gone[id]; ok {
+		w.removes++
+		w.gone[id] = gone{ready: g.ready, end: w.removes}
+		w.drain()
+	}
+	return nil
 }
 
 // AddWhole is [Watcher.AddReady] for a file of which all is local.

@@ -162,11 +162,13 @@ func (w *Watcher) Add(b *store.Blob) error {
 }
 
 // Again marks the data file of b once more when it is watched: it was settled, or found complete, and is not any more. Mounts see events
-// of it because there was a mark when they were made ([Watcher.Add]).
+// of it because there was a mark when they were made ([Watcher.Add]). Of one that is not watched nothing passes any more that was ready.
 func (w *Watcher) Again(b *store.Blob) error {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if known := w.blobs[identify(b)]; known == nil || known.blob != b {
+	id := identify(b)
+	if known := w.blobs[id]; known == nil || known.blob != b {
+		delete(w.gone, id)
 		return nil
 	}
 	if err := w.group.Mark(mark(b.File())); err != nil {
@@ -245,7 +247,8 @@ func (w *Watcher) Remove(b *store.Blob) error {
 	return err
 }
 
-// End ends one Add, after the last mount that needs more of it is gone, or has all that it needs. The last one takes the mark away. The
+// End ends one Add, after the last mount that needs more of it is gone, or has all that it needs. The last one takes the mark away, unless there
+// are strangers ([store.Blob.Strangers]): then the blob is left with it ([store.Blob.Leave]), for [Watcher.Release]. The
 // channel is closed when no event of it is looked at any more: then the blob may be closed, whatever the error. Events of it that are
 // found later pass when what they ask for was ready at the end.
 func (w *Watcher) End(b *store.Blob) (idle <-chan struct{}, err error) {
@@ -256,10 +259,13 @@ func (w *Watcher) End(b *store.Blob) (idle <-chan struct{}, err error) {
 	known := w.blobs[id]
 	if known != nil && known.blob == b {
 		if known.refs--; known.refs == 0 {
-			if err = w.Unmark(b.File()); err != nil {
+			strangers := b.Strangers()
+			if strangers {
+				b.Leave()
+			} else if err = w.Unmark(b.File()); err != nil {
 				err = fmt.Errorf("remove blob %s: %w", b.Name(), err)
 			}
-			w.forget(id, b)
+			w.forget(id, b, strangers)
 			go func() {
 				defer close(done)
 				known.events.Wait()
