@@ -128,8 +128,8 @@ func (p *prefetchPlanner) resolve(list *persist.List, a *trace.Access) []*rafs.I
 // find returns what the cleaned absolute path name stands for: one inode, or regular files. In a list that a person
 // typed, these are what is below a directory that is listed as a whole, and what a pattern matches.
 func (p *prefetchPlanner) find(name string, typed, whole bool) []*rafs.Inode {
-	g := globber{root: p.root, found: map[*rafs.Inode]struct{}{}, visited: map[globState]struct{}{}}
-	if at, ino := locateReal(p.root, name); ino != nil {
+	g := globber{root: p.root, steps: maxGlobSteps, found: map[*rafs.Inode]struct{}{}, visited: map[globState]struct{}{}}
+	if at, ino := locateReal(p.root, name, nil); ino != nil {
 		if typed && whole && ino.IsDir() {
 			if g.match(at, ino, []string{"**"}); len(g.files) > 0 {
 				p.stats.Directories++
@@ -180,11 +180,17 @@ func (p *prefetchPlanner) add(ino *rafs.Inode, spans, ranges []trace.Range, othe
 }
 
 // locateReal finds the inode at a cleaned absolute path, with every symlink followed
-// inside the root, also the last one; nil when there is none. at is its path without symlinks.
-func locateReal(root *rafs.Inode, name string) (at []string, ino *rafs.Inode) {
+// inside the root, also the last one; nil when there is none. at is its path without symlinks. steps, unless it is nil, is how many names may be
+// looked up still: with none left there is nothing either.
+func locateReal(root *rafs.Inode, name string, steps *int) (at []string, ino *rafs.Inode) {
 	todo := split(name[1:])
 	ino = root
 	for links := 0; len(todo) > 0; {
+		if steps != nil {
+			if *steps--; *steps < 0 {
+				return nil, nil
+			}
+		}
 		next := todo[0]
 		todo = todo[1:]
 		child := ino.Child(next)
@@ -203,6 +209,9 @@ func locateReal(root *rafs.Inode, name string) (at []string, ino *rafs.Inode) {
 			target = strings.Join(at, "/") + "/" + target
 		}
 		// Cleaning below "/" keeps ".." inside the root.
+		if steps != nil {
+			*steps -= len(target)/16 + len(todo)/8 // to take it apart and to join it costs as well
+		}
 		todo = slices.Concat(split(path.Clean("/" + target)[1:]), todo)
 		at, ino = nil, root
 	}
@@ -230,10 +239,15 @@ func patternOf(name string) []string {
 	return split(string(b[1:]))
 }
 
+// maxGlobSteps bounds how many names are looked up to follow the symlinks that one pattern matches: some seconds. Those of real images lead a few
+// names far; an image may have millions that each go through hundreds of others.
+const maxGlobSteps = 1 << 24
+
 // globber gathers the regular files that a pattern matches, in the order of the tree. A symlink whose name matches stands
 // for what it leads to, as in a shell; ** follows none.
 type globber struct {
 	root    *rafs.Inode
+	steps   int // see maxGlobSteps
 	files   []*rafs.Inode
 	found   map[*rafs.Inode]struct{}
 	visited map[globState]struct{} // so that many ** cost no more than one
@@ -277,7 +291,7 @@ func (g *globber) match(dir []string, at *rafs.Inode, pattern []string) {
 		}
 		below, ino := append(slices.Clip(dir), d.Name), d.Inode
 		if ino.IsSymlink() {
-			if below, ino = locateReal(g.root, "/"+strings.Join(below, "/")); ino == nil {
+			if below, ino = locateReal(g.root, "/"+strings.Join(below, "/"), &g.steps); ino == nil {
 				continue
 			}
 		}
