@@ -240,17 +240,32 @@ func (d *daemon) startWatch(own *held) (guarded bool, err error) {
 			return false, err
 		}
 	}
-	d.table = table
 	if !guarded {
 		if err := d.link.Keep(keptGroup, d.group.File()); err != nil {
 			return false, err
 		}
 	}
+	if err = d.watchWith(table); errors.Is(err, watch.ErrTable) || errors.Is(err, fanotify.ErrInvalid) {
+		d.log.Error("pending events are lost: their readers get an error", zap.Error(err))
+		d.table = nil
+		if err = table.Close(); err == nil {
+			table, err = watch.NewTable(0)
+		}
+		if err == nil {
+			err = d.watchWith(table)
+		}
+	}
+	return guarded, err
+}
+
+// watchWith has events watched that are kept in table, which stays for who takes over.
+func (d *daemon) watchWith(table *watch.Table) (err error) {
+	d.table = table
 	if err := d.link.Keep(keptTable, table.File()); err != nil {
-		return false, err
+		return err
 	}
 	d.watch, err = watch.New(watch.Config{Group: d.group, Table: table, Ensure: d.ensure, Touched: d.touched, Limit: d.o.Limit + limitGrace, Log: d.log})
-	return guarded, err
+	return err
 }
 
 // limitGrace is how long a read may be late that something keeps which no context ends, like a file on a disk that hangs.

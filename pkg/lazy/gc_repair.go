@@ -86,10 +86,10 @@ func (d *daemon) forgetLocked(b *store.Blob, bad []rafs.Chunk, r revived) (again
 		defer filled.syncMu.Unlock()
 		mounted = len(filled.fillings) > 0
 		filled.settled = false
-		if d.watch != nil {
-			if err := d.watch.Again(b); err != nil {
-				return false, mounted, err
-			}
+	}
+	if d.watch != nil { // also of one that was left
+		if err := d.watch.Again(b); err != nil {
+			return false, mounted, err
 		}
 	}
 	// Not what somebody else has dropped and fetched again meanwhile.

@@ -8,8 +8,10 @@ import (
 
 	"go.uber.org/zap"
 
+	"github.com/headstart-oci/headstart/pkg/lazy/internal/erofs"
 	"github.com/headstart-oci/headstart/pkg/lazy/internal/fill"
 	"github.com/headstart-oci/headstart/pkg/lazy/internal/fuse"
+	"github.com/headstart-oci/headstart/pkg/lazy/internal/store"
 )
 
 // stuckLimit is how long something that was told to end is waited for. A source may take no notice: a file on a network file system
@@ -116,6 +118,7 @@ func (d *daemon) unlink(u *use) (idle []<-chan struct{}, err error) {
 		}
 	}
 	if u.watched {
+		d.meet(u.b.st)
 		var events <-chan struct{}
 		events, err = d.watch.End(u.b.st)
 		idle = append(idle, events)
@@ -129,6 +132,7 @@ func (d *daemon) closeUse(u *use) error {
 	u.b.refs--
 	if u.b.refs == 0 {
 		name := u.b.st.Name()
+		d.meet(u.b.st)
 		if u.b.st.Strangers() { // with a mark that no mount of this daemon needed
 			u.b.st.Leave()
 		}
@@ -144,7 +148,37 @@ func (d *daemon) closeUse(u *use) error {
 	u.b.syncMu.Lock()
 	defer u.b.syncMu.Unlock()
 	u.b.closed = u.b.refs == 0
-	return errors.Join(append(errs, u.b.st.Close())...)
+	err := u.b.st.Close()
+	if err != nil && u.b.closed && d.watch != nil {
+		errs = append(errs, d.watch.Again(u.b.st)) // what was ready may not be on the disk
+	}
+	return errors.Join(append(errs, err)...)
+}
+
+// meet tells st whether somebody may have its data file whom nobody here knows.
+func (d *daemon) meet(st *store.Blob) {
+	if d.watch != nil && !st.Known() {
+		st.NoStrangers(!d.strangers(st.Name()))
+	}
+}
+
+// strangers reports whether there are EROFS mounts that may have the blob called name and need its mark: such as are not known here, and known ones that
+// cannot be filled or are not complete.
+func (d *daemon) strangers(name string) bool {
+	living, err := erofs.Living()
+	return err != nil || d.strangersAmong(living, name)
+}
+
+// strangersAmong is strangers for the backing devices of all EROFS mounts, which it takes known ones out of.
+func (d *daemon) strangersAmong(living map[string]bool, name string) bool {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for _, m := range d.mounts {
+		if m.rec.driver() == DriverEROFS && m.failed == "" && (m.final != nil || !slices.Contains(m.rec.Blobs, name)) {
+			delete(living, m.rec.BDI)
+		}
+	}
+	return len(living) > 0
 }
 
 // fetching reports whether something that was asked for over a connection that has ended is on its way still.

@@ -76,9 +76,9 @@ func (d *daemon) nothingMounted() bool {
 	}
 	used, err := d.store.AsideInUse()
 	if err != nil {
-		d.log.Error("what was put aside", zap.Error(err))
+		d.log.Warn("what was put aside cannot be looked at", zap.Error(err))
 	}
-	return !used && err == nil
+	return !used
 }
 
 // nothingLives reports whether no EROFS is mounted from files on the whole machine, as far as that can be told.

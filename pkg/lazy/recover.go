@@ -289,5 +289,9 @@ func (d *daemon) giveUp(name string) error {
 		d.watch.AddWhole(dev, ino) // events may be queued
 		return d.store.ReleaseWhole(name, d.unmark)
 	}
-	return d.store.Release(name, d.unmarkUnused)
+	err := d.store.Release(name, d.unmarkUnused)
+	if errors.Is(err, store.ErrInUse) && d.watch != nil && !d.strangers(name) {
+		err = d.store.ReleaseKnown(name, d.unmarkUnused)
+	}
+	return err
 }

@@ -34,6 +34,7 @@ type Blob struct {
 	refs     int             // guarded by store.mu
 	used     bool            // by a mount: its end is the last use; guarded by store.mu
 	stays    atomic.Bool     // see Leave
+	met      atomic.Bool     // see NoStrangers
 	known    bool            // all who have the data file open opened it here; does not change
 
 	view    atomic.Pointer[view]

@@ -173,34 +173,3 @@ func (s *Store) removeAside(name string, cut bool) error {
 	}
 	return s.root.RemoveAll(path.Join("blobs", name))
 }
-
-// AsideInUse reports whether somebody has a data file open that was put aside and was not cut to nothing: without the mark that it may have
-// its holes would read as zeros.
-func (s *Store) AsideInUse() (bool, error) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	names, err := s.names()
-	if errors.Is(err, fs.ErrNotExist) { // somebody has removed them
-		return false, nil
-	}
-	if err != nil {
-		return false, err
-	}
-	for _, name := range names {
-		if !strings.HasPrefix(name, asidePrefix) {
-			continue
-		}
-		info, err := s.root.Lstat(path.Join("blobs", name, "data"))
-		used := false
-		if err == nil && info.Size() > 0 {
-			used, err = s.used(name)
-		}
-		if errors.Is(err, fs.ErrNotExist) {
-			continue // it was removed meanwhile
-		}
-		if used || err != nil {
-			return used, err
-		}
-	}
-	return false, nil
-}

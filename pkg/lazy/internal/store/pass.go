@@ -6,6 +6,8 @@ import (
 	"os"
 	"path"
 	"syscall"
+
+	"golang.org/x/sys/unix"
 )
 
 // Durable identifies the data file called name, as fstat(2) does, and reports of ranges of it whether all that any image ever needed of them is
@@ -54,9 +56,31 @@ func (s *Store) ReleaseWhole(name string, unmark func(data *os.File) error) erro
 	if whole, err := s.complete(name); err != nil || !whole {
 		return fmt.Errorf("release blob %s: %w", name, errors.Join(ErrInUse, err))
 	}
-	if err := unmark(k.Data); err != nil {
+	return s.giveUp(name, k, unmark)
+}
+
+// ReleaseKnown is [Store.Release], also while somebody else has the file open: the caller knows everybody who may, and all have what they need of it.
+func (s *Store) ReleaseKnown(name string, unmark func(data *os.File) error) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	k, ok := s.kept[name]
+	if !ok {
+		return nil
+	}
+	return s.giveUp(name, k, unmark)
+}
+
+// giveUp takes the mark off a kept file and closes what is kept. From now on everybody is known who has it: see foreign. The caller holds mu.
+func (s *Store) giveUp(name string, k Kept, unmark func(data *os.File) error) error {
+	var st unix.Stat_t
+	err := unix.Fstat(int(k.Data.Fd()), &st)
+	if err == nil {
+		err = unmark(k.Data)
+	}
+	if err != nil {
 		return fmt.Errorf("release blob %s: %w", name, err)
 	}
+	s.left[name] = file{st.Dev, st.Ino}
 	delete(s.kept, name)
 	return errors.Join(k.Data.Close(), k.Bits.Close())
 }

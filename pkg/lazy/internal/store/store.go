@@ -228,11 +228,7 @@ func (s *Store) Release(name string, unmark func(data *os.File) error) error {
 	if inUse(k.Data) {
 		return fmt.Errorf("release blob %s: %w", name, ErrInUse)
 	}
-	if err := unmark(k.Data); err != nil {
-		return fmt.Errorf("release blob %s: %w", name, err)
-	}
-	delete(s.kept, name)
-	return errors.Join(k.Data.Close(), k.Bits.Close())
+	return s.giveUp(name, k, unmark)
 }
 
 // maxImage bounds the data files of one image, to 512 GiB: their bits are at most 16 MiB, kept twice.

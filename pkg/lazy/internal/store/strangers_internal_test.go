@@ -10,6 +10,12 @@ import (
 
 // A blob that was taken over, that is not complete, and that somebody has open is left as it was found: for the next who opens it, and until nobody has it.
 func TestLeave(t *testing.T) {
+	for name, known := range map[string]bool{"to nobody": false, "to who is known": true} {
+		t.Run(name, func(t *testing.T) { testLeave(t, known) })
+	}
+}
+
+func testLeave(t *testing.T, known bool) {
 	dir := t.TempDir()
 	b, chunks := numbered(4, 4096)
 	s, err := Open(dir, Options{})
@@ -42,6 +48,10 @@ func TestLeave(t *testing.T) {
 		must(t, err)
 		looks, err := s.Reopen(name)
 		must(t, err)
+		if blob.NoStrangers(true); blob.Strangers() {
+			t.Error("there are strangers though everybody is known")
+		}
+		blob.NoStrangers(false)
 		if ready, wrong := intact(t, blob, chunks); ready != 1 || wrong != 0 || !blob.Strangers() || blob.FirstUse() || s.Left(name) {
 			t.Errorf("%d chunks are ready, %d wrong, strangers: %t, left: %t; want 1, 0, true, false, and descriptors that were kept", ready, wrong, blob.Strangers(), s.Left(name))
 		}
@@ -57,6 +67,19 @@ func TestLeave(t *testing.T) {
 		if err := s.Release(name, unmark); !errors.Is(err, ErrInUse) || !marked {
 			t.Errorf("Release() = %v, marked: %t, want ErrInUse, and the mark", err, marked)
 		}
+	}
+	if known {
+		if err := s.ReleaseKnown(name, unmark); err != nil || marked || s.Left("") {
+			t.Errorf("ReleaseKnown() = %v, marked: %t, left: %t", err, marked, s.Left(""))
+		}
+		// Whoever has it open is no reason to put it aside.
+		again, err := s.OpenBlob(b, chunks)
+		must(t, err)
+		if ready, wrong := intact(t, again, chunks); ready != 1 || wrong != 0 {
+			t.Errorf("%d chunks are ready, %d wrong, want what was there", ready, wrong)
+		}
+		must(t, errors.Join(user.Close(), again.Close()))
+		return
 	}
 	must(t, user.Close())
 	if err := s.Release(name, unmark); err != nil || marked || s.Left("") {
