@@ -31,11 +31,16 @@ func TestMillionEvents(t *testing.T) {
 	b := newDiskBox(t, fmt.Sprintf("mkdir s/own; for i in $(seq 0 %d); do echo $i > s/own/$i; done; head -c %d /dev/urandom > s/shared",
 		m.processes-1, millionPages*page))
 	t.Run("a ring of its own", func(t *testing.T) {
-		c, r := m.record(t, b, tracefs.DefaultRing)
-		if !r.Trace.Complete() {
-			t.Fatalf("losses %q", lossOf(r))
+		for range 3 { // a machine that stops for seconds loses some of these too
+			c, r := m.record(t, b, tracefs.DefaultRing)
+			if r.Trace.Complete() {
+				m.judge(t, c, r)
+				return
+			}
+			m.count(t, r)
+			t.Logf("losses %q", lossOf(r))
 		}
-		m.judge(t, c, r)
+		t.Error("three recordings lost something")
 	})
 	t.Run("the smallest ring", func(t *testing.T) {
 		c, r := m.record(t, b, leastRing)
@@ -43,17 +48,23 @@ func TestMillionEvents(t *testing.T) {
 			m.judge(t, c, r)
 			return
 		}
-		seen := r.Trace.Events
-		for _, l := range r.Trace.Losses {
-			if l.Reason != "overrun" || l.Count < 1 {
-				t.Errorf("loss %+v", l)
-			}
-			seen += l.Count
-		}
-		if seen < int64(m.processes*m.each) {
-			t.Errorf("%d events were seen or are known to be lost, want one for each of %d reads at least", seen, m.processes*m.each)
-		}
+		m.count(t, r)
 	})
+}
+
+// count holds that a list that is not whole counts what it lacks.
+func (m million) count(t *testing.T, r tracer.Result) {
+	t.Helper()
+	seen := r.Trace.Events
+	for _, l := range r.Trace.Losses {
+		if l.Reason != "overrun" || l.Count < 1 {
+			t.Errorf("loss %+v", l)
+		}
+		seen += l.Count
+	}
+	if seen < int64(m.processes*m.each) {
+		t.Errorf("%d events were seen or are known to be lost, want one for each of %d reads at least", seen, m.processes*m.each)
+	}
 }
 
 // millionPages is how many pages /s/shared has, as the test's program knows.
