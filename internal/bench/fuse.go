@@ -8,6 +8,7 @@ import (
 	"math"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -17,6 +18,7 @@ import (
 	"github.com/headstart-oci/headstart/internal/nydusd"
 	"github.com/headstart-oci/headstart/internal/nydusimage"
 	"github.com/headstart-oci/headstart/internal/workload"
+	"github.com/headstart-oci/headstart/pkg/lazy"
 )
 
 const (
@@ -27,9 +29,10 @@ const (
 
 // fuseSide is one FUSE mount of the image: ours or nydusd's.
 type fuseSide struct {
-	dir  string
-	pid  int
-	done func() error
+	dir      string
+	pid      int
+	complete func(ctx context.Context) error // has all of the image in its cache
+	done     func() error
 }
 
 // fuseWay is a way to read. What it leaves in the kernel's cache is what the next one finds.
@@ -42,8 +45,8 @@ type fuseWay struct {
 // fuseWays are timed in this order: the first once on each mount, the others in rounds.
 var fuseWays = []fuseWay{
 	{"cold: sequential, from the blobs", true, readWhole},
-	{"local, not in the page cache: random, 4 KiB", true, readRandom},
-	{"local, not in the page cache: sequential", true, readWhole},
+	{"complete, not in the page cache: random, 4 KiB", true, readRandom},
+	{"complete, not in the page cache: sequential", true, readWhole},
 	{"page cache: sequential", false, readWhole},
 	{"page cache: random, 4 KiB", false, readRandom},
 }
@@ -126,6 +129,11 @@ func (b *bench) fusePair(ctx context.Context, pair int, top, boot, blobs string,
 	if err := fuseRound(sides, pair, fuseWays[0], names, &times[0]); err != nil {
 		return err
 	}
+	for _, s := range sides {
+		if err := s.complete(ctx); err != nil {
+			return err
+		}
+	}
 	for round := range fuseRounds {
 		for w := 1; w < len(fuseWays); w++ {
 			if err := fuseRound(sides, pair+round, fuseWays[w], names, &times[w]); err != nil {
@@ -180,7 +188,13 @@ func (b *bench) fuseOurs(ctx context.Context, dir, boot, blobs string) (*fuseSid
 	if err != nil {
 		return nil, errors.Join(err, done())
 	}
-	return &fuseSide{mnt, st.PID, done}, nil
+	complete := func(ctx context.Context) error {
+		if _, _, err := readTree(mnt); err != nil {
+			return err
+		}
+		return r.completed(ctx)
+	}
+	return &fuseSide{mnt, st.PID, complete, done}, nil
 }
 
 func (b *bench) fuseNydusd(ctx context.Context, dir, boot, blobs string) (*fuseSide, error) {
@@ -192,7 +206,26 @@ func (b *bench) fuseNydusd(ctx context.Context, dir, boot, blobs string) (*fuseS
 	if err != nil {
 		return nil, err
 	}
-	return &fuseSide{d.Mount, d.PID, d.Close}, nil
+	complete := func(context.Context) error {
+		_, _, err := readTree(d.Mount)
+		return err
+	}
+	return &fuseSide{d.Mount, d.PID, complete, d.Close}, nil
+}
+
+// completed returns when all mounts say that all is local, or do not for half a minute.
+func (r *lazyRig) completed(ctx context.Context) error {
+	for range 300 {
+		s, err := r.status(ctx)
+		if err != nil {
+			return err
+		}
+		if !slices.ContainsFunc(s.Mounts, func(m lazy.Mount) bool { return m.State != lazy.StateComplete }) {
+			return nil
+		}
+		time.Sleep(100 * time.Millisecond)
+	}
+	return errors.New("all of the image was read, and its mount does not say that it is complete")
 }
 
 // saveBootstrap writes the bootstrap of an image to a file.

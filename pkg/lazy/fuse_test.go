@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/headstart-oci/headstart/pkg/lazy"
+	"github.com/headstart-oci/headstart/pkg/lazy/internal/erofs"
 )
 
 // When daemon, holder and spare die in the same moment, nobody has the connections of FUSE mounts any more: all reads are errors, none gives zeros. The
@@ -177,4 +178,31 @@ func optionsOf(t testing.TB, dir string) string {
 		}
 	}
 	return ""
+}
+
+// A FUSE mount reads little ahead while that may have to be fetched, and as much as one request has once all is local: in the mount that
+// became complete, and in one that is complete when it is made.
+func TestReadAheadFUSE(t *testing.T) {
+	t.Parallel()
+	b := newBoxOf(t, lazy.DriverFUSE)
+	first := b.mount(b.mountpoint("first"), loose(t, "v6-zstd"))
+	if kib, err := erofs.ReadAhead(first.BDI); err != nil || kib != lazy.NormalReadAhead {
+		t.Errorf("read-ahead is %d KiB, %v, want %d", kib, err, lazy.NormalReadAhead)
+	}
+	compare(t, first.Dir)
+	second := b.mount(b.mountpoint("second"), loose(t, "v6-zstd"))
+	for _, m := range []lazy.Mount{first, second} {
+		if _, err := b.client.Wait(t.Context(), m.Device); err != nil {
+			t.Fatal(err)
+		}
+		eventually(t, func() string {
+			if kib, err := erofs.ReadAhead(m.BDI); err != nil || kib != lazy.FUSEReadAhead {
+				return fmt.Sprintf("read-ahead of %s is %d KiB, %v, want %d", m.Dir, kib, err, lazy.FUSEReadAhead)
+			}
+			return ""
+		})
+	}
+	compare(t, second.Dir) // in large requests: nothing of it was read before
+	b.unmount(first.Dir)
+	b.unmount(second.Dir)
 }

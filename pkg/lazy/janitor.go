@@ -183,7 +183,7 @@ func (d *daemon) complete(m *mount) {
 			d.log.Warn("release a complete mount", zap.String("dir", m.rec.Dir), zap.Error(err))
 		}
 	}
-	if err := erofs.SetReadAhead(m.rec.BDI, NormalReadAhead); err != nil {
+	if err := erofs.SetReadAhead(m.rec.BDI, m.rec.completeReadAhead()); err != nil {
 		d.log.Info("read-ahead of a complete mount", zap.String("bdi", m.rec.BDI), zap.Error(err))
 	}
 	d.log.Info("complete", zap.String("dir", m.rec.Dir), zap.Int64("bytes", final.Total))
