@@ -135,16 +135,16 @@ func runningPID(ctx context.Context, c containerd.Container) (int, error) {
 }
 
 // watchLog has the recording end at the line of the container's log that --until-log asks for; the
-// log is read from its beginning. What reads it ends with ctx, and o.watched tells that it did.
+// log is read from the container's beginning. What reads it ends with ctx, and o.watched tells that it did.
 func (o *recordOptions) watchLog(ctx context.Context, address, id string) error {
-	path, err := readylog.Path(ctx, address, id)
+	path, created, err := readylog.Path(ctx, address, id)
 	if err != nil {
 		return fmt.Errorf("--until-log takes a container with a log of the CRI: %w", err)
 	}
 	o.watched = make(chan struct{})
 	go func() {
 		defer close(o.watched)
-		if _, err := readylog.Wait(ctx, path, o.untilLog); err == nil {
+		if _, err := readylog.Wait(ctx, path, created, o.untilLog); err == nil {
 			close(o.said)
 		} else if ctx.Err() == nil {
 			o.warn("--until-log: %v", err)

@@ -85,7 +85,7 @@ func (r *run) watchLog(ctx context.Context, log *zap.Logger) {
 		cancel()
 	}
 	if err == nil {
-		line, err = readylog.Wait(ctx, path, ready)
+		line, err = readylog.Wait(ctx, path, r.began, ready)
 	}
 	switch {
 	case err == nil:

@@ -61,7 +61,8 @@ func OpenBackend(c Config, o BackendOptions) (*Backend, error) {
 		}},
 		Created: creation.Files,
 		LogPath: func(ctx context.Context, container string) (string, error) {
-			return readylog.Path(ctx, c.ContainerdAddress, container)
+			path, _, err := readylog.Path(ctx, c.ContainerdAddress, container)
+			return path, err
 		},
 		Expect: func() {
 			reserve.Expect()

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"strings"
+	"time"
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
@@ -15,22 +16,26 @@ import (
 const maxStatus = 4 << 20
 
 // Path asks the CRI at containerd's socket, address, for the path of a container's log, which NRI does
-// not tell. A container whose pod has no log directory has none, which is an error.
-func Path(ctx context.Context, address, container string) (_ string, err error) {
+// not tell, and for the time at which the container was created: what the file has from before is of another. A container whose
+// pod has no log directory has none, which is an error.
+func Path(ctx context.Context, address, container string) (_ string, created time.Time, err error) {
 	conn, err := grpc.NewClient("unix://"+strings.TrimPrefix(address, "unix://"),
 		grpc.WithTransportCredentials(insecure.NewCredentials()),
 		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxStatus)))
 	if err != nil {
-		return "", fmt.Errorf("ask the CRI at %s: %w", address, err)
+		return "", created, fmt.Errorf("ask the CRI at %s: %w", address, err)
 	}
 	defer func() { err = errors.Join(err, conn.Close()) }()
 	r, err := runtimeapi.NewRuntimeServiceClient(conn).ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: container})
 	if err != nil {
-		return "", fmt.Errorf("ask the CRI at %s for container %s: %w", address, container, err)
+		return "", created, fmt.Errorf("ask the CRI at %s for container %s: %w", address, container, err)
 	}
 	path := r.GetStatus().GetLogPath()
-	if path == "" {
-		return "", fmt.Errorf("container %s has no log file", container)
+	if at := r.GetStatus().GetCreatedAt(); at > 0 { // CRI, api.proto: ContainerStatus, in ns
+		created = time.Unix(0, at)
 	}
-	return path, nil
+	if path == "" {
+		return "", created, fmt.Errorf("container %s has no log file", container)
+	}
+	return path, created, nil
 }

@@ -1,7 +1,7 @@
 // Package readylog waits for the line with which a workload says that it is ready: in the log
 // file that a container runtime writes for a container, or in output as it passes.
 //
-//	line, err := readylog.Wait(ctx, status.LogPath, regexp.MustCompile(`ready to accept connections`))
+//	line, err := readylog.Wait(ctx, status.LogPath, created, regexp.MustCompile(`ready to accept connections`))
 //
 // A log file has the form of the CRI: lines of "time stream tag text", where tag is F for a whole
 // line and P for a part of one that goes on. Of a line, the first [MaxLine] bytes count. A file that
@@ -80,10 +80,11 @@ func steps(re *syntax.Regexp) int {
 }
 
 // Wait reads the CRI log file at path from its beginning until a line matches re, and returns
-// that line's text without its newline. It returns ctx.Err() when ctx ends first, and an error when
-// the file cannot be read, which one that is not there is not.
-func Wait(ctx context.Context, path string, re *regexp.Regexp) (string, error) {
-	f := follower{path: path, lines: criLines{re: re, raw: splitter{max: maxRaw}}}
+// that line's text without its newline. Lines that are dated before since do not count: runtimes append, and the file may have those of
+// an earlier container. It returns ctx.Err() when ctx ends first, and an error when
+// the file cannot be read, which one that is not there is not. It takes at most a tenth of a CPU, whatever the pattern and the log.
+func Wait(ctx context.Context, path string, since time.Time, re *regexp.Regexp) (string, error) {
+	f := follower{path: path, lines: criLines{re: re, since: since, raw: splitter{max: maxRaw}}}
 	defer f.close()
 	tick := time.NewTicker(poll)
 	defer tick.Stop()
@@ -109,6 +110,7 @@ type follower struct {
 	file  *os.File // nil: not there yet
 	read  int64    // bytes of file
 	lines criLines
+	spent time.Duration // at matching, since the last rest
 }
 
 func (f *follower) close() {
@@ -165,7 +167,7 @@ func (f *follower) replaced() (bool, error) {
 	}
 	now, err := os.Stat(f.path)
 	if errors.Is(err, fs.ErrNotExist) {
-		return true, nil
+		return false, nil // who rotates it has it open until another is there
 	}
 	return err == nil && !os.SameFile(have, now), err
 }
@@ -175,9 +177,11 @@ func (f *follower) drain(ctx context.Context) (string, bool, error) {
 	for ctx.Err() == nil {
 		n, err := f.file.Read(buf)
 		f.read += int64(n)
+		began := time.Now()
 		if line, ok := f.lines.write(buf[:n]); ok {
 			return line, true, nil
 		}
+		f.rest(ctx, time.Since(began))
 		if errors.Is(err, io.EOF) {
 			return "", false, nil
 		}
@@ -186,6 +190,27 @@ func (f *follower) drain(ctx context.Context) (string, bool, error) {
 		}
 	}
 	return "", false, nil
+}
+
+// restFrom is how long matching may take until there is a rest, restFactor how much longer than that the rest is: patterns and logs are a
+// pod's, and the processors are not.
+const (
+	restFrom   = 10 * time.Millisecond
+	restFactor = 9
+)
+
+// rest waits now and then, so that matching, which took so long again, takes no more than its part of the time.
+func (f *follower) rest(ctx context.Context, took time.Duration) {
+	if f.spent += took; f.spent < restFrom {
+		return
+	}
+	timer := time.NewTimer(restFactor * f.spent)
+	defer timer.Stop()
+	f.spent = 0
+	select {
+	case <-timer.C:
+	case <-ctx.Done():
+	}
 }
 
 // splitter cuts bytes into lines of at most max bytes.
@@ -219,6 +244,7 @@ func (s *splitter) write(b []byte, each func(line []byte) bool) bool {
 // criLines matches the text of CRI log lines. Parts of a line are put together for each stream.
 type criLines struct {
 	re     *regexp.Regexp
+	since  time.Time
 	raw    splitter
 	stdout []byte // parts of a line so far
 	stderr []byte
@@ -242,6 +268,9 @@ func (c *criLines) write(b []byte) (match string, ok bool) {
 func (c *criLines) text(line []byte) (text []byte, whole bool) {
 	f := bytes.SplitN(line, []byte(" "), 4)
 	if len(f) < 3 {
+		return nil, false
+	}
+	if at, err := time.Parse(time.RFC3339Nano, string(f[0])); err == nil && at.Before(c.since) {
 		return nil, false
 	}
 	var parts *[]byte

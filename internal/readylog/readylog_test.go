@@ -52,7 +52,7 @@ func TestWaitForms(t *testing.T) {
 			write(t, path, tc.log, 0)
 			ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
 			defer cancel()
-			if got, err := readylog.Wait(ctx, path, regexp.MustCompile(tc.pattern)); err != nil || got != tc.want {
+			if got, err := readylog.Wait(ctx, path, time.Time{}, regexp.MustCompile(tc.pattern)); err != nil || got != tc.want {
 				t.Errorf("Wait = %.40q, %v, want %q", got, err, tc.want)
 			}
 		})
@@ -68,7 +68,7 @@ func TestWaitFollows(t *testing.T) {
 	}
 	got := make(chan result, 1)
 	go func() {
-		line, err := readylog.Wait(t.Context(), path, regexp.MustCompile("ready"))
+		line, err := readylog.Wait(t.Context(), path, time.Time{}, regexp.MustCompile("ready"))
 		got <- result{line, err}
 	}()
 	pause := func() { time.Sleep(120 * time.Millisecond) } // for a look or two
@@ -101,6 +101,43 @@ func TestWaitFollows(t *testing.T) {
 	}
 }
 
+// Runtimes append: what an earlier container has said in the file is not this one's, and what follows is. A moment without a file, while it is rotated, ends nothing.
+func TestWaitSince(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "0.log")
+	since := time.Date(2026, 1, 2, 3, 4, 6, 0, time.UTC)
+	later := "2026-01-02T05:04:06.5+02:00 "
+	write(t, path, stamp+"stdout F ready, says another\n"+stamp+"stdout P rea\n"+later+"stdout F dy not\n", 0)
+	got := make(chan string, 1)
+	go func() {
+		line, err := readylog.Wait(t.Context(), path, since, regexp.MustCompile("^ready"))
+		if err != nil {
+			line = err.Error()
+		}
+		got <- line
+	}()
+	awaitOpen(t, path)
+	old, err := os.OpenFile(path, os.O_WRONLY|os.O_APPEND, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = old.Close() }()
+	if err := os.Rename(path, path+".old"); err != nil {
+		t.Fatal(err)
+	}
+	time.Sleep(200 * time.Millisecond) // some looks
+	if _, err := old.WriteString(later + "stdout F ready, says this one\n"); err != nil {
+		t.Fatal(err)
+	}
+	select {
+	case line := <-got:
+		if line != "ready, says this one" {
+			t.Errorf("Wait = %q", line)
+		}
+	case <-time.After(10 * time.Second):
+		t.Fatal("Wait does not return")
+	}
+}
+
 // awaitOpen waits until this process has the file at path open.
 func awaitOpen(t *testing.T, path string) {
 	t.Helper()
@@ -122,10 +159,10 @@ func TestWaitEnds(t *testing.T) {
 	dir := t.TempDir()
 	ctx, cancel := context.WithTimeout(t.Context(), 150*time.Millisecond)
 	defer cancel()
-	if _, err := readylog.Wait(ctx, filepath.Join(dir, "missing"), regexp.MustCompile("x")); !errors.Is(err, context.DeadlineExceeded) {
+	if _, err := readylog.Wait(ctx, filepath.Join(dir, "missing"), time.Time{}, regexp.MustCompile("x")); !errors.Is(err, context.DeadlineExceeded) {
 		t.Errorf("Wait for a file that never comes = %v", err)
 	}
-	if _, err := readylog.Wait(t.Context(), dir, regexp.MustCompile("x")); err == nil || !strings.Contains(err.Error(), dir) {
+	if _, err := readylog.Wait(t.Context(), dir, time.Time{}, regexp.MustCompile("x")); err == nil || !strings.Contains(err.Error(), dir) {
 		t.Errorf("Wait for a directory = %v, want an error with its name", err)
 	}
 }
@@ -198,7 +235,7 @@ func FuzzWait(f *testing.F) {
 		if err := os.WriteFile(path, append(bytes.Clone(log), "\nt stderr F\nt stderr F the end\n"...), 0o600); err != nil {
 			t.Fatal(err)
 		}
-		line, err := readylog.Wait(t.Context(), path, regexp.MustCompile("the end$"))
+		line, err := readylog.Wait(t.Context(), path, time.Time{}, regexp.MustCompile("the end$"))
 		if err != nil || !strings.HasSuffix(line, "the end") || len(line) > readylog.MaxLine {
 			t.Errorf("Wait = %q, %v", line, err)
 		}
