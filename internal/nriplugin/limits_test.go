@@ -258,3 +258,34 @@ headstart_runs_total{verdict="incomplete"} 2
 		t.Errorf("lint: %v, %v", problems, err)
 	}
 }
+
+// A list that does not hold all of a run is incomplete for everybody: the file, the queue, the log and what is counted.
+func TestListBeyondBounds(t *testing.T) {
+	w := &world{t: t}
+	w.open(nil)
+	w.startContainer("a")
+	long := strings.Repeat("\x01", 250) // of which each byte takes four in a list
+	var files []string
+	for i := 0; i*4*16*len(long) <= persist.MaxListSize; i++ {
+		files = append(files, fmt.Sprintf("/%d", i)+strings.Repeat("/"+long, 16))
+	}
+	w.session(0).end("exit", nil, files...)
+	w.idle()
+	if err := w.close(); err != nil {
+		t.Error(err)
+	}
+	lists := w.saved()
+	if len(lists) != 1 {
+		t.Fatalf("%d lists, want 1", len(lists))
+	}
+	l := lists[0]
+	if l.Complete() || len(l.Accesses) == 0 || len(l.Accesses) >= len(files) || l.Losses[0].Reason != "limit" || l.Losses[0].Count != int64(len(files)-len(l.Accesses)) {
+		t.Errorf("a list of %d of %d files, losses %v, want what is left out as a loss", len(l.Accesses), len(files), l.Losses)
+	}
+	if q := w.queued(); len(q) != 0 {
+		t.Errorf("%d rebuilds were asked for, want none", len(q))
+	}
+	if got := w.lines("recorded "); len(got) != 1 || !strings.Contains(got[0], "rebuild not queued: the list is incomplete") {
+		t.Errorf("log %q", got)
+	}
+}

@@ -243,8 +243,8 @@ func (p *Plugin) Synchronize(_ context.Context, _ []*api.PodSandbox, ctrs []*api
 		}
 	}
 	p.mu.Unlock()
-	for _, r := range gone {
-		r.stop("stop")
+	for _, r := range gone { // it has ended, which its tracer sees by itself, or containerd lost it, and it goes on
+		r.cut("containerd came back and does not list the container as running")
 	}
 	if missed > 0 {
 		p.aside(func() {
@@ -444,7 +444,7 @@ func (p *Plugin) Close(ctx context.Context, o CloseOptions) error {
 		p.hurryOnce.Do(func() { close(p.hurry) })
 		p.mu.Lock()
 		for r := range p.all {
-			r.cut()
+			r.cut("the plugin ended before the recording did")
 		}
 		p.mu.Unlock()
 		if !waitFor(context.WithoutCancel(ctx), idle, o.Flush) {

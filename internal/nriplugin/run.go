@@ -57,7 +57,7 @@ type run struct {
 	reason  string        // of the first stop; empty: none
 	armed   bool          // ready was seen
 	held    time.Duration // how long the hook waited in vain; 0: it did not
-	cutOff  bool          // ended because the plugin ends
+	cutOff  string        // why it was ended before the container did; "": it was not
 	began   time.Time
 	late    time.Duration // from began to armed, when the hook did not wait for it
 }
@@ -110,11 +110,11 @@ func (r *run) stop(reason string) {
 	}
 }
 
-// cut ends the recording because the plugin ends: what would have followed is lost.
-func (r *run) cut() {
+// cut ends the recording before it is over, for this reason: what would have followed is lost.
+func (r *run) cut(why string) {
 	r.mu.Lock()
 	if r.reason == "" {
-		r.cutOff = true
+		r.cutOff = why
 	}
 	r.mu.Unlock()
 	r.stop("stop")
@@ -284,7 +284,7 @@ func (r *run) finish(res tracer.Result, found resolution) {
 			found = again
 		}
 	}
-	list := r.list(res, found.image)
+	list := r.list(res, found.image).Fit() // with its loss, where that leaves something out
 	c := &r.settings.cfg
 	saved, err := r.settings.backend.Store.Save(list, persist.SaveOptions{Readable: c.Readable, Overwrite: c.Overwrite, Timeout: r.until.timeout})
 	r.count(list, saved, err)
@@ -318,8 +318,8 @@ func (r *run) list(res tracer.Result, image Image) *persist.List {
 		}
 		l.Losses = append(l.Losses, trace.Loss{Reason: "late", Count: -1, Detail: detail})
 	}
-	if r.cutOff && res.End == "stop" {
-		l.Losses = append(l.Losses, trace.Loss{Reason: "killed", Count: -1, Detail: "the plugin ended before the recording did"})
+	if r.cutOff != "" && res.End == "stop" {
+		l.Losses = append(l.Losses, trace.Loss{Reason: "killed", Count: -1, Detail: r.cutOff})
 	}
 	if res.Err != nil && len(l.Losses) == 0 {
 		l.Losses = append(l.Losses, trace.Loss{Reason: "killed", Count: -1, Detail: oneLine(res.Err.Error())})
