@@ -302,6 +302,9 @@ func (o *recordOptions) run(ctx context.Context) (err error) {
 	if err := mayRecord(); err != nil {
 		return err
 	}
+	if err := o.tryOutput(); err != nil {
+		return err
+	}
 	defer func() { err = errors.Join(err, o.pages.close()) }()
 	l := &persist.List{Reference: o.reference, Digest: o.digest, Engine: "fanotify", Grade: "file"}
 	switch {

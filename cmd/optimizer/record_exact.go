@@ -139,11 +139,7 @@ func (r *exactRoot) Close() (err error) {
 		err = r.client.Unmount(context.Background(), r.mnt, true)
 	}
 	for _, fd := range r.daemon {
-		n, perr := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, int(30*exactIdle/time.Millisecond)) //nolint:gosec // a descriptor
-		if n != 1 && perr == nil {
-			perr = errors.New("the recording's daemon does not end")
-		}
-		err = errors.Join(err, perr, unix.Close(fd))
+		err = errors.Join(err, awaitEnd(fd, 30*exactIdle), unix.Close(fd))
 	}
 	r.daemon, r.mnt = nil, ""
 	err = errors.Join(err, os.RemoveAll(r.dir))
@@ -152,6 +148,22 @@ func (r *exactRoot) Close() (err error) {
 		r.lock = nil
 	}
 	return err
+}
+
+// awaitEnd returns when the process of a pidfd has ended, or an error when it has not after limit. Signals, as of a terminal that is resized, do not end it.
+func awaitEnd(fd int, limit time.Duration) error {
+	for end := time.Now().Add(limit); ; {
+		n, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, int(max(0, time.Until(end)).Milliseconds())) //nolint:gosec // a descriptor
+		switch {
+		case errors.Is(err, unix.EINTR):
+		case err != nil:
+			return err
+		case n != 1:
+			return errors.New("the recording's daemon does not end")
+		default:
+			return nil
+		}
+	}
 }
 
 // refine makes the list exact, where the recording was to be, while the mount is still there. What keeps it from that is said.

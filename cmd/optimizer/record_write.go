@@ -10,6 +10,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/headstart-oci/headstart/internal/atomicfile"
 	"github.com/headstart-oci/headstart/internal/tracer"
 	"github.com/headstart-oci/headstart/pkg/persist"
 )
@@ -19,7 +20,7 @@ import (
 func (o *recordOptions) writer(l *persist.List) (func(w io.Writer) (int, error), error) {
 	switch o.format {
 	case "native":
-		return func(w io.Writer) (int, error) { _, err := l.Fit().WriteTo(w); return 0, err }, nil
+		return func(w io.Writer) (int, error) { _, err := l.WriteTo(w); return 0, err }, nil
 	case "paths":
 		return l.WritePaths, nil
 	case "csv":
@@ -52,6 +53,31 @@ func (o *recordOptions) write(l *persist.List) error {
 		o.warn("%d paths were left out: the format %s cannot hold them", omitted, o.format)
 	}
 	return err
+}
+
+// tryOutput returns why the list could not be put where it is to go, before anything is recorded.
+func (o *recordOptions) tryOutput() error {
+	switch o.output {
+	case "-":
+		return nil
+	case "":
+		s, err := persist.OpenStore(o.store)
+		if err != nil {
+			return err
+		}
+		return s.Close()
+	}
+	if info, err := os.Stat(o.output); err == nil && info.IsDir() {
+		return fmt.Errorf("--output %s: got a directory, want a file", o.output)
+	}
+	root, _, _, err := openPlace(o.output)
+	if err == nil && root != nil {
+		err = errors.Join(atomicfile.Try(root, "."), root.Close())
+	}
+	if err != nil {
+		return fmt.Errorf("--output %s: %w", o.output, err)
+	}
+	return nil
 }
 
 // keep puts the list where the plugin keeps lists.
@@ -104,6 +130,9 @@ var errTracerDied = errors.New("the tracer died before the recording ended; the 
 
 // finish writes the list and says what is in it.
 func (o *recordOptions) finish(l *persist.List) error {
+	if o.output == "" || o.format == "native" {
+		l = l.Fit() // with its loss, where that leaves something out
+	}
 	if err := o.write(l); err != nil {
 		return err
 	}

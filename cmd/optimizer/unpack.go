@@ -124,25 +124,35 @@ func (o *unpackOptions) archive(ctx context.Context, src unpack.Source) error {
 }
 
 // writeFile puts a whole file in place, or nothing. What is no regular file (a pipe,
-// /dev/stdout) is written to as it is; a link is followed.
+// /dev/stdout) is written to as it is; a link is followed. A file that is replaced keeps its permissions.
 func writeFile(name string, fill func(w io.Writer) error) error {
-	if info, err := os.Stat(name); err == nil {
-		if !info.Mode().IsRegular() {
-			return writeTo(name, fill)
-		}
-		if name, err = filepath.EvalSymlinks(name); err != nil {
-			return err
-		}
-	}
-	root, err := os.OpenRoot(filepath.Dir(name))
+	root, base, perm, err := openPlace(name)
 	if err != nil {
 		return err
 	}
-	err = atomicfile.Clean(root, ".")
-	if err == nil {
-		err = atomicfile.Write(root, ".", filepath.Base(name), 0o644, fill)
+	if root == nil {
+		return writeTo(name, fill)
 	}
+	_ = atomicfile.Clean(root, ".") // what another user's killed writer left there is in nobody's way
+	err = atomicfile.Write(root, ".", base, perm, fill)
 	return errors.Join(err, root.Close())
+}
+
+// openPlace returns the directory in which the file called name is put in place, which the caller closes, its name there, and its permissions.
+// A nil directory: it is written to as it is.
+func openPlace(name string) (root *os.Root, base string, perm fs.FileMode, err error) {
+	perm = 0o644
+	if info, err := os.Stat(name); err == nil {
+		if !info.Mode().IsRegular() {
+			return nil, "", 0, nil
+		}
+		perm = info.Mode().Perm()
+		if name, err = filepath.EvalSymlinks(name); err != nil {
+			return nil, "", 0, err
+		}
+	}
+	root, err = os.OpenRoot(filepath.Dir(name))
+	return root, filepath.Base(name), perm, err
 }
 
 func writeTo(name string, fill func(w io.Writer) error) error {

@@ -51,6 +51,15 @@ func Write(root *os.Root, temp, name string, perm fs.FileMode, fill func(io.Writ
 	return SyncDir(root, path.Dir(name))
 }
 
+// Try returns why [Write] could not make its temporary file in the directory temp below root, nil when it could.
+func Try(root *os.Root, temp string) error {
+	f, tmp, err := create(root, temp, 0o600)
+	if err != nil {
+		return err
+	}
+	return errors.Join(ignoreMissing(root.Remove(tmp)), f.Close())
+}
+
 // Symlink creates or replaces name below root by a symbolic link to target, in one step.
 func Symlink(root *os.Root, temp, target, name string) error {
 	for {
