@@ -215,7 +215,10 @@ func (b *bench) fuseNydusd(ctx context.Context, dir, boot, blobs string) (*fuseS
 
 // completed returns when all mounts say that all is local, or do not for half a minute.
 func (r *lazyRig) completed(ctx context.Context) error {
-	for range 300 {
+	limit, tick := time.NewTimer(30*time.Second), time.NewTicker(100*time.Millisecond)
+	defer limit.Stop()
+	defer tick.Stop()
+	for {
 		s, err := r.status(ctx)
 		if err != nil {
 			return err
@@ -223,9 +226,12 @@ func (r *lazyRig) completed(ctx context.Context) error {
 		if !slices.ContainsFunc(s.Mounts, func(m lazy.Mount) bool { return m.State != lazy.StateComplete }) {
 			return nil
 		}
-		time.Sleep(100 * time.Millisecond)
+		select {
+		case <-tick.C:
+		case <-limit.C:
+			return errors.New("all of the image was read, and its mount does not say that it is complete")
+		}
 	}
-	return errors.New("all of the image was read, and its mount does not say that it is complete")
 }
 
 // saveBootstrap writes the bootstrap of an image to a file.
