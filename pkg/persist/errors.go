@@ -32,6 +32,16 @@ func clip(s string) string {
 	return fmt.Sprintf("%q", s)
 }
 
+// clipAll shortens an argument vector for an error, each argument in quotes.
+func clipAll(args []string) string {
+	const most = 160
+	s := fmt.Sprintf("%+q", args)
+	if len(s) > most {
+		s = s[:most] + "…"
+	}
+	return s
+}
+
 func invalidf(format string, args ...any) error {
 	return fmt.Errorf("%w: %s", ErrInvalid, fmt.Sprintf(format, args...))
 }

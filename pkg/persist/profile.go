@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"slices"
-	"strings"
 )
 
 // Bounds of a profile.
@@ -101,12 +100,13 @@ func sameWorkload(a, b *List) error {
 	for _, f := range []struct{ what, a, b string }{
 		{"image", a.Digest, b.Digest},
 		{"platform", a.Platform, b.Platform},
-		{"command", strings.Join(a.Command, "\x00"), strings.Join(b.Command, "\x00")},
 	} {
 		if f.a != f.b {
-			clean := strings.NewReplacer("\x00", " ")
-			return fmt.Errorf("%w: %s %s and %s", ErrMixed, f.what, clip(clean.Replace(f.a)), clip(clean.Replace(f.b)))
+			return fmt.Errorf("%w: %s %s and %s", ErrMixed, f.what, clip(f.a), clip(f.b))
 		}
+	}
+	if !slices.Equal(a.Command, b.Command) {
+		return fmt.Errorf("%w: command %s and %s", ErrMixed, clipAll(a.Command), clipAll(b.Command))
 	}
 	return nil
 }

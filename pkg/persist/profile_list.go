@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"math"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/headstart-oci/headstart/pkg/trace"
@@ -309,7 +310,8 @@ func (s *sweep) elapsed(at int64) time.Duration {
 
 // List returns the access list that the profile stands for under policy, which can be
 // given wherever a list can. What all runs agree on is kept; Started is the first run's,
-// Duration the longest, Grade the least exact. The list has the losses of all runs when
+// Duration the longest, Grade the least exact, and Engine has the parts of all runs' engines: it is
+// empty only where no run was recorded. The list has the losses of all runs when
 // none is complete, else none: what a run with losses adds to complete ones is no less true.
 func (p *Profile) List(policy Policy) *List {
 	out := &List{}
@@ -354,7 +356,6 @@ func (l *List) agree(next *List, first bool) {
 		{&l.Platform, next.Platform},
 		{&l.Name, next.Name},
 		{&l.Namespace, next.Namespace},
-		{&l.Engine, next.Engine},
 		{&l.End, next.End},
 	} {
 		if *f.have != f.next {
@@ -364,9 +365,24 @@ func (l *List) agree(next *List, first bool) {
 	if !slices.Equal(l.Command, next.Command) {
 		l.Command = nil
 	}
+	l.Engine = bothEngines(l.Engine, next.Engine)
 	if slices.Index(grades, next.Grade) > slices.Index(grades, l.Grade) {
 		l.Grade = next.Grade
 	}
+}
+
+// bothEngines names what recorded one run or the other: the sorted parts of both names. An engine is more than a
+// name: the paths of a list without one are taken for a person's, and may be patterns.
+func bothEngines(a, b string) string {
+	if a == b || b == "" {
+		return a
+	}
+	if a == "" {
+		return b
+	}
+	parts := slices.Concat(strings.Split(a, "+"), strings.Split(b, "+"))
+	slices.Sort(parts)
+	return strings.Join(slices.Compact(parts), "+")
 }
 
 // grades are those of [List.Grade], the most exact first; an unknown one is more exact than all.

@@ -133,34 +133,6 @@ func TestProfileOfLossyRuns(t *testing.T) {
 	}
 }
 
-func TestProfileMixed(t *testing.T) {
-	t.Parallel()
-	for want, change := range map[string]func(l *persist.List){
-		`image "sha256:4c1d" and ""`:               func(l *persist.List) { l.Digest = "" },
-		`platform "linux/amd64" and "linux/arm64"`: func(l *persist.List) { l.Platform = "linux/arm64" },
-		`command "nginx" and "nginx -t"`:           func(l *persist.List) { l.Command = []string{"nginx", "-t"} },
-	} {
-		other := runAt(1)
-		change(other)
-		a, errA := persist.NewProfile(runAt(2))
-		b, errB := persist.NewProfile(other)
-		if errA != nil || errB != nil {
-			t.Fatal(errA, errB)
-		}
-		p, err := persist.Merge(persist.MergeOptions{}, a, b)
-		if p != nil || !errors.Is(err, persist.ErrMixed) || !strings.Contains(err.Error(), want) {
-			t.Errorf("Merge = %v, %v, want ErrMixed with %s", p, err, want)
-		}
-		p, err = persist.Merge(persist.MergeOptions{Mixed: true}, a, b)
-		if err != nil || len(p.Runs) != 2 || !errors.Is(p.Mixed(), persist.ErrMixed) {
-			t.Errorf("Merge of mixed = %v, %v", p, err)
-		}
-	}
-	if err := profileOf(t, runAt(1), runAt(2)).Mixed(); err != nil {
-		t.Error(err)
-	}
-}
-
 func TestProfileRoundTrip(t *testing.T) {
 	t.Parallel()
 	for name, p := range map[string]*persist.Profile{
