@@ -3,6 +3,7 @@ package report_test
 import (
 	"bytes"
 	"fmt"
+	"regexp"
 	"strings"
 	"testing"
 	"time"
@@ -194,6 +195,33 @@ func TestPageOfLittle(t *testing.T) {
 			if strings.Contains(page, bad) {
 				t.Errorf("%s: the page has %s", name, bad)
 			}
+		}
+	}
+}
+
+// No time of a list is too long for the axis or a mark.
+func TestPageOfLongRun(t *testing.T) {
+	t.Parallel()
+	for _, c := range []struct {
+		end   time.Duration
+		wants []string
+	}{
+		{40e15, []string{"10000000.00 s", "20000000.00 s", "30000000.00 s", "40000000.00 s"}},
+		{1<<63 - 1, []string{"2305843009.21 s", "4611686018.43 s", "6917529027.64 s", "9223372036.85 s"}},
+	} {
+		var accesses []trace.Access
+		for i := range 8 {
+			accesses = append(accesses, trace.Access{Path: fmt.Sprintf("/f%d", i), Size: 10, Elapsed: c.end / 8 * time.Duration(i+1)})
+		}
+		accesses = append(accesses, trace.Access{Path: "/last", Size: 10, Elapsed: c.end})
+		page := write(t, profileOf(t, &persist.List{Trace: trace.Trace{Accesses: accesses}}), report.Options{})
+		for _, want := range c.wants {
+			if !strings.Contains(page, want) {
+				t.Errorf("a run of %d ns: the page does not say %q", c.end, want)
+			}
+		}
+		if bad := regexp.MustCompile(`-[0-9][0-9.]* [mµ]?s`).FindString(page); bad != "" {
+			t.Errorf("a run of %d ns: the page says %q", c.end, bad)
 		}
 	}
 }

@@ -53,9 +53,15 @@ func (t *timeline) axis() []string {
 			out = append(out, strconv.Itoa(len(t.touches)*i/4))
 			continue
 		}
-		out = append(out, duration(t.end*time.Duration(i)/4))
+		out = append(out, duration(fraction(t.end, i, 4)))
 	}
 	return out
+}
+
+// fraction returns i/n of d, for i up to n; a list may have any time, so that d·i may be none.
+func fraction(d time.Duration, i, n int) time.Duration {
+	part, whole := time.Duration(i), time.Duration(n)
+	return d/whole*part + d%whole*part/whole
 }
 
 // curve is the bytes touched so far, as outlines in a box of buckets × 100 units.
@@ -149,7 +155,7 @@ func (t *timeline) when(column int) string {
 	if t.untimed {
 		return fmt.Sprintf("touch %d", column*len(t.touches)/buckets+1)
 	}
-	return duration(t.end * time.Duration(column) / buckets)
+	return duration(fraction(t.end, column, buckets))
 }
 
 // fileRows returns a strip for each of the largest files, in the order of their first touch,
