@@ -46,7 +46,8 @@ func newProfileExport(g *global) *cobra.Command {
   soci             a JSON array of paths: soci create --prefetch-files-json
 
 With --image the image's layers are read once to find where its files lie; what the image
-does not have is left out. What a format cannot hold is left out and counted in a warning.`,
+does not have is left out. What a format cannot hold is left out and counted in a warning.
+Where nothing is left that the other tool would take for what it is, there is no file.`,
 		Example: `  optimizer profile export app.profile --format soci -o prefetch.json
   optimizer profile export app.profile --format nydus --policy 50% -o app.json
   optimizer profile export app.profile --format overlaybd-trace --image registry.example/app:v1 -o trace`,
@@ -138,12 +139,14 @@ func (o *profileExportOptions) writer(l *persist.List, x *tarindex.Index) func(w
 	case "soci":
 		return l.WriteSOCI
 	}
-	return l.WritePaths
+	return l.WritePatterns
 }
 
 // why says what the files that were left out have in common.
 func (o *profileExportOptions) why() string {
 	switch o.format {
+	case "paths":
+		return "nydusify takes UTF-8 without newlines, and cuts off white space at the end; / would be every file"
 	case "overlaybd-files":
 		return "overlaybd takes ASCII letters, digits, '_', '-' and '.', and 64 KiB of paths"
 	case "overlaybd-trace":

@@ -131,6 +131,29 @@ func (l *List) WriteOverlayBDFiles(w io.Writer) (omitted int, err error) {
 	return omitted, err
 }
 
+// WritePatterns writes the list of paths that nydusify and nydus-image take as prefetch patterns, one per
+// line. nydus-image refuses a list that is not UTF-8, cuts white space off the ends of a line, and takes a
+// directory for all below it: paths that are not UTF-8, end with white space or have a newline, and the
+// root, are left out and counted in omitted. nydusify takes an empty list for the root: a list of which no
+// path is left is [ErrInvalid], and nothing is written.
+// Source: dragonflyoss/nydus builder/src/core/prefetch.rs, contrib/nydusify cmd/nydusify.go.
+func (l *List) WritePatterns(w io.Writer) (omitted int, err error) {
+	var out []byte
+	for i := range l.Accesses {
+		p := l.Accesses[i].Path
+		if p == "/" || !utf8.ValidString(p) || strings.TrimSpace(p) != p || strings.Contains(p, "\n") {
+			omitted++
+			continue
+		}
+		out = append(append(out, p...), '\n')
+	}
+	if len(out) == 0 {
+		return omitted, invalidf("no file that nydusify would take, of %d: it prefetches the whole image for an empty list", len(l.Accesses))
+	}
+	_, err = w.Write(out)
+	return omitted, err
+}
+
 // TraceFrame is a read of a layer.
 type TraceFrame struct {
 	Layer  uint32 // 0 is the lowest

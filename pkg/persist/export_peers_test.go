@@ -198,6 +198,23 @@ func TestWriteOverlayBDFiles(t *testing.T) {
 	}
 }
 
+// nydus-image cuts white space, in Unicode's sense, off a line and reads UTF-8 only; nydusify takes nothing for "/".
+func TestWritePatterns(t *testing.T) {
+	t.Parallel()
+	var b bytes.Buffer
+	l := pathsOf("/b c", "/", "/end ", "/end\t", "/end\r", "/end\u00a0", "/end\u2028", "/a\nb", "/\xff", "/ in/[x]", "/ünicode", "/b c")
+	omitted, err := l.WritePatterns(&b)
+	if want := "/b c\n/ in/[x]\n/ünicode\n/b c\n"; err != nil || omitted != 8 || b.String() != want {
+		t.Errorf("WritePatterns = %d, %v, %q, want 8, nil, %q", omitted, err, b.String(), want)
+	}
+	for _, l := range []*persist.List{pathsOf(), pathsOf("/", "/x ")} {
+		b.Reset()
+		if _, err := l.WritePatterns(&b); !errors.Is(err, persist.ErrInvalid) || b.Len() != 0 {
+			t.Errorf("WritePatterns of nothing = %v, %d bytes, want ErrInvalid and none", err, b.Len())
+		}
+	}
+}
+
 // overlaybdReload reads a trace as src/prefetch.cpp (PrefetcherImpl::reload) does, with a
 // checksum computed bit by bit.
 func overlaybdReload(t *testing.T, b []byte) (frames []persist.TraceFrame) {
