@@ -1,6 +1,8 @@
 package main
 
 import (
+	"bufio"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -71,22 +73,45 @@ func (p *policyFlag) parse(cmd *cobra.Command) (persist.Policy, error) {
 
 // readProfile reads the profile or list that an argument names, - for standard input.
 func (g *global) readProfile(cmd *cobra.Command, name string) (*persist.Profile, error) {
+	return g.readInput(cmd, name, persist.ReadAnyProfile)
+}
+
+// readRuns is [global.readProfile] for what keeps the runs: a list that no more than says nothing is none.
+func (g *global) readRuns(cmd *cobra.Command, name string) (*persist.Profile, error) {
+	return g.readInput(cmd, name, func(r io.Reader) (*persist.Profile, error) {
+		b := bufio.NewReader(r)
+		head, err := b.Peek(len(ownFormats))
+		if err != nil && !errors.Is(err, io.EOF) {
+			return nil, err
+		}
+		own := string(head) == ownFormats
+		p, err := persist.ReadAnyProfile(b)
+		if err == nil && !own && len(p.Runs[0].List.Accesses) == 0 {
+			return nil, errors.New("no file is named, and nothing says that a run touched none: want a list or profile")
+		}
+		return p, err
+	})
+}
+
+// ownFormats is what native lists and profiles begin with.
+const ownFormats = "headstart-"
+
+func (g *global) readInput(cmd *cobra.Command, name string, parse func(io.Reader) (*persist.Profile, error)) (*persist.Profile, error) {
+	r := g.in
 	if name == "-" {
 		if isTerminal(g.in) {
 			return nil, usagef(cmd, "- is standard input, which is a terminal: add '< LIST'")
 		}
-		return parseProfile("standard input", g.in)
+		name = "standard input"
+	} else {
+		f, err := os.Open(name)
+		if err != nil {
+			return nil, err
+		}
+		defer f.Close() //nolint:errcheck // only read from
+		r = f
 	}
-	f, err := os.Open(name)
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close() //nolint:errcheck // only read from
-	return parseProfile(name, f)
-}
-
-func parseProfile(name string, r io.Reader) (*persist.Profile, error) {
-	p, err := persist.ReadAnyProfile(r)
+	p, err := parse(r)
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", name, err)
 	}

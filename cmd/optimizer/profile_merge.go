@@ -25,7 +25,7 @@ func newProfileMerge(g *global) *cobra.Command {
 		Long: fmt.Sprintf(`merge writes the profile of all runs that the arguments hold, lists or profiles, each run
 once, in whatever order they come. Of more than %d runs, or --keep, the complete and then
 the latest ones are kept. A run with losses is kept too: it adds what it saw, and counts for nothing
-it did not see.`, persist.MaxRuns),
+it did not see. An empty file is no run: one that touched nothing has a list that says so.`, persist.MaxRuns),
 		Example: `  optimizer profile merge run1.list run2.list -o app.profile
   optimizer profile merge app.profile run3.list -o app.profile`,
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -34,6 +34,8 @@ it did not see.`, persist.MaxRuns),
 				return usagef(cmd, "want at least one list or profile")
 			case o.output == "":
 				return usagef(cmd, "want --output FILE, or --output - for standard output")
+			case onStandardInput(args) > 1:
+				return usagef(cmd, "standard input can be read once only")
 			case o.keep < 1 || o.keep > persist.MaxRuns:
 				return usagef(cmd, "--keep: got %d, want 1 to %d", o.keep, persist.MaxRuns)
 			}
@@ -47,11 +49,21 @@ it did not see.`, persist.MaxRuns),
 	return cmd
 }
 
+// onStandardInput returns how many of the files that are named are standard input.
+func onStandardInput(names []string) (n int) {
+	for _, name := range names {
+		if name == "-" {
+			n++
+		}
+	}
+	return n
+}
+
 func (o *profileMergeOptions) run(cmd *cobra.Command, args []string) error {
 	var first, all *persist.Profile
 	seen, ids := 0, map[string]bool{}
 	for _, name := range args {
-		p, err := o.readProfile(cmd, name)
+		p, err := o.readRuns(cmd, name)
 		if err != nil {
 			return err
 		}
