@@ -39,8 +39,34 @@ func TestPods(t *testing.T) {
 			if r.exit != 0 {
 				t.Fatalf("exit code %d: %s%s", r.exit, r.out, r.errOut)
 			}
-			judgeLayersList(t, u.list(t, r.id), snapshotters()[0], layersWant)
+			l := u.list(t, r.id)
+			judgeLayersList(t, l, snapshotters()[0], layersWant)
+			if l.Digest == "" {
+				t.Error("the list does not name the image's digest")
+			}
 		})
+	}
+	t.Run("a name that moves", func(t *testing.T) { testMovedName(t, u) })
+}
+
+// testMovedName gives the image's name to another one between a container's creation and its start: its list is not one of that image.
+func testMovedName(t *testing.T, u *setup) {
+	pod := u.host.pod(t)
+	old, err := pod.Create(t.Context(), testcri.ContainerOptions{Image: layersRef, Name: "old", Args: layersArgs})
+	must(t, err)
+	img, err := testcri.StaticImage(testenv.Command(t, "./internal/tracer/testdata/workload"), map[string][]byte{"/other": []byte("other")})
+	must(t, err)
+	must(t, u.host.Import(t.Context(), layersRef, img))
+	digest, err := img.Digest()
+	must(t, err)
+	took, err := old.Start(t.Context())
+	must(t, err)
+	if l := u.list(t, finish(t, old, took).id); l.Digest != "" || l.Reference != layersRef {
+		t.Errorf("the list is of %s, digest %q; want no digest: the name is another image's", l.Reference, l.Digest)
+	}
+	r := u.host.runIn(t, pod, testcri.ContainerOptions{Image: layersRef, Name: "new", Args: []string{"read", "/other"}})
+	if l := u.list(t, r.id); l.Digest != digest.String() {
+		t.Errorf("the list of the next container is of digest %q, want %s", l.Digest, digest)
 	}
 }
 

@@ -5,12 +5,15 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"slices"
 	"strings"
 
 	"github.com/containerd/containerd/v2/client"
+	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/distribution/reference"
 	"github.com/opencontainers/go-digest"
+	"github.com/opencontainers/image-spec/identity"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/headstart-oci/headstart/pkg/remote"
@@ -47,7 +50,7 @@ func (r *containerdResolver) Resolve(ctx context.Context, container, name string
 		return img, fmt.Errorf("ask containerd for image %s: %w", img.Reference, err)
 	}
 	defer src.Close() //nolint:errcheck // only read from
-	sel, err := remote.Select(ctx, src, "")
+	sel, err := r.selectOf(ctx, container, src)
 	if err != nil {
 		return img, fmt.Errorf("ask containerd for image %s: %w", img.Reference, err)
 	}
@@ -57,6 +60,54 @@ func (r *containerdResolver) Resolve(ctx context.Context, container, name string
 	}
 	img.Optimized = sel.Nydus()
 	return img, nil
+}
+
+// selectOf returns the image of src that the container was made from: its name may have been given to another image since.
+func (r *containerdResolver) selectOf(ctx context.Context, container string, src remote.Source) (remote.Image, error) {
+	first, err := remote.Select(ctx, src, "")
+	if err != nil {
+		return first, err
+	}
+	below := r.below(ctx, container)
+	if below == nil || isChain(below, first) {
+		return first, nil
+	}
+	if nydus, err := remote.SelectNydus(ctx, src, ""); err == nil && isChain(below, nydus) {
+		return nydus, nil
+	}
+	return first, errors.New("it has other layers today than the container")
+}
+
+// below returns the names of the snapshots of which one is the container's image: the one that the container's own lies on, and, where it has
+// users of its own and containerd may have made one with other owners (client.WithRemapperLabels), the next. Nil: containerd does not say.
+func (r *containerdResolver) below(ctx context.Context, container string) []string {
+	c, err := client.New(r.address, client.WithDefaultNamespace(r.namespace))
+	if err != nil {
+		return nil
+	}
+	defer c.Close() //nolint:errcheck // only read from
+	ctx = namespaces.WithNamespace(ctx, r.namespace)
+	info, err := c.ContainerService().Get(ctx, container)
+	if err != nil || info.SnapshotKey == "" {
+		return nil
+	}
+	all := c.SnapshotService(info.Snapshotter)
+	own, err := all.Stat(ctx, info.SnapshotKey)
+	if err != nil {
+		return nil
+	}
+	names := []string{own.Parent}
+	if own.Labels[snapshots.LabelSnapshotUIDMapping] != "" {
+		if s, err := all.Stat(ctx, own.Parent); err == nil {
+			names = append(names, s.Parent)
+		}
+	}
+	return names
+}
+
+// isChain reports whether one of the snapshots is that of the image's layers.
+func isChain(names []string, img remote.Image) bool {
+	return slices.Contains(names, identity.ChainID(img.Config.RootFS.DiffIDs).String())
 }
 
 // reachable returns at once when containerd is down: its client would wait for it.
