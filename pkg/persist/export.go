@@ -18,12 +18,16 @@ import (
 
 // WritePaths writes the paths of l, one per line and in order: the list that the upstream
 // optimizer writes and that nydusify reads as prefetch patterns. The format has no way
-// to write a path with a newline; such paths are left out and counted in omitted.
+// to write a path with a newline, nor lists of nothing but paths that end in a carriage return, whose
+// readers take them for ends of lines; such paths are left out and counted in omitted.
 func (l *List) WritePaths(w io.Writer) (omitted int, err error) {
 	b := bufio.NewWriterSize(w, 1<<16)
+	returns := !slices.ContainsFunc(l.Accesses, func(a trace.Access) bool {
+		return !strings.HasSuffix(a.Path, "\r") && !strings.Contains(a.Path, "\n")
+	})
 	for i := range l.Accesses {
 		p := l.Accesses[i].Path
-		if strings.Contains(p, "\n") {
+		if returns || strings.Contains(p, "\n") {
 			omitted++
 			continue
 		}

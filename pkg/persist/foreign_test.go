@@ -26,6 +26,26 @@ func TestWritePaths(t *testing.T) {
 	}
 }
 
+// Names that end in a carriage return are written where they can be read back.
+func TestWritePathsReturns(t *testing.T) {
+	t.Parallel()
+	for _, c := range []struct {
+		paths   []string
+		omitted int
+		want    string
+	}{
+		{[]string{"/a\r", "/b"}, 0, "/a\r\n/b\n"},
+		{[]string{"/a\r", "/b\r"}, 2, ""},
+		{[]string{"/a\r", "/x\ny"}, 2, ""},
+		{nil, 0, ""},
+	} {
+		var b bytes.Buffer
+		if omitted, err := pathsOf(c.paths...).WritePaths(&b); err != nil || omitted != c.omitted || b.String() != c.want {
+			t.Errorf("WritePaths of %q = %d, %v, %q, want %d, nil, %q", c.paths, omitted, err, b.String(), c.omitted, c.want)
+		}
+	}
+}
+
 func TestWriteCSV(t *testing.T) {
 	t.Parallel()
 	for readable, want := range map[bool]string{
@@ -199,6 +219,11 @@ func TestReadAny(t *testing.T) {
 		"paths":               {"/b\n\n/a\n/b", paths("file", "/b", "/a", "/b")},
 		"paths to clean":      {"/usr/lib/\n//x/../../y\n/\n", paths("file", "/usr/lib", "/y", "/")},
 		"spaces are kept":     {"/a \n", paths("file", "/a ")},
+		"ends of lines":       {"/b\r\n\n\r\n/usr/lib/\r\n/x/..\r\n/\r\n/c\r\r\n", paths("file", "/b", "/usr/lib", "/", "/", "/c\r")},
+		"ends but the last":   {"/b\r\n/a", paths("file", "/b", "/a")},
+		"end and no line":     {"/b\r", paths("file", "/b")},
+		"blank ends of lines": {"\r\n\r\n", paths("file")},
+		"some returns":        {"/b\r\n/a\n/c\r\n", paths("file", "/b\r", "/a", "/c\r")},
 		"table":               {"path,size,elapsed\r\n\"/a,b\",12,34\r\n", table},
 		"table without lines": {"path,size,elapsed", paths("file")},
 		"json":                {` {"files":[{"path":"/a","ranges":[[5,6]]}],"version":"v1","more":{}}`, ranged},
@@ -223,6 +248,9 @@ func TestReadAnyErrors(t *testing.T) {
 	t.Parallel()
 	for name, c := range map[string]struct{ in, want string }{
 		"relative path":        {"/a\nb\n", `line 2: invalid access list: path: got "b", want an absolute path`},
+		"blank but a return":   {"/b\r\n\r\n/a\nc\n", `line 2: invalid access list: path: got "\r", want an absolute path`},
+		"return after a name":  {"/b\n\r\n", `line 2: invalid access list: path: got "\r", want an absolute path`},
+		"returns and no path":  {"\r\nb\r\n", `line 2: invalid access list: path: got "b\r", want an absolute path`},
 		"binary":               {"\x7fELF\x02\x01", `line 1: invalid access list: path: got "\x7fELF\x02\x01", want an absolute path`},
 		"NUL":                  {"/a\x00b\n", `line 1: invalid access list: path: got "/a\x00b", want no NUL`},
 		"native, broken":       {"headstart-access-list v1\nx\n", `line 2: invalid access list: got "x"`},

@@ -6,6 +6,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"strings"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
@@ -35,6 +36,8 @@ func seeds(f *testing.F) {
 	f.Add([]byte("headstart-access-list v2\nnode n1\nverdict complete\naccesses\thow\telapsed_ns\tsize\tpid\tcommand\tranges\tpath\nend 0 accesses 0 ranges 0 losses\n"))
 	f.Add([]byte(goldenV1))
 	f.Add([]byte("headstart-access-list v3\n"))
+	f.Add([]byte("/a\r\n\r\n/b/\r\r\n/c"))
+	f.Add([]byte("/a\r\n/b\r\r\n/c\n"))
 	for _, write := range []func(*bytes.Buffer) (int, error){
 		func(b *bytes.Buffer) (int, error) { return awkward().WritePaths(b) },
 		func(b *bytes.Buffer) (int, error) { return awkward().WriteCSV(b, false) },
@@ -106,5 +109,37 @@ func FuzzReadAny(f *testing.F) {
 		if d := cmp.Diff(l, back); d != "" {
 			t.Fatalf("read back (-read +back):\n%s", d)
 		}
+		checkPaths(t, l)
 	})
+}
+
+// checkPaths fails unless what WritePaths writes is read back, and nothing is left out without need.
+func checkPaths(t *testing.T, l *persist.List) {
+	t.Helper()
+	want, returns := []string{}, true
+	for _, a := range l.Accesses {
+		if !strings.Contains(a.Path, "\n") {
+			want, returns = append(want, a.Path), returns && strings.HasSuffix(a.Path, "\r")
+		}
+	}
+	if returns {
+		want = []string{}
+	}
+	var b bytes.Buffer
+	omitted, err := l.WritePaths(&b)
+	if err != nil || omitted != len(l.Accesses)-len(want) {
+		t.Fatalf("WritePaths = %d, %v, want %d, nil", omitted, err, len(l.Accesses)-len(want))
+	}
+	text := b.String()
+	back, err := persist.ReadAny(&b)
+	if err != nil {
+		t.Fatalf("read back %q: %v", text, err)
+	}
+	got := []string{}
+	for _, a := range back.Accesses {
+		got = append(got, a.Path)
+	}
+	if d := cmp.Diff(want, got); d != "" {
+		t.Fatalf("paths read back (-want +got):\n%s", d)
+	}
 }

@@ -2,6 +2,7 @@ package persist
 
 import (
 	"bufio"
+	"cmp"
 	"encoding/csv"
 	"encoding/json"
 	"errors"
@@ -20,7 +21,8 @@ import (
 // ReadAny parses a list in whichever format its first bytes show: the native one, a profile,
 // which gives the union of its runs, Nydus' JSON (an opening brace), upstream's table (the line "path,size,elapsed"), else paths,
 // one per line. Paths of the foreign formats are cleaned; a path that is not absolute is
-// an error. Blank lines of a path list are skipped, and no bytes at all are an empty
+// an error. Blank lines of a path list are skipped,
+// as are the carriage returns where all its lines end in one, and no bytes at all are an empty
 // list. What a format does not say stays zero; a list that is not native claims grade "file",
 // or "range" where it has ranges. Bounds and errors are those of [Read].
 func ReadAny(r io.Reader) (*List, error) {
@@ -66,13 +68,17 @@ func imported(p string) (trace.Access, error) {
 	return trace.Access{Path: path.Clean(p), How: trace.Opened}, nil
 }
 
+// readPaths reads a path per line. Where every line that a newline ends, blank ones aside, ends in a carriage
+// return before it, these end the lines and are no part of a name.
 func readPaths(r io.Reader) (*List, error) {
 	lines := newLineReader(r)
 	l := &List{Grade: GradeFile}
+	returns := true // so far
+	var blank error // a line that is blank only with returns
 	for {
-		line, _, err := lines.next()
+		line, ended, err := lines.next()
 		if errors.Is(err, io.EOF) {
-			return l, nil
+			break
 		}
 		if err != nil {
 			return nil, err
@@ -80,12 +86,25 @@ func readPaths(r io.Reader) (*List, error) {
 		if len(line) == 0 {
 			continue
 		}
+		if returns = returns && (line[len(line)-1] == '\r' || !ended && len(l.Accesses) > 0); !returns && blank != nil {
+			return nil, blank
+		}
 		a, err := imported(string(line))
-		if err != nil {
+		switch {
+		case err != nil && returns && string(line) == "\r":
+			blank = cmp.Or(blank, lines.fail(err))
+			continue
+		case err != nil:
 			return nil, lines.fail(err)
 		}
 		l.Accesses = append(l.Accesses, a)
 	}
+	for i := range l.Accesses {
+		if a := &l.Accesses[i]; returns {
+			a.Path = path.Clean(strings.TrimSuffix(a.Path, "\r"))
+		}
+	}
+	return l, nil
 }
 
 func readCSV(r io.Reader) (*List, error) {
