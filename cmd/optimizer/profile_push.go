@@ -32,7 +32,7 @@ pushed twice is there once. The artifact's digest goes to standard output.`,
 			if o.output != "text" && o.output != "json" {
 				return usagef(cmd, "--output: got %q, want text or json", o.output)
 			}
-			p, err := o.readProfile(cmd, args[0])
+			p, err := o.readRuns(cmd, args[0])
 			if err != nil {
 				return err
 			}
