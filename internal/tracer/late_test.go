@@ -76,17 +76,32 @@ func TestLateInstance(t *testing.T) {
 	t.Run("one that stands by", func(t *testing.T) {
 		r := tracer.NewReserve(testenv.Binary(t, "optimizer-server"), nil)
 		t.Cleanup(r.Close)
-		r.Expect()
-		stand(t, r, 1)
 		testLateInstance(t, r)
 	})
 }
 
+// testLateInstance tries until an instance came after the container had touched something: it takes tens of milliseconds to make, and the container a few.
 func testLateInstance(t *testing.T, reserve *tracer.Reserve) {
+	const tries = 5
+	for range tries {
+		if reserve != nil {
+			reserve.Expect()
+			stand(t, reserve, 1)
+		}
+		if lateInstance(t, reserve) {
+			return
+		}
+		t.Log("the instance came before the container had touched its first files")
+	}
+	t.Errorf("so it was %d times", tries)
+}
+
+// lateInstance reports whether the instance came late, and holds that the list is right then.
+func lateInstance(t *testing.T, reserve *tracer.Reserve) bool {
 	b := newDiskBox(t, identitySetup)
 	fs, err := tracefs.Open()
 	testenv.Kernel(t, "tracefs", err)
-	p, err := tracefs.NewPool(fs, tracefs.PoolOptions{Ready: 1, Max: 3})
+	p, err := tracefs.NewPool(fs, tracefs.PoolOptions{Ready: 1, Max: 3, Quiet: time.Hour}) // none is made that nobody waits for
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -121,9 +136,13 @@ func testLateInstance(t *testing.T, reserve *tracer.Reserve) {
 	if r.Err != nil || !r.Trace.Complete() || r.Engine != "fanotify+filemap" || r.Grade != trace.GradeFaultAround {
 		t.Errorf("error %v, losses %q, %s by %s; want a complete list of ranges", r.Err, lossOf(r), r.Grade, r.Engine)
 	}
-	for _, name := range []string{"/program", "/s/twice", "/s/mapped"} {
-		if a, ok := find(r, name); !ok || a.Ranges != nil {
-			t.Errorf("%s: listed %v, ranges %+v; want a whole file", name, ok, a.Ranges)
+	whole := 0
+	first := []string{"/program", "/s/twice", "/s/mapped"}
+	for _, name := range first {
+		if a, ok := find(r, name); !ok {
+			t.Errorf("%s is not listed", name)
+		} else if a.Ranges == nil {
+			whole++
 		}
 	}
 	for name, want := range map[string]bool{"/s/plain": true, "/s/private": true, "/s/opened": false} {
@@ -131,6 +150,7 @@ func testLateInstance(t *testing.T, reserve *tracer.Reserve) {
 			t.Errorf("%s: listed %v, ranges %+v; want some: %v", name, ok, a.Ranges, want)
 		}
 	}
+	return whole == len(first)
 }
 
 // TestLateForNobody holds that an instance that comes when the container has ended, or that nobody made, leaves whole files.
