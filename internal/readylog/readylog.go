@@ -80,11 +80,14 @@ func steps(re *syntax.Regexp) int {
 }
 
 // Wait reads the CRI log file at path from its beginning until a line matches re, and returns
-// that line's text without its newline. Lines that are dated before since do not count: runtimes append, and the file may have those of
-// an earlier container. It returns ctx.Err() when ctx ends first, and an error when
-// the file cannot be read, which one that is not there is not. It takes at most a tenth of a CPU, whatever the pattern and the log.
+// that line's text without its newline. Of what the file has to begin with, lines that are dated before since do not count: runtimes append,
+// and they may be those of an earlier container. It returns ctx.Err() when ctx ends first, and an error when
+// the file cannot be read, which one that is not there is not. Matching takes about a tenth of a CPU at most, whatever the pattern and the log.
 func Wait(ctx context.Context, path string, since time.Time, re *regexp.Regexp) (string, error) {
 	f := follower{path: path, lines: criLines{re: re, since: since, raw: splitter{max: maxRaw}}}
+	if info, err := os.Stat(path); err == nil {
+		f.old = info.Size()
+	}
 	defer f.close()
 	tick := time.NewTicker(poll)
 	defer tick.Stop()
@@ -109,6 +112,7 @@ type follower struct {
 	path  string
 	file  *os.File // nil: not there yet
 	read  int64    // bytes of file
+	old   int64    // how many bytes the first file had to begin with
 	lines criLines
 	spent time.Duration // at matching, since the last rest
 }
@@ -147,6 +151,7 @@ func (f *follower) advance(ctx context.Context) (string, bool, error) {
 		}
 		f.close()
 		f.lines.reset()
+		f.old = 0
 	}
 	return "", false, nil
 }
@@ -162,7 +167,7 @@ func (f *follower) replaced() (bool, error) {
 		if _, err := f.file.Seek(0, io.SeekStart); err != nil {
 			return false, err
 		}
-		f.read = 0
+		f.read, f.old = 0, 0
 		f.lines.reset()
 	}
 	now, err := os.Stat(f.path)
@@ -175,7 +180,13 @@ func (f *follower) replaced() (bool, error) {
 func (f *follower) drain(ctx context.Context) (string, bool, error) {
 	buf := make([]byte, MaxLine) // ctx is looked at between them
 	for ctx.Err() == nil {
-		n, err := f.file.Read(buf)
+		part := buf
+		if f.old > f.read {
+			part = buf[:min(int64(len(buf)), f.old-f.read)]
+		} else {
+			f.old, f.lines.since = 0, time.Time{} // what follows is new, whatever the clock says
+		}
+		n, err := f.file.Read(part)
 		f.read += int64(n)
 		began := time.Now()
 		if line, ok := f.lines.write(buf[:n]); ok {
@@ -192,11 +203,12 @@ func (f *follower) drain(ctx context.Context) (string, bool, error) {
 	return "", false, nil
 }
 
-// restFrom is how long matching may take until there is a rest, restFactor how much longer than that the rest is: patterns and logs are a
-// pod's, and the processors are not.
+// restFrom is how long matching may take until there is a rest, restFactor how much longer than that the rest is, restMost how long it is at most,
+// since a busy machine makes matching long, too. Patterns and logs are a pod's, and the processors are not.
 const (
 	restFrom   = 10 * time.Millisecond
 	restFactor = 9
+	restMost   = 5 * time.Second
 )
 
 // rest waits now and then, so that matching, which took so long again, takes no more than its part of the time.
@@ -204,7 +216,7 @@ func (f *follower) rest(ctx context.Context, took time.Duration) {
 	if f.spent += took; f.spent < restFrom {
 		return
 	}
-	timer := time.NewTimer(restFactor * f.spent)
+	timer := time.NewTimer(min(restFactor*f.spent, restMost))
 	defer timer.Stop()
 	f.spent = 0
 	select {

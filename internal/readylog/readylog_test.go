@@ -124,8 +124,8 @@ func TestWaitSince(t *testing.T) {
 	if err := os.Rename(path, path+".old"); err != nil {
 		t.Fatal(err)
 	}
-	time.Sleep(200 * time.Millisecond) // some looks
-	if _, err := old.WriteString(later + "stdout F ready, says this one\n"); err != nil {
+	time.Sleep(200 * time.Millisecond)                                                    // some looks, where the machine is not busy
+	if _, err := old.WriteString(stamp + "stdout F ready, says this one\n"); err != nil { // by a clock that was set back
 		t.Fatal(err)
 	}
 	select {
