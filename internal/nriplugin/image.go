@@ -75,8 +75,12 @@ func (r *containerdResolver) selectOf(ctx context.Context, container string, src
 	if nydus, err := remote.SelectNydus(ctx, src, ""); err == nil && isChain(below, nydus) {
 		return nydus, nil
 	}
-	return first, errors.New("it has other layers today than the container")
+	return first, ErrOtherImage
 }
+
+// ErrOtherImage is what a [Resolver] says of a name that was given to another image than the container's. It is final: nobody is asked again, since
+// nobody can tell any more when the container is gone.
+var ErrOtherImage = errors.New("it has other layers today than the container")
 
 // below returns the names of the snapshots of which one is the container's image: the one that the container's own lies on, and, where it has
 // users of its own and containerd may have made one with other owners (client.WithRemapperLabels), the next. Nil: containerd does not say.

@@ -289,3 +289,30 @@ func TestListBeyondBounds(t *testing.T) {
 		t.Errorf("log %q", got)
 	}
 }
+
+// A name that is another image's by now is not asked for again, when the container may be gone and nobody could tell.
+func TestOtherImage(t *testing.T) {
+	asked := 0
+	w := &world{t: t}
+	w.image = func(_, name string) (nriplugin.Image, error) {
+		w.mu.Lock()
+		defer w.mu.Unlock()
+		if asked++; asked == 1 {
+			return nriplugin.Image{Reference: name}, fmt.Errorf("ask: %w", nriplugin.ErrOtherImage)
+		}
+		return nriplugin.Image{Reference: name, Digest: fakeDigest, Platform: "linux/amd64"}, nil
+	}
+	w.open(nil)
+	w.startContainer("a")
+	w.session(0).end("exit", nil, "/a")
+	w.idle()
+	if err := w.close(); err != nil {
+		t.Error(err)
+	}
+	if l := w.saved(); len(l) != 1 || l[0].Digest != "" || len(w.queued()) != 0 || asked != 1 {
+		t.Errorf("%d lists, %d rebuilds, asked %d times; want one list without a digest, asked once", len(l), len(w.queued()), asked)
+	}
+	if got := w.lines("recorded "); len(got) != 1 || !strings.Contains(got[0], "other layers today") {
+		t.Errorf("log %q", got)
+	}
+}

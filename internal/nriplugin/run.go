@@ -278,7 +278,7 @@ func (r *run) finish(res tracer.Result, found resolution) {
 		r.failed(res.Err)
 		return
 	}
-	if found.err != nil {
+	if found.err != nil && !errors.Is(found.err, ErrOtherImage) {
 		// Containerd may have been starting; it has had the whole run's time since.
 		if again := r.ask(); again.err == nil {
 			found = again
