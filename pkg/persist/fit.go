@@ -57,14 +57,14 @@ const fitSlack = 4 << 10
 // Fit returns l within the bounds of the native format, and l itself when it is: a file
 // with more than [MaxFileRanges] ranges, and each file of a list with more than [MaxRanges],
 // gets fewer and longer ones, that still hold every byte. The last accesses, those beyond what
-// [MaxLines] and [MaxListSize] leave room for, go, with a loss "limit".
+// [MaxLines] and [MaxListSize] leave room for, go, with a loss "limit". What it returns is within the bounds.
 func (l *List) Fit() *List {
 	total, longest := 0, 0
 	for i := range l.Accesses {
 		n := len(l.Accesses[i].Ranges)
 		total, longest = total+n, max(longest, n)
 	}
-	lines := max(MaxLines-len(l.Processes)-len(l.Losses)-len(l.Command)-32, 0)
+	lines := max(MaxLines-len(l.Processes)-len(l.cause())-len(l.Command)-32, 0)
 	out := l
 	if total > MaxRanges || longest > MaxFileRanges {
 		most := MaxFileRanges
@@ -88,8 +88,19 @@ func (l *List) Fit() *List {
 	}
 	cut := *out
 	cut.Accesses = slices.Clip(out.Accesses[:keep])
-	cut.Losses = append(slices.Clone(l.Losses), trace.Loss{Reason: "limit", Count: int64(over), Detail: fmt.Sprintf("the list holds %d files", keep)})
+	cut.Losses = append(slices.Clone(l.Losses), trace.Loss{Reason: limitLoss, Count: int64(over), Detail: fmt.Sprintf("the list holds %d files", keep)})
 	return &cut
+}
+
+// limitLoss is the reason of the loss that [List.Fit] adds.
+const limitLoss = "limit"
+
+// cause returns the losses of l without the one that Fit added, last: what it left room for is left room for again.
+func (l *List) cause() []trace.Loss {
+	if n := len(l.Losses); n > 0 && l.Losses[n-1].Reason == limitLoss {
+		return l.Losses[:n-1]
+	}
+	return l.Losses
 }
 
 // fitting returns how many of the first n accesses MaxListSize leaves room for.
@@ -101,7 +112,9 @@ func (l *List) fitting(n int) int {
 		size += 80 + 4*int64(len(a.Path)+len(a.Command)) + 60*int64(len(a.Ranges))
 	}
 	head := &lineWriter{w: bufio.NewWriter(io.Discard), maxLines: MaxLines, maxSize: MaxListSize}
-	l.writeHeader(head)
+	before := *l
+	before.Losses = l.cause()
+	before.writeHeader(head)
 	room := MaxListSize - head.n - fitSlack
 	if size <= room {
 		return n

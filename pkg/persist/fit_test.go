@@ -48,6 +48,9 @@ func TestFit(t *testing.T) {
 	if _, err := fit.WriteTo(io.Discard); err != nil {
 		t.Fatal(err)
 	}
+	if fit.Fit() != fit {
+		t.Error("what fits is changed")
+	}
 	left := 0
 	for i, a := range fit.Accesses {
 		left += len(a.Ranges)
@@ -83,6 +86,9 @@ func TestFitTooManyFiles(t *testing.T) {
 	if len(fit.Accesses) >= persist.MaxLines || len(fit.Losses) != 1 || fit.Losses[0].Reason != "limit" || fit.Losses[0].Count != int64(persist.MaxLines-len(fit.Accesses)) {
 		t.Errorf("Fit left %d accesses and %v", len(fit.Accesses), fit.Losses)
 	}
+	if again := fit.Fit(); again != fit {
+		t.Errorf("what fits is changed: %v", again.Losses)
+	}
 }
 
 // A list of more bytes than the format takes keeps the accesses that came first, as many as fit.
@@ -104,6 +110,9 @@ func TestFitTooManyBytes(t *testing.T) {
 	// One access more would not fit, and there is a reserve of 4 KiB.
 	if err != nil || size < persist.MaxListSize-4*escaped-5000 {
 		t.Errorf("Fit left %d bytes of %d, %v", size, persist.MaxListSize, err)
+	}
+	if again := fit.Fit(); again != fit {
+		t.Errorf("what fits is changed: %v", again.Losses)
 	}
 	left := len(fit.Accesses)
 	if left == 0 || left >= n || fit.Accesses[left-1].Path != l.Accesses[left-1].Path {
