@@ -181,28 +181,56 @@ func optionsOf(t testing.TB, dir string) string {
 }
 
 // A FUSE mount reads little ahead while that may have to be fetched, and as much as one request has once all is local: in the mount that
-// became complete, and in one that is complete when it is made.
+// became complete, in one that is complete when it is made, and in one whose daemon ended. One of which something was wrong reads little ahead again.
 func TestReadAheadFUSE(t *testing.T) {
 	t.Parallel()
 	b := newBoxOf(t, lazy.DriverFUSE)
-	first := b.mount(b.mountpoint("first"), loose(t, "v6-zstd"))
-	if kib, err := erofs.ReadAhead(first.BDI); err != nil || kib != lazy.NormalReadAhead {
-		t.Errorf("read-ahead is %d KiB, %v, want %d", kib, err, lazy.NormalReadAhead)
+	c, err := lazy.NewClient(lazy.ClientOptions{
+		StateDir: b.state, RunDir: b.run,
+		Command: []string{b.binary, "lazyd", "--state-dir", b.state, "--run-dir", b.run, "--idle", "100ms", "--limit", "300ms"},
+	})
+	if err != nil {
+		t.Fatal(err)
 	}
-	compare(t, first.Dir)
-	second := b.mount(b.mountpoint("second"), loose(t, "v6-zstd"))
-	for _, m := range []lazy.Mount{first, second} {
-		if _, err := b.client.Wait(t.Context(), m.Device); err != nil {
-			t.Fatal(err)
-		}
+	b.client = c
+	r := loose(t, "v6-zstd")
+	blobs := filepath.Join(b.dir, "blobs")
+	if err := os.CopyFS(blobs, os.DirFS(r.BlobDir)); err != nil {
+		t.Fatal(err)
+	}
+	r.BlobDir = blobs
+	await := func(m lazy.Mount, want int) {
+		t.Helper()
 		eventually(t, func() string {
-			if kib, err := erofs.ReadAhead(m.BDI); err != nil || kib != lazy.FUSEReadAhead {
-				return fmt.Sprintf("read-ahead of %s is %d KiB, %v, want %d", m.Dir, kib, err, lazy.FUSEReadAhead)
+			if kib, err := erofs.ReadAhead(m.BDI); err != nil || kib != want {
+				return fmt.Sprintf("read-ahead of %s is %d KiB, %v, want %d", m.Dir, kib, err, want)
 			}
 			return ""
 		})
 	}
+	first := b.mount(b.mountpoint("first"), r)
+	if kib, err := erofs.ReadAhead(first.BDI); err != nil || kib != lazy.NormalReadAhead {
+		t.Errorf("read-ahead is %d KiB, %v, want %d", kib, err, lazy.NormalReadAhead)
+	}
+	compare(t, first.Dir)
+	await(first, lazy.FUSEReadAhead)
+	second := b.mount(b.mountpoint("second"), r)
+	await(second, lazy.FUSEReadAhead)
 	compare(t, second.Dir) // in large requests: nothing of it was read before
+	if err := erofs.SetReadAhead(first.BDI, lazy.NormalReadAhead); err != nil {
+		t.Fatal(err)
+	}
+	b.killDaemon()
+	await(first, lazy.FUSEReadAhead)
+	b.spoil()
+	if err := os.Rename(blobs, blobs+"-away"); err != nil {
+		t.Fatal(err)
+	}
+	if v := b.verify(); len(v.Bad) == 0 || v.Refetched != 0 {
+		t.Errorf("%+v, want what is wrong, and nothing fetched again", v)
+	}
+	await(first, lazy.NormalReadAhead)
+	await(second, lazy.NormalReadAhead)
 	b.unmount(first.Dir)
 	b.unmount(second.Dir)
 }

@@ -204,8 +204,11 @@ func (d *daemon) revive(ctx context.Context, m *mount) (err error) {
 		if err := d.reopen(ctx, m); err != nil {
 			return err
 		}
-	} else if err := d.setComplete(m, false); err != nil {
-		return err
+	} else {
+		if err := d.setComplete(m, false); err != nil {
+			return err
+		}
+		d.setReadAhead(m, m.rec.readAhead())
 	}
 	d.mu.Lock()
 	defer d.mu.Unlock()

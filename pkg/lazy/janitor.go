@@ -183,10 +183,15 @@ func (d *daemon) complete(m *mount) {
 			d.log.Warn("release a complete mount", zap.String("dir", m.rec.Dir), zap.Error(err))
 		}
 	}
-	if err := erofs.SetReadAhead(m.rec.BDI, m.rec.completeReadAhead()); err != nil {
-		d.log.Info("read-ahead of a complete mount", zap.String("bdi", m.rec.BDI), zap.Error(err))
-	}
+	d.setReadAhead(m, m.rec.completeReadAhead())
 	d.log.Info("complete", zap.String("dir", m.rec.Dir), zap.Int64("bytes", final.Total))
+}
+
+// setReadAhead sets how many KiB the kernel reads ahead for a mount that is there; it is right without.
+func (d *daemon) setReadAhead(m *mount, kib int) {
+	if err := erofs.SetReadAhead(m.rec.BDI, kib); err != nil {
+		d.log.Info("read-ahead of a mount", zap.String("bdi", m.rec.BDI), zap.Int("KiB", kib), zap.Error(err))
+	}
 }
 
 // syncMount makes what the blobs of m have durable, and reports whether all of it is.

@@ -119,6 +119,9 @@ func (d *daemon) recoverOne(ctx context.Context, m *mount, guarded bool, own *he
 		if guarded && m.rec.driver() == DriverEROFS {
 			d.passComplete(m)
 		}
+		if m.rec.driver() == DriverFUSE { // who said that it is complete may have ended then
+			d.setReadAhead(m, m.rec.completeReadAhead())
+		}
 		return
 	case m.rec.driver() == DriverFUSE:
 		return
