@@ -30,7 +30,7 @@ func TestWriteFile(t *testing.T) {
 	for _, tc := range []struct {
 		text string
 		perm os.FileMode // of the file afterwards
-	}{{"one", 0o644}, {"two", 0o600}, {"three", 0o640}} {
+	}{{"one", 0o644}, {"two", 0o600}, {"three", 0o666}} {
 		if tc.text != "one" {
 			if err := os.Chmod(name, tc.perm); err != nil {
 				t.Fatal(err)
@@ -46,6 +46,9 @@ func TestWriteFile(t *testing.T) {
 		info, err := os.Stat(name)
 		if err != nil {
 			t.Fatal(err)
+		}
+		if tc.text == "one" { // as the umask has it
+			tc.perm &= info.Mode().Perm()
 		}
 		if string(b) != tc.text || info.Mode().Perm() != tc.perm {
 			t.Errorf("got %q with %v, want %q with %v", b, info.Mode().Perm(), tc.text, tc.perm)
@@ -95,6 +98,10 @@ func TestAwaitEnd(t *testing.T) {
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
+	t.Cleanup(func() { // it may have been killed before
+		_ = cmd.Process.Kill()
+		_ = cmd.Wait()
+	})
 	fd, err := unix.PidfdOpen(cmd.Process.Pid, 0)
 	if err != nil {
 		t.Fatal(err)
@@ -125,5 +132,4 @@ func TestAwaitEnd(t *testing.T) {
 	if err := <-ended; err != nil {
 		t.Errorf("of a process that ended: %v", err)
 	}
-	_ = cmd.Wait() // it was killed
 }

@@ -47,7 +47,7 @@ func newProfileExport(g *global) *cobra.Command {
 
 With --image the image's layers are read once to find where its files lie; what the image
 does not have is left out. What a format cannot hold is left out and counted in a warning.
-Where nothing is left that the other tool would take for what it is, there is no file.`,
+Where nothing is left of paths, there is no file: nydusify would prefetch everything.`,
 		Example: `  optimizer profile export app.profile --format soci -o prefetch.json
   optimizer profile export app.profile --format nydus --policy 50% -o app.json
   optimizer profile export app.profile --format overlaybd-trace --image registry.example/app:v1 -o trace`,

@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 
 	"github.com/spf13/cobra"
 
@@ -124,9 +125,10 @@ func (o *unpackOptions) archive(ctx context.Context, src unpack.Source) error {
 }
 
 // writeFile puts a whole file in place, or nothing. What is no regular file (a pipe,
-// /dev/stdout) is written to as it is; a link is followed. A file that is replaced keeps its permissions.
+// /dev/stdout) is written to as it is; a link is followed. A file that is replaced keeps its permissions, and, where that
+// is allowed, its owner.
 func writeFile(name string, fill func(w io.Writer) error) error {
-	root, base, perm, err := openPlace(name)
+	root, base, old, err := openPlace(name)
 	if err != nil {
 		return err
 	}
@@ -134,25 +136,39 @@ func writeFile(name string, fill func(w io.Writer) error) error {
 		return writeTo(name, fill)
 	}
 	_ = atomicfile.Clean(root, ".") // what another user's killed writer left there is in nobody's way
-	err = atomicfile.Write(root, ".", base, perm, fill)
+	err = atomicfile.Write(root, ".", base, 0o644, func(w io.Writer) error {
+		if f, ok := w.(*os.File); ok && old != nil {
+			if err := keepMode(f, old); err != nil {
+				return err
+			}
+		}
+		return fill(w)
+	})
 	return errors.Join(err, root.Close())
 }
 
-// openPlace returns the directory in which the file called name is put in place, which the caller closes, its name there, and its permissions.
-// A nil directory: it is written to as it is.
-func openPlace(name string) (root *os.Root, base string, perm fs.FileMode, err error) {
-	perm = 0o644
+// keepMode gives f the owner, where that is allowed, and the permissions of another file.
+func keepMode(f *os.File, old fs.FileInfo) error {
+	if st, ok := old.Sys().(*syscall.Stat_t); ok {
+		_ = f.Chown(int(st.Uid), int(st.Gid))
+	}
+	return f.Chmod(old.Mode().Perm())
+}
+
+// openPlace returns the directory in which the file called name is put in place, which the caller closes, its name there, and the file that is there,
+// nil for none. A nil directory: it is written to as it is.
+func openPlace(name string) (root *os.Root, base string, old fs.FileInfo, err error) {
 	if info, err := os.Stat(name); err == nil {
 		if !info.Mode().IsRegular() {
-			return nil, "", 0, nil
+			return nil, "", nil, nil
 		}
-		perm = info.Mode().Perm()
+		old = info
 		if name, err = filepath.EvalSymlinks(name); err != nil {
-			return nil, "", 0, err
+			return nil, "", nil, err
 		}
 	}
 	root, err = os.OpenRoot(filepath.Dir(name))
-	return root, filepath.Base(name), perm, err
+	return root, filepath.Base(name), old, err
 }
 
 func writeTo(name string, fill func(w io.Writer) error) error {
