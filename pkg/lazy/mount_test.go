@@ -67,9 +67,13 @@ func testMount(t *testing.T, driver lazy.Driver, r lazy.Request) {
 	if err != nil || done.State != lazy.StateComplete || done.Local != m.Total || done.Total != m.Total {
 		t.Errorf("Wait() = %+v, %v, want complete with %d bytes", done, err, m.Total)
 	}
+	ahead := lazy.NormalReadAhead
+	if m.Driver == lazy.DriverFUSE {
+		ahead = lazy.FUSEReadAhead
+	}
 	eventually(t, func() string {
-		if kib, err := erofs.ReadAhead(m.BDI); err != nil || kib != lazy.NormalReadAhead {
-			return fmt.Sprintf("read-ahead is %d KiB, %v, want %d", kib, err, lazy.NormalReadAhead)
+		if kib, err := erofs.ReadAhead(m.BDI); err != nil || kib != ahead {
+			return fmt.Sprintf("read-ahead is %d KiB, %v, want %d", kib, err, ahead)
 		}
 		return ""
 	})
